@@ -1,0 +1,10 @@
+//! Headwater: a tiered NBD server for people who start many machines from few disk images.
+pub mod clock;
+pub mod disk;
+pub mod error;
+pub mod nbd;
+pub mod net;
+pub mod ranges;
+pub mod telemetry;
+pub mod units;
+pub mod worker;

@@ -1,0 +1,10 @@
+//! Sockets: TCP and unix behind one type, for servers and clients.
+//!
+//! Owns: socket options, listening, connecting, inherited sockets, what a peer is called. Does not own: anything
+//! that is said over them.
+
+mod listen;
+mod stream;
+
+pub use listen::{BindError, ListenAddress, Listener, ParseListenError};
+pub use stream::{Detached, Stream, connect};

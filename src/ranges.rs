@@ -1,0 +1,187 @@
+//! Ranges of bytes and sets of them.
+//!
+//! Owns: the arithmetic of offsets, so that no other room computes an end that overflows or a piece that is
+//! counted twice.
+
+use crate::units::to_u64;
+
+/// A non-wrapping range of bytes: `start <= end`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ByteRange {
+    start: u64,
+    end: u64,
+}
+
+impl ByteRange {
+    /// `length` bytes from `start`, or `None` when the end does not fit in 64 bits.
+    pub const fn new(start: u64, length: u64) -> Option<Self> {
+        match start.checked_add(length) {
+            Some(end) => Some(Self { start, end }),
+            None => None,
+        }
+    }
+
+    /// The range between two offsets; empty when `end` lies before `start`.
+    pub const fn between(start: u64, end: u64) -> Self {
+        Self { start, end: if end < start { start } else { end } }
+    }
+
+    /// The first byte.
+    pub const fn start(self) -> u64 {
+        self.start
+    }
+
+    /// One past the last byte.
+    pub const fn end(self) -> u64 {
+        self.end
+    }
+
+    /// The number of bytes.
+    pub const fn length(self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Whether there is no byte in it.
+    pub const fn is_empty(self) -> bool {
+        self.start == self.end
+    }
+
+    /// The bytes that are in both.
+    #[must_use]
+    pub fn intersect(self, other: Self) -> Self {
+        let start = self.start.max(other.start);
+        Self::between(start, self.end.min(other.end).max(start))
+    }
+
+    /// The range cut into pieces of at most `length` bytes, in order. `length` is not zero.
+    pub fn pieces(self, length: u64) -> impl Iterator<Item = Self> {
+        let mut start = self.start;
+        std::iter::from_fn(move || {
+            let end = self.end.min(start.saturating_add(length));
+            let piece = Self::between(start, end);
+            start = end;
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+}
+
+/// Which bytes of one range have been accounted for, for checking that a peer's pieces cover what was asked
+/// exactly once.
+///
+/// Holds one entry for each gap or island, so in-order pieces cost nothing; the caller bounds how many pieces it
+/// lets a peer send.
+#[derive(Debug)]
+pub struct Coverage {
+    whole: ByteRange,
+    /// Sorted, disjoint, not touching: `covered[i].end < covered[i + 1].start`.
+    covered: Vec<ByteRange>,
+}
+
+/// Why a piece cannot be added to a [`Coverage`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overlap {
+    /// The piece has bytes outside the whole.
+    Outside,
+    /// The piece repeats bytes that came before.
+    Repeated,
+}
+
+impl Coverage {
+    /// Nothing of `whole` is covered yet.
+    pub const fn new(whole: ByteRange) -> Self {
+        Self { whole, covered: Vec::new() }
+    }
+
+    /// Accounts for `piece`. An empty piece changes nothing.
+    pub fn add(&mut self, piece: ByteRange) -> Result<(), Overlap> {
+        if piece.start < self.whole.start || piece.end > self.whole.end {
+            return Err(Overlap::Outside);
+        }
+        if piece.is_empty() {
+            return Ok(());
+        }
+        let next = self.covered.partition_point(|range| range.start < piece.start);
+        let touches_before = next > 0 && self.covered[next - 1].end >= piece.start;
+        let touches_after = next < self.covered.len() && self.covered[next].start <= piece.end;
+        if touches_before && self.covered[next - 1].end > piece.start
+            || touches_after && self.covered[next].start < piece.end
+        {
+            return Err(Overlap::Repeated);
+        }
+        match (touches_before, touches_after) {
+            (true, true) => {
+                self.covered[next - 1].end = self.covered[next].end;
+                self.covered.remove(next);
+            }
+            (true, false) => self.covered[next - 1].end = piece.end,
+            (false, true) => self.covered[next].start = piece.start,
+            (false, false) => self.covered.insert(next, piece),
+        }
+        Ok(())
+    }
+
+    /// Whether every byte of the whole is covered.
+    pub fn is_complete(&self) -> bool {
+        self.whole.is_empty() || self.covered == [self.whole]
+    }
+
+    /// The number of separate islands held, which is what this costs in memory.
+    pub fn islands(&self) -> u64 {
+        to_u64(self.covered.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_range_whose_end_overflows_does_not_exist() {
+        assert_eq!(ByteRange::new(u64::MAX, 1), None);
+        assert_eq!(ByteRange::new(u64::MAX, 0).map(ByteRange::length), Some(0));
+    }
+
+    #[test]
+    fn pieces_cover_the_range_in_order() {
+        let range = ByteRange::new(3, 10).unwrap();
+        let pieces: Vec<_> = range.pieces(4).map(|p| (p.start(), p.length())).collect();
+        assert_eq!(pieces, [(3, 4), (7, 4), (11, 2)]);
+        assert_eq!(ByteRange::new(3, 0).unwrap().pieces(4).count(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn coverage_agrees_with_a_count_per_byte(pieces in prop::collection::vec((0u64..70, 0u64..20), 0..30)) {
+            let whole = ByteRange::new(8, 48).unwrap();
+            let mut coverage = Coverage::new(whole);
+            let mut oracle = [false; 128];
+            for (start, length) in pieces {
+                let piece = ByteRange::new(start, length).unwrap();
+                let bytes = || (start..start + length).map(crate::units::to_usize);
+                let outside = start < whole.start() || piece.end() > whole.end();
+                let repeated = bytes().any(|byte| oracle[byte]);
+                let expected = match (outside, repeated) {
+                    (true, _) => Err(Overlap::Outside),
+                    (_, true) => Err(Overlap::Repeated),
+                    _ => Ok(()),
+                };
+                prop_assert_eq!(coverage.add(piece), expected);
+                if expected.is_ok() {
+                    bytes().for_each(|byte| oracle[byte] = true);
+                }
+                prop_assert_eq!(coverage.is_complete(), oracle[8..56].iter().all(|covered| *covered));
+            }
+        }
+
+        #[test]
+        fn intersection_agrees_with_membership(a in 0u64..50, b in 0u64..50, c in 0u64..50, d in 0u64..50) {
+            let (left, right) = (ByteRange::between(a, b), ByteRange::between(c, d));
+            let both = left.intersect(right);
+            let within = |range: ByteRange, byte| range.start() <= byte && byte < range.end();
+            for byte in 0..60 {
+                prop_assert_eq!(within(both, byte), within(left, byte) && within(right, byte));
+            }
+        }
+    }
+}

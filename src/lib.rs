@@ -2,6 +2,8 @@
 pub mod clock;
 pub mod disk;
 pub mod error;
+pub mod export;
+pub mod image;
 pub mod nbd;
 pub mod net;
 pub mod ranges;

@@ -1,0 +1,224 @@
+//! What an export says of itself.
+
+use std::fmt;
+use std::str::FromStr;
+
+use bitflags::bitflags;
+use thiserror::Error;
+
+use crate::nbd::BlockSizes;
+use crate::nbd::wire::BASE_ALLOCATION;
+
+/// The facts of an export. [`Facts::size`] and the capabilities are fixed for its life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// Size in bytes.
+    pub size: u64,
+    /// Whether it can be written to.
+    pub writable: bool,
+    /// Whether [`Export::trim`](super::Export::trim) has an effect.
+    pub can_trim: bool,
+    /// Whether zeroes can be written faster than data; a single request may still refuse.
+    pub can_zero_fast: bool,
+    /// Whether all connections see one view of what was flushed.
+    pub is_shared: bool,
+    /// Which requests it serves well.
+    pub block_sizes: BlockSizes,
+    /// What [`Export::extents`](super::Export::extents) can answer.
+    pub contexts: Vec<Context>,
+    /// A line for a human.
+    pub description: String,
+    /// What the image holds, if that is known.
+    pub identity: Option<ImageId>,
+    /// The mirrors that the bytes pass through on their way here, this one first. Empty for a real image.
+    pub path: Vec<NodeId>,
+}
+
+impl Facts {
+    /// A read-only export of `size` bytes that every connection sees alike.
+    pub fn read_only(size: u64, description: impl Into<String>) -> Self {
+        Self {
+            size,
+            writable: false,
+            can_trim: false,
+            can_zero_fast: false,
+            is_shared: true,
+            block_sizes: BlockSizes::DEFAULT,
+            contexts: vec![Context::Allocation],
+            description: description.into(),
+            identity: None,
+            path: Vec::new(),
+        }
+    }
+}
+
+/// A metadata context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Context {
+    /// `base:allocation`: status is [`Allocation`](crate::nbd::wire::Allocation).
+    Allocation,
+    /// `x-headwater:residency`: status is [`Residency`].
+    Residency,
+}
+
+impl Context {
+    /// The name on the wire.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Allocation => BASE_ALLOCATION,
+            Self::Residency => "x-headwater:residency",
+        }
+    }
+}
+
+bitflags! {
+    /// States of `x-headwater:residency`. No bit: the bytes would have to be fetched.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub struct Residency: u32 {
+        /// The bytes are here, verified and durable.
+        const RESIDENT = 1 << 0;
+        /// The bytes are known to be zero, and nothing is stored.
+        const ZERO = 1 << 1;
+        /// The bytes are kept whatever happens.
+        const PINNED = 1 << 2;
+        /// The bytes were brought ahead of demand, and nobody has read them yet.
+        const UNREAD = 1 << 3;
+    }
+}
+
+/// The identity of an image: the BLAKE3 root of its manifest.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ImageId(pub [u8; 32]);
+
+/// Names one mirror's cache, for life; drawn at random when the cache is made.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct NodeId(pub [u8; 16]);
+
+/// A text is not an identity of this kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("not an identity")]
+pub struct ParseIdError;
+
+const IMAGE_PREFIX: &str = "blake3-";
+
+impl fmt::Display for ImageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(IMAGE_PREFIX)?;
+        write_hex(f, &self.0)
+    }
+}
+
+impl FromStr for ImageId {
+    type Err = ParseIdError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        text.strip_prefix(IMAGE_PREFIX).and_then(parse_hex).map(Self).ok_or(ParseIdError)
+    }
+}
+
+impl fmt::Debug for ImageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_hex(f, &self.0)
+    }
+}
+
+impl FromStr for NodeId {
+    type Err = ParseIdError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIdError> {
+        parse_hex(text).map(Self).ok_or(ParseIdError)
+    }
+}
+
+impl fmt::Debug for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+fn write_hex(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
+    bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+}
+
+fn parse_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let mut bytes = [0; N];
+    if text.len() != 2 * N || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+        return None;
+    }
+    for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+    }
+    Some(bytes)
+}
+
+/// The namespace of everything that only Headwater servers say to each other.
+pub const NAMESPACE: &str = "x-headwater:";
+
+impl Facts {
+    /// What other Headwater servers are told, as names of metadata contexts.
+    pub fn to_strings(&self) -> Vec<String> {
+        let mut strings = Vec::new();
+        if let Some(identity) = self.identity {
+            strings.push(format!("{NAMESPACE}image={identity}"));
+        }
+        if !self.path.is_empty() {
+            let path: Vec<_> = self.path.iter().take(MAX_PATH).map(NodeId::to_string).collect();
+            strings.push(format!("{NAMESPACE}path={}", path.join(",")));
+        }
+        strings
+    }
+
+    /// Takes over what a server said with [`Facts::to_strings`]. What is not understood is left out.
+    pub fn learn(&mut self, strings: &[String]) {
+        for fact in strings.iter().filter_map(|text| text.strip_prefix(NAMESPACE)) {
+            match fact.split_once('=') {
+                Some(("image", id)) => self.identity = id.parse().ok(),
+                Some(("path", path)) => self.path = path.split(',').filter_map(|id| id.parse().ok()).collect(),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Mirrors in one path that fit a string of 4096 bytes; nobody builds tiers so deep.
+const MAX_PATH: usize = 100;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_travel_as_strings() {
+        let mut facts = Facts::read_only(1, "");
+        facts.identity = Some(ImageId([0xab; 32]));
+        facts.path = vec![NodeId([1; 16]), NodeId([0xfe; 16])];
+        let strings = facts.to_strings();
+        assert_eq!(strings[0], format!("x-headwater:image=blake3-{}", "ab".repeat(32)));
+        let mut learned = Facts::read_only(1, "");
+        learned.learn(&strings);
+        assert_eq!(learned, facts);
+    }
+
+    #[test]
+    fn what_is_not_understood_is_left_out() {
+        let mut facts = Facts::read_only(1, "");
+        facts.learn(&["x-headwater:image=md5-1".into(), "x-headwater:new".into(), "qemu:image=blake3-".into()]);
+        facts.learn(&["x-headwater:path=zz,,".into()]);
+        assert_eq!(facts, Facts::read_only(1, ""));
+        assert!("blake3-é".parse::<ImageId>().is_err());
+        assert!("+1".repeat(16).parse::<NodeId>().is_err());
+    }
+
+    #[test]
+    fn a_path_of_any_depth_fits_a_string() {
+        let mut facts = Facts::read_only(1, "");
+        facts.path = vec![NodeId([7; 16]); 5000];
+        assert!(facts.to_strings()[0].len() <= crate::nbd::wire::MAX_STRING);
+    }
+}

@@ -1,0 +1,162 @@
+//! What every tier of the stack is: an [`Export`].
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | this one | the trait and its contract |
+//! | [`facts`] | what an export says of itself: size, capabilities, identity, contexts |
+//! | [`registry`] | the exports of one server, by name |
+//! | [`memory`] | an image in memory, for tests and tools |
+//! | [`wrappers`] | exports over an export: record, gate, fault |
+//! | [`conformance`] | the suite that every implementation passes |
+//!
+//! Owns: the contract between tiers. Does not own: any bytes, except those of [`memory`].
+
+pub mod conformance;
+pub mod facts;
+pub mod memory;
+pub mod registry;
+pub mod wrappers;
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+
+pub use facts::{Context, Facts, ImageId, NodeId, Residency};
+pub use registry::Registry;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::nbd::Extent;
+use crate::nbd::request::{Durability, ZeroMode};
+use crate::ranges::ByteRange;
+
+/// A future that stays on its worker.
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// An export that many share.
+pub type SharedExport = Arc<dyn Export>;
+
+/// A part of what a read brought.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// Bytes; not empty.
+    Data(Bytes),
+    /// So many zeroes, which are not carried as bytes; not none.
+    Hole(u64),
+}
+
+impl Piece {
+    /// The number of bytes of the image that this stands for.
+    pub fn length(&self) -> u64 {
+        match self {
+            Self::Data(bytes) => crate::units::to_u64(bytes.len()),
+            Self::Hole(length) => *length,
+        }
+    }
+}
+
+/// How [`Export::try_read`] ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TryRead {
+    /// All bytes of the range were appended.
+    Data,
+    /// The whole range reads as zeroes; nothing was appended.
+    Hole,
+    /// It would have to wait, or the range is mixed; nothing was appended. Use [`Export::read`].
+    Wait,
+}
+
+/// One tier: a fixed-size sequence of bytes that can be read and perhaps written.
+///
+/// # Contract
+///
+/// *Who implements it*: real images, mirrors, remote exports, and wrappers over any of them. *Who calls it*: the
+/// server for its clients, and the tier above.
+///
+/// - Callers stay within [`Facts::size`] and call only what [`Facts`] says the export can do; implementations may
+///   panic on a range outside, and answer other calls with an error.
+/// - Ranges need no alignment and may be empty.
+/// - Reads give exactly the bytes of the range, or an error; never zeroes in place of bytes that cannot be had.
+/// - An operation that was answered is seen by every later one, on any worker. Operations in flight at the same
+///   time on the same bytes may take effect in any order, byte by byte.
+/// - After [`Export::flush`] everything that was answered before it was called is on stable storage, whoever wrote
+///   it.
+/// - Futures belong to the worker that made them. Dropping one gives up the answer; it does not undo or tear the
+///   operation, and fails nobody else who waits for the same bytes.
+/// - Calls may come from any worker at once. No call blocks its thread.
+///
+/// Wrappers forward every method and carry `#[deny(clippy::missing_trait_methods)]`, so that a new method cannot
+/// fall back to its default behind them.
+pub trait Export: fmt::Debug + Send + Sync {
+    /// What this export is and can do. The size and the capabilities never change; the rest may.
+    fn facts(&self) -> Facts;
+
+    /// Reads `range` if that needs no waiting, appending to `output`. This is the hot path: no allocation, no
+    /// lock that is held across I/O.
+    fn try_read(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
+        let _ = (range, output);
+        TryRead::Wait
+    }
+
+    /// Reads `range`: pieces in order that add up to it.
+    fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>>;
+
+    /// Replaces the bytes from `offset` on by `data`.
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> LocalFuture<'_, Result<()>> {
+        let _ = (offset, data, durability);
+        refuse_writes()
+    }
+
+    /// Makes `range` read as zeroes.
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, durability: Durability) -> LocalFuture<'_, Result<()>> {
+        let _ = (range, mode, durability);
+        refuse_writes()
+    }
+
+    /// Tells that the bytes of `range` are not needed any more; they may read as anything afterwards.
+    fn trim(&self, range: ByteRange, durability: Durability) -> LocalFuture<'_, Result<()>> {
+        let _ = (range, durability);
+        refuse_writes()
+    }
+
+    /// Makes all writes that were answered durable.
+    fn flush(&self) -> LocalFuture<'_, Result<()>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Brings `range` near, so that reading it later is fast.
+    fn cache(&self, range: ByteRange) -> LocalFuture<'_, Result<()>> {
+        let _ = range;
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// The status of `range` in one of the contexts of [`Facts`]: at least one and at most `limit` extents from
+    /// its start on, which need not reach its end and never go beyond it. `range` and `limit` are not empty.
+    fn extents(&self, range: ByteRange, context: Context, limit: usize) -> LocalFuture<'_, Result<Vec<Extent>>> {
+        let _ = (context, limit);
+        Box::pin(std::future::ready(Ok(vec![Extent { length: range.length(), status: 0 }])))
+    }
+}
+
+fn refuse_writes<'a>() -> LocalFuture<'a, Result<()>> {
+    Box::pin(std::future::ready(Err(Error::new(ErrorKind::Permission, "the export is read-only"))))
+}
+
+/// Appends an extent, joining it to the last one if the status is the same.
+pub fn push_extent(extents: &mut Vec<Extent>, length: u64, status: u64) {
+    match extents.last_mut() {
+        _ if length == 0 => {}
+        Some(last) if last.status == status => last.length += length,
+        _ => extents.push(Extent { length, status }),
+    }
+}
+
+/// Appends a piece, joining holes.
+pub fn push_piece(pieces: &mut Vec<Piece>, piece: Piece) {
+    match (pieces.last_mut(), piece) {
+        (_, piece) if piece.length() == 0 => {}
+        (Some(Piece::Hole(last)), Piece::Hole(length)) => *last += length,
+        (_, piece) => pieces.push(piece),
+    }
+}

@@ -1,0 +1,132 @@
+//! Real images: every byte is on this server.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | this one | opening a path as whatever it is |
+//! | [`raw`] | raw files and block devices, read-write or read-only |
+//! | `layout` | what is remembered of where a sparse file has its data |
+//! | `qcow2` | qcow2 files as their contents, read-only (feature `qcow2`) |
+//!
+//! Owns: the bytes of real images and what makes them durable. Does not own: names (`export::Registry`), clients.
+
+mod layout;
+#[cfg(feature = "qcow2")]
+mod qcow2;
+pub mod raw;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use crate::disk::{Access, File};
+use crate::export::SharedExport;
+
+/// What a file holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Format {
+    /// qcow2 if it begins like one, else raw.
+    #[default]
+    Auto,
+    /// The bytes of the image, one by one.
+    Raw,
+    /// qcow2.
+    Qcow2,
+}
+
+/// How an image is to be opened.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// Whether nobody may write to it.
+    pub read_only: bool,
+    /// What the file holds.
+    pub format: Format,
+    /// Directories that the backing files of a qcow2 file may lie in. Without one, backing files are refused: the
+    /// name of the backing file is content of the image, and a guest that can write to it could name any file.
+    pub backing_directories: Vec<PathBuf>,
+}
+
+/// Why an image cannot be served.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// The system refused to open it.
+    #[error("cannot open {}", path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// It can be read but not written.
+    #[error("cannot write to {}: serve it with --read-only, or change its permissions", path.display())]
+    NotWritable {
+        /// The image.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A qcow2 file with a feature that cannot be served.
+    #[error("cannot serve {} as qcow2: convert it (qemu-img convert -O raw), or serve it with qemu-nbd and mirror that", path.display())]
+    Qcow2 {
+        /// The image.
+        path: PathBuf,
+        /// What is missing.
+        source: io::Error,
+    },
+    /// This program was built without qcow2.
+    #[error("{} is a qcow2 file, and this program was built without qcow2", .0.display())]
+    Qcow2NotBuilt(PathBuf),
+}
+
+const QCOW2_MAGIC: &[u8; 4] = b"QFI\xfb";
+
+/// Opens the image at `path`. Blocks.
+pub fn open(path: &Path, options: &Options) -> Result<SharedExport, OpenError> {
+    let is_qcow2 = match options.format {
+        Format::Raw => false,
+        Format::Qcow2 => true,
+        Format::Auto => begins_like_qcow2(path).map_err(|source| OpenError::Open { path: path.to_owned(), source })?,
+    };
+    if is_qcow2 {
+        return open_qcow2(path, options);
+    }
+    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let file = File::open(path, access).map_err(|source| {
+        let path = path.to_owned();
+        let refused = matches!(source.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem);
+        if refused && !options.read_only && File::open(&path, Access::ReadOnly).is_ok() {
+            OpenError::NotWritable { path, source }
+        } else {
+            OpenError::Open { path, source }
+        }
+    })?;
+    Ok(Arc::new(raw::RawImage::new(file, access)))
+}
+
+fn begins_like_qcow2(path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::FileExt;
+    // Opened as an image first: a FIFO or a directory is refused there, and does not keep us waiting.
+    File::open(path, Access::ReadOnly)?;
+    let mut magic = [0; 4];
+    match std::fs::File::open(path)?.read_exact_at(&mut magic, 0) {
+        Ok(()) => Ok(&magic == QCOW2_MAGIC),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(feature = "qcow2")]
+fn open_qcow2(path: &Path, options: &Options) -> Result<SharedExport, OpenError> {
+    let image = qcow2::Qcow2Image::open(path, &options.backing_directories)
+        .map_err(|source| OpenError::Qcow2 { path: path.to_owned(), source })?;
+    Ok(Arc::new(image))
+}
+
+#[cfg(not(feature = "qcow2"))]
+fn open_qcow2(path: &Path, _: &Options) -> Result<SharedExport, OpenError> {
+    Err(OpenError::Qcow2NotBuilt(path.to_owned()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,371 @@
+//! Raw files and block devices.
+//!
+//! Durability: a write is answered when the page cache has it; FUA and flush reach the disk. After a flush has
+//! failed nobody can say which writes were lost (Linux reports a failed write-back once and then calls the pages
+//! clean), so every later flush of the image fails too, until the server is started again.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::{Bytes, BytesMut};
+
+use super::layout::{Layout, WINDOW};
+use crate::disk::{Access, File, Inline, Kind, Span};
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::{Context, Export, Facts, LocalFuture, Piece, TryRead, push_extent, push_piece};
+use crate::nbd::Extent;
+use crate::nbd::request::{Durability, ZeroMode};
+use crate::nbd::wire::Allocation;
+use crate::ranges::ByteRange;
+use crate::units::{KIB, MIB, to_usize};
+
+/// Spans of one read. A file more fragmented than this has its remaining holes sent as zeroes.
+const MAX_SPANS: usize = 1024;
+
+/// Data spans are read together when the hole between them is smaller: one system call costs about as much as
+/// copying so many bytes.
+const BRIDGED_HOLE: u64 = 32 * KIB;
+
+/// Zeroes are written in pieces of this size where nothing faster works.
+const ZERO_PIECE: usize = 256 << 10;
+static ZEROES: [u8; ZERO_PIECE] = [0; ZERO_PIECE];
+
+/// Block devices take discards and zeroing in units of their logical block, which is at most this.
+const DEVICE_BLOCK: u64 = 4096;
+
+/// A raw file or a block device.
+#[derive(Debug)]
+pub struct RawImage {
+    file: Arc<File>,
+    writable: bool,
+    /// Shared with the threads that look at the file for us.
+    layout: Arc<Layout>,
+    can_punch: AtomicBool,
+    can_zero: AtomicBool,
+    /// A flush has failed; see the head of this file.
+    is_tainted: AtomicBool,
+}
+
+impl RawImage {
+    /// The image in `file`, which was opened for `access`. Blocks.
+    pub fn new(file: File, access: Access) -> Self {
+        let writable = access != Access::ReadOnly;
+        let can_punch = writable && probe_punch(&file);
+        Self {
+            layout: Arc::new(Layout::new(file.size())),
+            file: Arc::new(file),
+            writable,
+            can_punch: AtomicBool::new(can_punch),
+            can_zero: AtomicBool::new(writable),
+            is_tainted: AtomicBool::new(false),
+        }
+    }
+
+    fn failed(&self, what: &str, range: ByteRange, error: io::Error) -> Error {
+        let path = self.file.path().display();
+        let message = format!("{path}: cannot {what} {} bytes at {}", range.length(), range.start());
+        let error = Error::from_io(message, error);
+        if error.kind() != ErrorKind::NoSpace {
+            tracing::error!(error = %error.chain(), "disk error");
+        }
+        error
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.writable { Ok(()) } else { Err(Error::new(ErrorKind::Permission, "the image is read-only")) }
+    }
+
+    /// The spans of `range`. What the file system has not looked at yet is looked at by a thread that may wait.
+    async fn spans(&self, range: ByteRange, limit: usize) -> io::Result<Vec<Span>> {
+        if self.file.kind() == Kind::BlockDevice || self.layout.is_data(range) {
+            return Ok(vec![Span { range, is_hole: false }]);
+        }
+        if !self.layout.is_seen(range) {
+            self.look_at(range).await?;
+        }
+        let spans = self.file.spans(range, limit)?;
+        self.layout.learn(&spans);
+        Ok(spans)
+    }
+
+    /// Has the file system read its metadata for the windows of `range`.
+    async fn look_at(&self, range: ByteRange) -> io::Result<()> {
+        let (file, layout) = (Arc::clone(&self.file), Arc::clone(&self.layout));
+        let work = tokio::task::spawn_blocking(move || {
+            let windows = range.start() / WINDOW..range.end().div_ceil(WINDOW);
+            for window in windows {
+                let range = ByteRange::between(window * WINDOW, file.size().min((window + 1) * WINDOW));
+                if !layout.is_seen(range) {
+                    layout.saw(range, &file.spans(range, usize::MAX)?);
+                }
+            }
+            Ok(())
+        });
+        work.await.expect("looking at a file does not panic, and the runtime outlives its tasks")
+    }
+
+    async fn read_pieces(&self, range: ByteRange) -> io::Result<Vec<Piece>> {
+        let mut spans = self.spans(range, MAX_SPANS).await?;
+        let end = spans.last().map_or_else(|| range.start(), |span| span.range.end());
+        spans.push(Span { range: ByteRange::between(end, range.end()), is_hole: false });
+        let mut pieces = Vec::new();
+        let mut rest = &spans[..];
+        while let Some(first) = rest.first() {
+            let count = if first.is_hole { 1 } else { bridged(rest) };
+            let (together, after) = rest.split_at(count);
+            if first.is_hole {
+                push_piece(&mut pieces, Piece::Hole(first.range.length()));
+            } else {
+                self.read_together(together, &mut pieces).await?;
+            }
+            rest = after;
+        }
+        Ok(pieces)
+    }
+
+    /// Reads spans that follow each other by one operation.
+    async fn read_together(&self, spans: &[Span], pieces: &mut Vec<Piece>) -> io::Result<()> {
+        let (Some(first), Some(last)) = (spans.first(), spans.last()) else { return Ok(()) };
+        let whole = ByteRange::between(first.range.start(), last.range.end());
+        let length = to_usize(whole.length());
+        let mut bytes = self.file.read_exact_at(BytesMut::with_capacity(length), length, whole.start()).await?.freeze();
+        for span in spans {
+            let data = bytes.split_to(to_usize(span.range.length()));
+            push_piece(pieces, if span.is_hole { Piece::Hole(span.range.length()) } else { Piece::Data(data) });
+        }
+        Ok(())
+    }
+
+    async fn make_durable(&self, durability: Durability) -> Result<()> {
+        if durability == Durability::Stable { self.sync().await } else { Ok(()) }
+    }
+
+    async fn sync(&self) -> Result<()> {
+        let path = self.file.path().display();
+        if let Err(error) = self.file.sync_data().await {
+            self.is_tainted.store(true, Ordering::Relaxed);
+            let error = Error::from_io(format!("{path}: cannot flush"), error);
+            tracing::error!(error = %error.chain(), "writes may be lost: all flushes fail until the server is restarted");
+            return Err(error);
+        }
+        if self.is_tainted.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Io, format!("{path}: an earlier flush failed, writes may be lost")));
+        }
+        Ok(())
+    }
+
+    /// Zeroes `range` by the file system. `Ok(false)`: it cannot, and nothing has changed that matters.
+    async fn zero_fast(&self, range: ByteRange, may_punch: bool) -> io::Result<bool> {
+        if may_punch && self.can_punch.load(Ordering::Relaxed) {
+            match self.file.punch(range).await {
+                Err(error) if is_unsupported(&error) => self.can_punch.store(false, Ordering::Relaxed),
+                result => return result.map(|()| true),
+            }
+        }
+        if self.can_zero.load(Ordering::Relaxed) {
+            match self.file.zero(range).await {
+                Err(error) if is_unsupported(&error) => self.can_zero.store(false, Ordering::Relaxed),
+                result => return result.map(|()| true),
+            }
+        }
+        // Some file systems (tmpfs) can do it in two steps only.
+        if self.can_punch.load(Ordering::Relaxed) && self.file.kind() == Kind::Regular {
+            self.file.punch(range).await?;
+            return match self.file.allocate(range).await {
+                Err(error) if is_unsupported(&error) => Ok(false),
+                result => result.map(|()| true),
+            };
+        }
+        Ok(false)
+    }
+
+    async fn zero_slowly(&self, range: ByteRange) -> io::Result<()> {
+        for piece in range.pieces(ZERO_PIECE as u64) {
+            let zeroes = Bytes::from_static(&ZEROES).slice(..to_usize(piece.length()));
+            self.file.write_all_at(zeroes, piece.start(), false).await?;
+        }
+        Ok(())
+    }
+
+    async fn zero(&self, range: ByteRange, mode: ZeroMode) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let failed = |error| self.failed("zero", range, error);
+        self.layout.forget(range);
+        let fast = self.fast_part(range);
+        if mode.must_be_fast && fast != range {
+            return Err(Error::new(ErrorKind::Unsupported, "zeroing part of a block is no faster than writing"));
+        }
+        if fast.is_empty() || !self.zero_fast(fast, mode.may_punch).await.map_err(failed)? {
+            if mode.must_be_fast {
+                return Err(Error::new(ErrorKind::Unsupported, "zeroing is no faster than writing here"));
+            }
+            return self.zero_slowly(range).await.map_err(failed);
+        }
+        self.zero_slowly(ByteRange::between(range.start(), fast.start())).await.map_err(failed)?;
+        self.zero_slowly(ByteRange::between(fast.end(), range.end())).await.map_err(failed)
+    }
+
+    /// The part of `range` that can be zeroed or discarded as a whole.
+    fn fast_part(&self, range: ByteRange) -> ByteRange {
+        match self.file.kind() {
+            Kind::Regular => range,
+            Kind::BlockDevice => ByteRange::between(
+                range.start().next_multiple_of(DEVICE_BLOCK).min(range.end()),
+                range.end() / DEVICE_BLOCK * DEVICE_BLOCK,
+            ),
+        }
+    }
+}
+
+/// How many spans from the front, which is data, are worth reading together.
+fn bridged(spans: &[Span]) -> usize {
+    let mut count = 1;
+    while let [hole, data, ..] = &spans[count..]
+        && hole.is_hole
+        && !data.is_hole
+        && hole.range.length() < BRIDGED_HOLE
+    {
+        count += 2;
+    }
+    count
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::ENODEV))
+}
+
+/// Whether the file system or the device gives storage back. Punching behind the end of a file changes nothing.
+fn probe_punch(file: &File) -> bool {
+    use rustix::fs::FallocateFlags;
+    match file.kind() {
+        Kind::Regular => {
+            let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let behind = file.size().next_multiple_of(MIB);
+            rustix::fs::fallocate(file, mode, behind, DEVICE_BLOCK).is_ok()
+        }
+        Kind::BlockDevice => discard_limit(file).is_some_and(|limit| limit > 0),
+    }
+}
+
+/// The largest discard of a block device, from sysfs.
+fn discard_limit(file: &File) -> Option<u64> {
+    let device = rustix::fs::fstat(file).ok()?.st_rdev;
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let queue = |path: &str| format!("/sys/dev/block/{major}:{minor}/{path}queue/discard_max_bytes");
+    // A partition has its queue one level up.
+    let text = std::fs::read_to_string(queue("")).or_else(|_| std::fs::read_to_string(queue("../"))).ok()?;
+    text.trim().parse().ok()
+}
+
+impl Export for RawImage {
+    fn facts(&self) -> Facts {
+        let can_punch = self.can_punch.load(Ordering::Relaxed);
+        Facts {
+            writable: self.writable,
+            can_trim: self.writable && can_punch,
+            can_zero_fast: self.writable && can_punch,
+            ..Facts::read_only(self.file.size(), self.file.path().display().to_string())
+        }
+    }
+
+    fn try_read(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
+        if self.file.kind() == Kind::Regular && !self.layout.is_data(range) {
+            if !self.layout.is_seen(range) || range.is_empty() {
+                return TryRead::Wait;
+            }
+            match self.file.spans(range, 2).as_deref() {
+                Ok([span]) if span.is_hole => return TryRead::Hole,
+                Ok([span]) => self.layout.learn(std::slice::from_ref(span)),
+                Ok(_) | Err(_) => return TryRead::Wait,
+            }
+        }
+        match self.file.try_read_at(output, to_usize(range.length()), range.start()) {
+            Inline::Done => TryRead::Data,
+            Inline::WouldBlock => TryRead::Wait,
+        }
+    }
+
+    fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
+        Box::pin(async move { self.read_pieces(range).await.map_err(|error| self.failed("read", range, error)) })
+    }
+
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> LocalFuture<'_, Result<()>> {
+        let range = ByteRange::between(offset, offset + crate::units::to_u64(data.len()));
+        Box::pin(async move {
+            self.check_writable()?;
+            let stable = durability == Durability::Stable;
+            self.file.write_all_at(data, offset, stable).await.map_err(|error| self.failed("write", range, error))
+        })
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, durability: Durability) -> LocalFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.check_writable()?;
+            self.zero(range, mode).await?;
+            self.make_durable(durability).await
+        })
+    }
+
+    fn trim(&self, range: ByteRange, durability: Durability) -> LocalFuture<'_, Result<()>> {
+        Box::pin(async move {
+            self.check_writable()?;
+            let range = self.fast_part(range);
+            if !range.is_empty() && self.can_punch.load(Ordering::Relaxed) {
+                self.layout.forget(range);
+                match self.file.punch(range).await {
+                    // "NBD_CMD_TRIM": the server may discard, and need not.
+                    Err(error) if is_unsupported(&error) => self.can_punch.store(false, Ordering::Relaxed),
+                    result => result.map_err(|error| self.failed("trim", range, error))?,
+                }
+            }
+            self.make_durable(durability).await
+        })
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<()>> {
+        Box::pin(async move { if self.writable { self.sync().await } else { Ok(()) } })
+    }
+
+    fn cache(&self, range: ByteRange) -> LocalFuture<'_, Result<()>> {
+        let file = Arc::clone(&self.file);
+        Box::pin(async move {
+            let advise = move || {
+                let length = std::num::NonZeroU64::new(range.length());
+                rustix::fs::fadvise(&*file, range.start(), length, rustix::fs::Advice::WillNeed)
+            };
+            if !range.is_empty()
+                && let Ok(Err(error)) = tokio::task::spawn_blocking(advise).await
+            {
+                tracing::debug!(%error, "cannot read ahead");
+            }
+            Ok(())
+        })
+    }
+
+    fn extents(&self, range: ByteRange, context: Context, limit: usize) -> LocalFuture<'_, Result<Vec<Extent>>> {
+        Box::pin(async move {
+            if context != Context::Allocation {
+                return Err(Error::new(ErrorKind::Invalid, "a real image has no such context"));
+            }
+            let file = Arc::clone(&self.file);
+            let look = tokio::task::spawn_blocking(move || file.spans(range, limit));
+            let spans = look.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+            let spans = spans.map_err(|error| self.failed("look at", range, error))?;
+            let mut extents = Vec::new();
+            for span in spans {
+                let state = if span.is_hole { Allocation::all() } else { Allocation::empty() };
+                push_extent(&mut extents, span.range.length(), u64::from(state.bits()));
+            }
+            if extents.is_empty() {
+                return Err(Error::new(
+                    ErrorKind::Io,
+                    format!("{}: the file was cut short", self.file.path().display()),
+                ));
+            }
+            Ok(extents)
+        })
+    }
+}

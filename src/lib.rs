@@ -7,6 +7,8 @@ pub mod image;
 pub mod nbd;
 pub mod net;
 pub mod ranges;
+pub mod server;
 pub mod telemetry;
 pub mod units;
+pub mod upstream;
 pub mod worker;

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{BufMut, BytesMut};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream, lookup_host};
@@ -69,8 +69,8 @@ impl Stream {
         }
     }
 
-    /// Appends what has arrived to `buffer`, up to its capacity; `Ok(0)` is the end.
-    pub fn try_read_buf(&self, buffer: &mut BytesMut) -> io::Result<usize> {
+    /// Appends what has arrived to `buffer`, up to its room; `Ok(0)` is the end.
+    pub fn try_read_buf(&self, buffer: &mut impl BufMut) -> io::Result<usize> {
         either!(self, socket => socket.try_read_buf(buffer))
     }
 

@@ -21,11 +21,11 @@ type LocalFuture = Pin<Box<dyn Future<Output = ()>>>;
 type Job = Box<dyn FnOnce() -> LocalFuture + Send>;
 
 thread_local! {
-    static INDEX: Cell<usize> = const { Cell::new(0) };
+    static INDEX: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
-/// The number of the worker that this code runs on; 0 on other threads.
-pub fn index() -> usize {
+/// The number of the worker that this code runs on; `None` on other threads.
+pub fn index() -> Option<usize> {
     INDEX.get()
 }
 
@@ -115,7 +115,7 @@ fn start_one(index: usize, preference: disk::Preference) -> io::Result<Worker> {
     // Made here, so that a failure is the caller's; entered by the thread that will own it.
     let (report, started) = std::sync::mpsc::sync_channel(1);
     let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
-        INDEX.set(index);
+        INDEX.set(Some(index));
         match runtime() {
             Ok(runtime) => runtime.block_on(serve(queue, preference, &report)),
             Err(error) => drop(report.send(Err(error))),
@@ -162,7 +162,7 @@ mod tests {
         let (report, reports) = sync_channel(3);
         for wanted in 0..3 {
             let report = report.clone();
-            workers.run_on(wanted, move || async move { report.send(index()).unwrap() }).await;
+            workers.run_on(wanted, move || async move { report.send(index().unwrap()).unwrap() }).await;
         }
         let mut seen: Vec<_> = (0..3).map(|_| reports.recv().unwrap()).collect();
         seen.sort_unstable();
@@ -187,7 +187,7 @@ mod tests {
             let report = report.clone();
             workers
                 .run(move || async move {
-                    report.send(index()).unwrap();
+                    report.send(index().unwrap()).unwrap();
                     std::future::pending::<()>().await;
                 })
                 .await;

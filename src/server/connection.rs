@@ -1,0 +1,139 @@
+//! One connection from its first byte to its last.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use thiserror::Error;
+
+use super::Shared;
+use super::directory::Exports;
+use super::limits::ConnectionBudget;
+use super::outbox::Outbox;
+use super::requests::{Counts, Session};
+use super::transmission::{End, Transmission};
+use crate::clock;
+use crate::export::{Context, SharedExport};
+use crate::nbd::handshake::server::{Negotiated, Progress, ServerHandshake, Violation, context_id};
+use crate::nbd::request::Rules;
+use crate::net::Stream;
+
+/// How long a client that was told of the end may take to close its side. Closing first would make TCP throw away
+/// replies that it has not read yet.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// What a negotiation needs to hold of its input: the longest option that is kept, with its header.
+const HANDSHAKE_INPUT: usize = 4096;
+
+type Chosen = Box<Negotiated<(SharedExport, Vec<Context>)>>;
+
+/// Why a connection never came to its transmission phase.
+#[derive(Debug, Error)]
+enum Failure {
+    #[error("the client said goodbye")]
+    Aborted,
+    #[error("the client closed the connection")]
+    Closed,
+    #[error("the negotiation took too long")]
+    TimedOut,
+    #[error("the client broke the protocol: {0}")]
+    Violation(#[from] Violation),
+    #[error("the connection was lost: {0}")]
+    Lost(#[from] std::io::Error),
+}
+
+/// Serves one client.
+pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
+    let mut input = BytesMut::new();
+    let limit = shared.settings.handshake_timeout;
+    let negotiated = tokio::time::timeout(limit, negotiate(&stream, &mut input, shared)).await;
+    let chosen = match negotiated.unwrap_or(Err(Failure::TimedOut)) {
+        Ok(chosen) => chosen,
+        // Port scanners and monitors do this all day.
+        Err(reason) => return tracing::debug!(peer, %reason, "no client"),
+    };
+    let export = chosen.listing.name.clone();
+    let session = Rc::new(session(*chosen));
+    tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");
+    let began = clock::now();
+    let mut draining = shared.draining.clone();
+    let drain = async move {
+        // It fails only when the server is gone, which is the same to us.
+        let _ = draining.wait_for(|draining| *draining).await;
+    };
+    let budget = ConnectionBudget::new(Arc::clone(&shared.budget));
+    let (stream, end) = Transmission::new(stream, Rc::clone(&session), budget, input, drain).run().await;
+    let Counts { requests, read_bytes, written_bytes, errors } = &session.counts;
+    tracing::info!(
+        peer,
+        export,
+        requests = requests.get(),
+        read_bytes = read_bytes.get(),
+        written_bytes = written_bytes.get(),
+        errors = errors.get(),
+        seconds = began.elapsed().as_secs_f64(),
+        reason = %end,
+        "client left"
+    );
+    if matches!(end, End::Drained) {
+        part_from(&stream).await;
+    }
+}
+
+fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>) -> Session {
+    let Negotiated { export: (export, offered), listing, replies, contexts } = chosen;
+    let contexts: Vec<_> = contexts.into_iter().map(|position| (context_id(position), offered[position])).collect();
+    Session {
+        export,
+        rules: Rules {
+            size: listing.size,
+            flags: listing.flags,
+            minimum_block: listing.block_sizes.minimum,
+            mode: replies,
+            has_contexts: !contexts.is_empty(),
+        },
+        contexts,
+        outbox: Outbox::default(),
+        executing: Cell::new(0),
+        is_broken: Cell::new(false),
+        counts: Counts::default(),
+    }
+}
+
+async fn negotiate(stream: &Stream, input: &mut BytesMut, shared: &Shared) -> Result<Chosen, Failure> {
+    let mut output = BytesMut::new();
+    let mut handshake = ServerHandshake::new(&mut output);
+    loop {
+        let exports = Exports { registry: &shared.registry, draining: *shared.draining.borrow() };
+        let progress = handshake.advance(input, &exports, &mut output)?;
+        stream.write_all(&mut output).await?;
+        match progress {
+            Progress::Continue => {}
+            Progress::Finished(negotiated) => return Ok(negotiated),
+            Progress::Aborted => return Err(Failure::Aborted),
+            Progress::NeedInput => {
+                input.reserve(HANDSHAKE_INPUT);
+                if stream.read_buf(input).await? == 0 {
+                    return Err(Failure::Closed);
+                }
+            }
+        }
+    }
+}
+
+/// Says that nothing more will come and waits, for a short while, until the client has closed too.
+async fn part_from(stream: &Stream) {
+    if stream.shutdown_write().is_err() {
+        return;
+    }
+    let rest = async {
+        let mut ignored = BytesMut::with_capacity(HANDSHAKE_INPUT);
+        while stream.read_buf(&mut ignored).await.is_ok_and(|received| received > 0) {
+            ignored.clear();
+        }
+    };
+    // Whether the client was quick enough is its own affair.
+    let _ = tokio::time::timeout(LINGER, rest).await;
+}

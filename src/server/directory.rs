@@ -1,0 +1,81 @@
+//! Exports as the negotiation presents them.
+
+use crate::export::{Context, Facts, Registry, SharedExport};
+use crate::nbd::Listing;
+use crate::nbd::handshake::server::Directory;
+use crate::nbd::wire::TransmissionFlags;
+
+/// A registry, as seen by one negotiation.
+#[derive(Debug)]
+pub(super) struct Exports<'a> {
+    pub(super) registry: &'a Registry,
+    pub(super) draining: bool,
+}
+
+impl Directory for Exports<'_> {
+    type Export = (SharedExport, Vec<Context>);
+
+    fn find(&self, name: &str) -> Option<(Self::Export, Listing)> {
+        let (name, export) = self.registry.find(name)?;
+        let facts = export.facts();
+        let listing = listing(name, &facts);
+        Some(((export, facts.contexts), listing))
+    }
+
+    fn list(&self) -> Vec<(String, String)> {
+        self.registry.all().into_iter().map(|(name, export)| (name, export.facts().description)).collect()
+    }
+
+    fn is_draining(&self) -> bool {
+        self.draining
+    }
+}
+
+fn listing(name: String, facts: &Facts) -> Listing {
+    Listing {
+        name,
+        description: facts.description.clone(),
+        size: facts.size,
+        flags: flags(facts),
+        block_sizes: facts.block_sizes,
+        contexts: facts.contexts.iter().map(|context| context.name().to_owned()).collect(),
+        facts: facts.to_strings(),
+    }
+}
+
+/// The flags of an export. They depend on nothing but its capabilities, so that the same image has the same flags on
+/// every tier: the kernel's client cannot take new ones when it is redirected.
+fn flags(facts: &Facts) -> TransmissionFlags {
+    let mut flags = TransmissionFlags::HAS_FLAGS
+        | TransmissionFlags::SEND_FLUSH
+        | TransmissionFlags::SEND_FUA
+        | TransmissionFlags::SEND_CACHE;
+    flags.set(TransmissionFlags::READ_ONLY, !facts.writable);
+    flags.set(TransmissionFlags::CAN_MULTI_CONN, facts.is_shared);
+    if facts.writable {
+        flags |= TransmissionFlags::SEND_WRITE_ZEROES;
+        flags.set(TransmissionFlags::SEND_TRIM, facts.can_trim);
+        flags.set(TransmissionFlags::SEND_FAST_ZERO, facts.can_zero_fast);
+    }
+    flags
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_follow_capabilities() {
+        let mut facts = Facts::read_only(1, "");
+        let names = |facts: &Facts| flags(facts).iter_names().map(|(name, _)| name).collect::<Vec<_>>();
+        assert_eq!(names(&facts), ["HAS_FLAGS", "READ_ONLY", "SEND_FLUSH", "SEND_FUA", "CAN_MULTI_CONN", "SEND_CACHE"]);
+        // Without effect on a read-only export.
+        facts.can_trim = true;
+        assert!(!names(&facts).contains(&"SEND_TRIM"));
+        (facts.writable, facts.is_shared) = (true, false);
+        assert_eq!(
+            names(&facts),
+            ["HAS_FLAGS", "SEND_FLUSH", "SEND_FUA", "SEND_TRIM", "SEND_WRITE_ZEROES", "SEND_CACHE"]
+        );
+    }
+}

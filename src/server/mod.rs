@@ -1,0 +1,154 @@
+//! The NBD server: accepts, negotiates, serves.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | this one | accepting, handing connections to workers, draining |
+//! | `directory` | exports as the negotiation presents them |
+//! | `connection` | one connection from its first byte to its last |
+//! | `transmission` | its transmission phase: batches of requests in, batches of replies out |
+//! | `requests` | what a request does that cannot be answered at once |
+//! | `outbox` | replies on their way to the socket |
+//! | `limits` | how much one connection, and all together, may have in flight |
+//!
+//! A connection lives and dies on one worker. All requests that have arrived together are parsed together; what can
+//! be answered without waiting is appended to one buffer and leaves in one system call; what has to wait becomes a
+//! future of that connection. A slow reader stalls itself only: the connection stops taking requests while replies
+//! pile up.
+
+mod connection;
+mod directory;
+mod limits;
+mod outbox;
+mod requests;
+mod transmission;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+
+use crate::export::Registry;
+use crate::net::{Detached, Listener};
+use crate::worker::Workers;
+use limits::SharedBudget;
+
+/// What an operator may set.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Connections at the same time; more wait to be accepted.
+    pub max_connections: usize,
+    /// How long a client may take to negotiate.
+    pub handshake_timeout: Duration,
+    /// Bytes that all connections together may have in flight beyond what each is guaranteed. Worst-case memory of
+    /// the server is this plus 2 MiB for each connection.
+    pub shared_bytes: usize,
+    /// How long a shutdown waits for requests that have been received.
+    pub grace: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            max_connections: 16_384,
+            handshake_timeout: Duration::from_secs(10),
+            shared_bytes: 512 << 20,
+            grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// A running server.
+#[derive(Debug)]
+pub struct Server {
+    shared: Arc<Shared>,
+    workers: Arc<Workers>,
+    slots: Arc<Semaphore>,
+    draining: watch::Sender<bool>,
+    accepting: JoinSet<()>,
+}
+
+/// What all connections share.
+#[derive(Debug)]
+struct Shared {
+    registry: Arc<Registry>,
+    settings: Settings,
+    budget: Arc<SharedBudget>,
+    draining: watch::Receiver<bool>,
+}
+
+impl Server {
+    /// Serves the exports of `registry`, now and as it changes, to whoever connects to `listeners`. Call within the
+    /// `LocalRuntime` that the listeners belong to; connections are served by `workers`.
+    pub fn start(registry: Arc<Registry>, listeners: Vec<Listener>, workers: Arc<Workers>, settings: Settings) -> Self {
+        let (draining, receiver) = watch::channel(false);
+        let slots = Arc::new(Semaphore::new(settings.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
+        let budget = Arc::new(SharedBudget::new(settings.shared_bytes));
+        let shared = Arc::new(Shared { registry, settings, budget, draining: receiver });
+        let mut accepting = JoinSet::new();
+        for listener in listeners {
+            let acceptor =
+                Acceptor { shared: Arc::clone(&shared), workers: Arc::clone(&workers), slots: Arc::clone(&slots) };
+            accepting.spawn_local(acceptor.run(listener));
+        }
+        Self { shared, workers, slots, draining, accepting }
+    }
+
+    /// Stops accepting, answers what has been received, closes all connections. Says whether all of it was done
+    /// within the grace period; what was not is cut off.
+    pub async fn drain(mut self) -> bool {
+        self.accepting.shutdown().await;
+        // Nobody listens if there is no connection.
+        let _ = self.draining.send(true);
+        let all = u32::try_from(self.shared.settings.max_connections.clamp(1, Semaphore::MAX_PERMITS));
+        let idle = self.slots.acquire_many(all.unwrap_or(u32::MAX));
+        let clean = tokio::time::timeout(self.shared.settings.grace, idle).await.is_ok();
+        drop(self.workers);
+        clean
+    }
+}
+
+/// Accepts on one listener.
+struct Acceptor {
+    shared: Arc<Shared>,
+    workers: Arc<Workers>,
+    slots: Arc<Semaphore>,
+}
+
+impl Acceptor {
+    async fn run(self, listener: Listener) {
+        loop {
+            if self.slots.available_permits() == 0 {
+                tracing::warn!(limit = self.shared.settings.max_connections, "too many connections: newcomers wait");
+            }
+            let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { return };
+            match listener.accept().await.and_then(|stream| Ok((stream.peer(), stream.detach()?))) {
+                Ok((peer, socket)) => self.hand_over(peer, socket, slot).await,
+                Err(error) => {
+                    tracing::warn!(%listener, %error, "cannot accept a connection");
+                    pause_if_exhausted(&error).await;
+                }
+            }
+        }
+    }
+
+    async fn hand_over(&self, peer: String, socket: Detached, slot: OwnedSemaphorePermit) {
+        let shared = Arc::clone(&self.shared);
+        let serve = move || async move {
+            let _slot = slot;
+            match socket.attach() {
+                Ok(stream) => connection::serve(stream, peer, &shared).await,
+                Err(error) => tracing::warn!(peer, %error, "cannot take a connection over"),
+            }
+        };
+        self.workers.run(serve).await;
+    }
+}
+
+/// After an error that comes back at once (no descriptors, no memory), waiting is all that helps.
+async fn pause_if_exhausted(error: &io::Error) {
+    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM)) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}

@@ -1,0 +1,335 @@
+//! What a request does that cannot be answered at once.
+//!
+//! Reads are cut into segments, so that no request holds more memory than [`STREAMED`] however long it is. With
+//! structured replies each segment is sent as chunks of its own. A reply that must be one frame (simple replies, DF)
+//! is read whole up to [`WHOLE`] bytes and streamed beyond: then an error in the middle cannot become an error reply
+//! any more, and the connection is closed, or the frame is completed with zeroes and followed by the error, as
+//! "NBD_CMD_READ" has it.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
+
+use super::outbox::{Frame, Outbox};
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::{Context, Piece, SharedExport};
+use crate::nbd::handshake::ReplyMode;
+use crate::nbd::reply::{self, Last, ReplyTo};
+use crate::nbd::request::{Command, Durability, Extents, Fragments, Rules};
+use crate::nbd::{Extent, errno};
+use crate::ranges::ByteRange;
+use crate::units::{KIB, MIB, to_u64, to_usize};
+
+/// The unit of long reads. Fits the second-level cache, so that what is read is still warm when it is sent.
+const SEGMENT: u64 = 256 * KIB;
+/// Segments of one read that are under way together, so that a mirror's misses overlap.
+const WINDOW: usize = 8;
+/// The longest read that is one frame and not streamed.
+const WHOLE: u64 = MIB;
+/// Bytes that a long read holds at most.
+const STREAMED: u64 = SEGMENT * WINDOW as u64;
+/// Extents in one reply to BLOCK_STATUS, per context; the protocol's limit is 32 times this.
+const EXTENTS: usize = 32 << 10;
+/// Room for the extents of a usual reply.
+const STATUS_COST: usize = 64 << 10;
+/// The longest extent that 32 bits can say, in whole blocks.
+const LONGEST_COMPACT: u64 = (1 << 32) - 4096;
+
+static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
+
+/// What all requests of one connection share.
+#[derive(Debug)]
+pub(super) struct Session {
+    pub(super) export: SharedExport,
+    pub(super) rules: Rules,
+    /// Selected metadata contexts with their ids on the wire.
+    pub(super) contexts: Vec<(u32, Context)>,
+    pub(super) outbox: Outbox,
+    /// Bytes that running requests hold.
+    pub(super) executing: Cell<usize>,
+    /// A reply was cut short: nothing that is sent after it can be understood.
+    pub(super) is_broken: Cell<bool>,
+    pub(super) counts: Counts,
+}
+
+/// What a connection has done, for its log line.
+#[derive(Debug, Default)]
+pub(super) struct Counts {
+    pub(super) requests: Cell<u64>,
+    pub(super) read_bytes: Cell<u64>,
+    pub(super) written_bytes: Cell<u64>,
+    pub(super) errors: Cell<u64>,
+}
+
+impl Counts {
+    pub(super) fn add(counter: &Cell<u64>, amount: u64) {
+        counter.set(counter.get() + amount);
+    }
+}
+
+/// Bytes that a request holds, from its start until it is done or dropped.
+#[derive(Debug)]
+pub(super) struct Held {
+    session: Rc<Session>,
+    bytes: usize,
+}
+
+impl Held {
+    pub(super) fn new(session: &Rc<Session>, bytes: usize) -> Self {
+        session.executing.set(session.executing.get() + bytes);
+        Self { session: Rc::clone(session), bytes }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.session.executing.set(self.session.executing.get() - self.bytes);
+    }
+}
+
+/// The most bytes that the request will hold. A write's payload is counted as it arrives.
+pub(super) fn cost(command: &Command) -> usize {
+    match command {
+        Command::Read(range, _) => to_usize(range.length().min(STREAMED)),
+        Command::BlockStatus(..) => STATUS_COST,
+        _ => 0,
+    }
+}
+
+/// Does one request that is neither a write nor a disconnect, and sends its reply.
+pub(super) async fn perform(session: Rc<Session>, to: ReplyTo, command: Command) {
+    let export = &session.export;
+    let result = match command {
+        Command::Read(range, fragments) => return session.read(to, range, fragments).await,
+        Command::BlockStatus(range, extents) => return session.block_status(to, range, extents).await,
+        Command::Flush => export.flush().await,
+        Command::Trim(range, durability) => export.trim(range, durability).await,
+        Command::WriteZeroes(range, mode, durability) => export.write_zeroes(range, mode, durability).await,
+        Command::Cache(range) => export.cache(range).await,
+        Command::Write(..) | Command::Disconnect => return,
+    };
+    session.finish(to, result);
+}
+
+impl Session {
+    fn mode(&self) -> ReplyMode {
+        self.rules.mode
+    }
+
+    /// Sends the reply to anything but a read.
+    pub(super) fn finish(&self, to: ReplyTo, result: Result<()>) {
+        let mut frame = Frame::default();
+        match result {
+            Ok(()) => reply::put_done(frame.header(), self.mode(), to),
+            Err(error) => return self.fail(to, &error, None),
+        }
+        self.outbox.send(frame);
+    }
+
+    /// Sends an error.
+    pub(super) fn fail(&self, to: ReplyTo, error: &Error, at: Option<u64>) {
+        tracing::debug!(errno = errno::name(error.kind()), offset = to.offset, error = %error.chain(), "request failed");
+        Counts::add(&self.counts.errors, 1);
+        // Kernel and qemu turn "shutting down" into an error of the guest's disk; whatever is going down, it is not
+        // this connection.
+        let kind = if error.kind() == ErrorKind::Shutdown { ErrorKind::Io } else { error.kind() };
+        let mut frame = Frame::default();
+        reply::put_error(frame.header(), self.mode(), to, kind, &error.to_string(), at);
+        self.outbox.send(frame);
+    }
+
+    async fn read(&self, to: ReplyTo, range: ByteRange, fragments: Fragments) {
+        Counts::add(&self.counts.read_bytes, range.length());
+        if range.is_empty() {
+            let mut frame = Frame::default();
+            reply::put_read_done(frame.header(), self.mode(), to);
+            self.outbox.send(frame);
+        } else if self.mode().has_chunks() && fragments == Fragments::Allowed {
+            self.read_in_chunks(to, range).await;
+        } else if range.length() <= WHOLE {
+            match self.export.read(range).await {
+                Ok(pieces) => self.send_whole(to, range, pieces),
+                Err(error) => self.fail(to, &error, None),
+            }
+        } else {
+            self.stream_whole(to, range).await;
+        }
+    }
+
+    async fn read_in_chunks(&self, to: ReplyTo, range: ByteRange) {
+        let segments = stream::iter(range.pieces(SEGMENT));
+        let mut reads = segments.map(async |part| (part, self.export.read(part).await)).buffered(WINDOW);
+        while let Some((part, result)) = reads.next().await {
+            let pieces = match result {
+                Ok(pieces) => pieces,
+                // Dropping the other segments gives up their answers only.
+                Err(error) => return self.fail(to, &error, Some(part.start())),
+            };
+            self.outbox.room().await;
+            let mut at = part.start();
+            for piece in pieces {
+                let end = at + piece.length();
+                let last = if end == range.end() { Last::Yes } else { Last::No };
+                self.send_chunk(to, at, piece, last);
+                at = end;
+            }
+        }
+    }
+
+    fn send_chunk(&self, to: ReplyTo, at: u64, piece: Piece, last: Last) {
+        let mut frame = Frame::default();
+        let length = piece.length();
+        match piece {
+            Piece::Data(data) => {
+                reply::put_data_header(frame.header(), self.mode(), to, at, length, last);
+                frame.data(data);
+            }
+            Piece::Hole(_) => {
+                let length = u32::try_from(length).expect("a segment is far shorter than 4 GiB");
+                reply::put_hole(frame.header(), self.mode(), to, at, length, last);
+            }
+        }
+        self.outbox.send(frame);
+    }
+
+    fn send_whole(&self, to: ReplyTo, range: ByteRange, pieces: Vec<Piece>) {
+        let mut frame = Frame::default();
+        reply::put_data_header(frame.header(), self.mode(), to, range.start(), range.length(), Last::Yes);
+        pieces.into_iter().flat_map(spelled_out).for_each(|data| frame.data(data));
+        self.outbox.send(frame);
+    }
+
+    async fn stream_whole(&self, to: ReplyTo, range: ByteRange) {
+        let segments = stream::iter(range.pieces(SEGMENT));
+        let mut reads = segments.map(async |part| (part, self.export.read(part).await)).buffered(WINDOW);
+        // An error in the first segment, which is where most are found, can still be told.
+        let first = match reads.next().await {
+            Some((_, Ok(pieces))) => pieces,
+            Some((_, Err(error))) => return self.fail(to, &error, None),
+            None => return,
+        };
+        let stream = self.outbox.stream().await;
+        // With chunks, an error may come behind the data, so the data is not called the last of the reply.
+        let mut header = bytes::BytesMut::with_capacity(reply::MAX_DATA_HEADER);
+        reply::put_data_header(&mut header, self.mode(), to, range.start(), range.length(), Last::No);
+        stream.send(header.freeze()).await;
+        for data in first.into_iter().flat_map(spelled_out) {
+            stream.send(data).await;
+        }
+        while let Some((part, result)) = reads.next().await {
+            match result {
+                Ok(pieces) => {
+                    for data in pieces.into_iter().flat_map(spelled_out) {
+                        stream.send(data).await;
+                    }
+                }
+                Err(error) if self.mode() == ReplyMode::Simple => {
+                    tracing::warn!(error = %error.chain(), "a long read failed in the middle: closing the connection");
+                    return self.is_broken.set(true);
+                }
+                Err(error) => {
+                    for data in spelled_out(Piece::Hole(range.end() - part.start())) {
+                        stream.send(data).await;
+                    }
+                    drop(stream);
+                    return self.fail(to, &error, Some(part.start()));
+                }
+            }
+        }
+        drop(stream);
+        if self.mode().has_chunks() {
+            let mut frame = Frame::default();
+            reply::put_read_done(frame.header(), self.mode(), to);
+            self.outbox.send(frame);
+        }
+    }
+
+    async fn block_status(&self, to: ReplyTo, range: ByteRange, extents: Extents) {
+        let limit = if extents == Extents::One { 1 } else { EXTENTS };
+        let mut frame = Frame::default();
+        for (index, (id, context)) in self.contexts.iter().enumerate() {
+            let mut found = match self.export.extents(range, *context, limit).await {
+                Ok(found) => found,
+                Err(error) => return self.fail(to, &error, None),
+            };
+            if self.mode() != ReplyMode::Extended {
+                cut_to_32_bits(&mut found);
+            }
+            let last = if index + 1 == self.contexts.len() { Last::Yes } else { Last::No };
+            reply::put_block_status(frame.header(), self.mode(), to, *id, &found, last);
+        }
+        self.outbox.send(frame);
+    }
+}
+
+/// A piece as bytes.
+fn spelled_out(piece: Piece) -> impl Iterator<Item = Bytes> {
+    let (data, zeroes) = match piece {
+        Piece::Data(data) => (Some(data), 0),
+        Piece::Hole(length) => (None, length),
+    };
+    let zeroes = ByteRange::between(0, zeroes).pieces(to_u64(ZEROES.len()));
+    data.into_iter().chain(zeroes.map(|part| Bytes::from_static(&ZEROES).slice(..to_usize(part.length()))))
+}
+
+/// Cuts the list at the first extent that 32 bits cannot say, which may be shorter than it is.
+fn cut_to_32_bits(extents: &mut Vec<Extent>) {
+    if let Some(position) = extents.iter().position(|extent| extent.length > LONGEST_COMPACT) {
+        extents[position].length = LONGEST_COMPACT;
+        extents.truncate(position + 1);
+    }
+}
+
+/// A write whose payload arrives in segments. It is answered when all of them have arrived and are done.
+#[derive(Debug)]
+pub(super) struct WriteJob {
+    session: Rc<Session>,
+    to: ReplyTo,
+    durability: Durability,
+    /// Segments under way, and one for the payload that is still to come.
+    pending: Cell<usize>,
+    failure: RefCell<Option<Error>>,
+}
+
+impl WriteJob {
+    pub(super) fn new(session: &Rc<Session>, to: ReplyTo, durability: Durability) -> Rc<Self> {
+        Rc::new(Self {
+            session: Rc::clone(session),
+            to,
+            durability,
+            pending: Cell::new(1),
+            failure: RefCell::new(None),
+        })
+    }
+
+    /// Writes one segment.
+    pub(super) async fn write(self: Rc<Self>, offset: u64, data: Bytes, held: Held) {
+        Counts::add(&self.session.counts.written_bytes, to_u64(data.len()));
+        let result = self.session.export.write(offset, data, self.durability).await;
+        drop(held);
+        if let Err(error) = result {
+            *self.failure.borrow_mut() = Some(error);
+        }
+        self.one_done();
+    }
+
+    /// Notes that one more segment is under way.
+    pub(super) fn one_more(&self) {
+        self.pending.set(self.pending.get() + 1);
+    }
+
+    /// Notes that a segment, or the payload, is done.
+    pub(super) fn one_done(&self) {
+        self.pending.set(self.pending.get() - 1);
+        if self.pending.get() == 0 {
+            self.session.finish(self.to, self.failure.take().map_or(Ok(()), Err));
+        }
+    }
+}
+
+/// The error for a request that was refused without reaching the export.
+pub(super) fn refusal(kind: ErrorKind, message: &'static str) -> Error {
+    Error::new(kind, message)
+}

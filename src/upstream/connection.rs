@@ -1,0 +1,549 @@
+//! One connection to a server.
+//!
+//! A task of the worker that opened it owns the socket; handles on any worker send it requests. The task ends when
+//! the connection is lost (then every request in flight learns of it by its dropped reply) or when the last handle
+//! is gone (then it says goodbye).
+
+use std::fmt;
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context as TaskContext, Poll};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use thiserror::Error;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Sleep;
+
+use super::{Expectation, OpenError, Stats};
+use crate::clock;
+use crate::error::Error as RequestError;
+use crate::export::facts::NAMESPACE;
+use crate::export::{Context, Facts, ImageId};
+use crate::nbd::client::{Answer, Completion, InFlight, Received, Request};
+use crate::nbd::handshake::ReplyMode;
+use crate::nbd::handshake::client::{Agreed, Ask, ClientHandshake, Outcome, Refusal};
+use crate::nbd::reply::Violation;
+use crate::nbd::uri::Security;
+use crate::nbd::wire::{TransmissionFlags, command};
+use crate::nbd::{Uri, request};
+use crate::net::{Stream, connect};
+use crate::ranges::ByteRange;
+use crate::units::to_u64;
+
+/// Requests in flight on one connection. Servers work on some 16 at a time; more keep the pipe full.
+pub(super) const DEPTH: usize = 64;
+/// Input that is not data is taken in pieces of this size.
+const INPUT: usize = 64 << 10;
+/// Bytes that are received before others on the worker get their turn: some 100 microseconds' worth.
+const TURN: usize = 512 << 10;
+
+/// The contexts that we ask for, in the order of their [`position`].
+const CONTEXTS: [Context; 2] = [Context::Allocation, Context::Residency];
+
+/// The number that stands for a context in answers, whatever its id on the wire.
+pub(super) fn position(context: Context) -> u32 {
+    match context {
+        Context::Allocation => 0,
+        Context::Residency => 1,
+    }
+}
+
+/// Why a server cannot be used.
+#[derive(Debug, Error)]
+pub enum OpenFailure {
+    /// It cannot be reached, or was lost while negotiating.
+    #[error("cannot connect: {0}")]
+    Connect(#[from] io::Error),
+    /// It took too long.
+    #[error("no answer in time")]
+    TimedOut,
+    /// It closed the connection while negotiating.
+    #[error("it closed the connection during the negotiation")]
+    Closed,
+    /// It would not.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The URI asks for TLS.
+    #[error("TLS is not supported yet")]
+    TlsNotSupported,
+    /// Its export has another size.
+    #[error("its export has {found} bytes, and this image has {expected}")]
+    OtherSize {
+        /// Bytes there.
+        found: u64,
+        /// Bytes here.
+        expected: u64,
+    },
+    /// Its export is another image.
+    #[error("its export holds {found}, and this image is {expected}")]
+    OtherImage {
+        /// The image there.
+        found: ImageId,
+        /// The image here.
+        expected: ImageId,
+    },
+    /// Its bytes come from us.
+    #[error("it gets its bytes from this very mirror: a loop")]
+    Loop,
+}
+
+impl OpenFailure {
+    /// Whether the server answered, and is not what it should be.
+    pub const fn is_final(&self) -> bool {
+        match self {
+            Self::Connect(_) | Self::TimedOut | Self::Closed | Self::Refused(Refusal::Shutdown) => false,
+            Self::Refused(_)
+            | Self::TlsNotSupported
+            | Self::OtherSize { .. }
+            | Self::OtherImage { .. }
+            | Self::Loop => true,
+        }
+    }
+}
+
+/// What the agreement says of the export.
+pub(super) fn facts(agreed: &Agreed) -> Facts {
+    let has = |flag| agreed.flags.contains(flag);
+    let writable = !has(TransmissionFlags::READ_ONLY);
+    let selected = |context: &Context| agreed.contexts.iter().any(|(_, name)| name == context.name());
+    let mut facts = Facts {
+        writable,
+        can_trim: writable && has(TransmissionFlags::SEND_TRIM),
+        can_zero_fast: writable && has(TransmissionFlags::SEND_FAST_ZERO),
+        is_shared: has(TransmissionFlags::CAN_MULTI_CONN),
+        block_sizes: agreed.block_sizes,
+        contexts: CONTEXTS.into_iter().filter(selected).collect(),
+        ..Facts::read_only(agreed.size, agreed.description.clone().unwrap_or_default())
+    };
+    facts.learn(&agreed.facts);
+    facts
+}
+
+/// Holds a server against what it must be.
+fn check(agreed: &Agreed, expectation: &Expectation) -> Result<(), OpenFailure> {
+    let facts = facts(agreed);
+    if let Some(expected) = expectation.size
+        && facts.size != expected
+    {
+        return Err(OpenFailure::OtherSize { found: facts.size, expected });
+    }
+    if let (Some(expected), Some(found)) = (expectation.identity, facts.identity)
+        && found != expected
+    {
+        return Err(OpenFailure::OtherImage { found, expected });
+    }
+    if expectation.not_through.is_some_and(|node| facts.path.contains(&node)) {
+        return Err(OpenFailure::Loop);
+    }
+    Ok(())
+}
+
+/// Opens a connection and negotiates, within `limit`.
+async fn open(uri: &Uri, ask: Ask, limit: Duration) -> Result<(Stream, BytesMut, Outcome), OpenFailure> {
+    if uri.security == Security::Tls {
+        return Err(OpenFailure::TlsNotSupported);
+    }
+    let attempt = async {
+        let stream = connect(&uri.address).await?;
+        let mut handshake = ClientHandshake::new(ask);
+        let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
+        loop {
+            let outcome = handshake.advance(&mut input, &mut output);
+            // Also what is said before a refusal: it may be the goodbye.
+            stream.write_all(&mut output).await?;
+            if let Some(outcome) = outcome? {
+                return Ok((stream, input, outcome));
+            }
+            input.reserve(INPUT);
+            if stream.read_buf(&mut input).await? == 0 {
+                return Err(OpenFailure::Closed);
+            }
+        }
+    };
+    tokio::time::timeout(limit, attempt).await.unwrap_or(Err(OpenFailure::TimedOut))
+}
+
+/// The names and descriptions of a server's exports.
+pub async fn list(uri: &Uri, limit: Duration) -> Result<Vec<(String, String)>, OpenFailure> {
+    match open(uri, Ask::List, limit).await?.2 {
+        Outcome::Listed(exports) => Ok(exports),
+        Outcome::Opened(_) => Ok(Vec::new()),
+    }
+}
+
+async fn open_export(
+    uri: &Uri,
+    expectation: &Expectation,
+    limit: Duration,
+) -> Result<(Stream, BytesMut, Agreed), OpenFailure> {
+    let ask = Ask::Open {
+        export: uri.export.clone(),
+        contexts: CONTEXTS.iter().map(|context| context.name().to_owned()).collect(),
+        facts: Some(NAMESPACE.to_owned()),
+    };
+    match open(uri, ask, limit).await? {
+        (stream, input, Outcome::Opened(agreed)) => {
+            check(&agreed, expectation)?;
+            Ok((stream, input, agreed))
+        }
+        (_, _, Outcome::Listed(_)) => Err(OpenFailure::Closed),
+    }
+}
+
+/// Finds the first server that can be used, says goodbye, and tells what it offers.
+pub(super) async fn probe_any(uris: &[Uri], expectation: &Expectation, limit: Duration) -> Result<Agreed, OpenError> {
+    let mut failures = Vec::new();
+    for uri in uris {
+        match open_export(uri, expectation, limit).await {
+            Ok((stream, _, agreed)) => {
+                let mut output = BytesMut::new();
+                put_disconnect(&mut output, agreed.replies);
+                // A server that hangs up first has been told what we wanted to tell it.
+                let _ = stream.write_all(&mut output).await;
+                return Ok(agreed);
+            }
+            Err(failure) => failures.push((uri.clone(), failure)),
+        }
+    }
+    Err(OpenError { failures })
+}
+
+fn put_disconnect(output: &mut BytesMut, mode: ReplyMode) {
+    let header = request::Header { flags: 0, command: command::DISC, cookie: 0, offset: 0, length: 0 };
+    request::encode(output, mode, header);
+}
+
+/// A request on its way to a connection's task.
+struct Job {
+    request: Request,
+    data: Bytes,
+    reply: oneshot::Sender<Result<Answer, RequestError>>,
+}
+
+/// A way to send requests over one connection, from any worker.
+#[derive(Clone)]
+pub(super) struct Handle {
+    jobs: mpsc::Sender<Job>,
+    in_flight: Arc<AtomicUsize>,
+    /// The worker that the connection lives on.
+    pub(super) worker: Option<usize>,
+    pub(super) agreed: Arc<Agreed>,
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").field("worker", &self.worker).field("in_flight", &self.in_flight()).finish()
+    }
+}
+
+/// Counts a request while its caller waits.
+struct InFlightGuard<'a>(&'a AtomicUsize);
+
+impl Drop for InFlightGuard<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Handle {
+    pub(super) fn is_alive(&self) -> bool {
+        !self.jobs.is_closed()
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Sends a request and waits for its reply; `None` when the connection is lost before.
+    ///
+    /// Cancel safety: the reply is thrown away when it comes.
+    pub(super) async fn ask(&self, request: Request, data: Bytes) -> Option<Result<Answer, RequestError>> {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let _counted = InFlightGuard(&self.in_flight);
+        let (reply, answer) = oneshot::channel();
+        self.jobs.send(Job { request, data, reply }).await.ok()?;
+        answer.await.ok()
+    }
+}
+
+/// Opens a connection that lives on this worker. `ended` is called with the reason when it is lost.
+pub(super) async fn start(
+    uri: &Uri,
+    expectation: &Expectation,
+    limit: Duration,
+    stall: Duration,
+    stats: Arc<super::pool::SharedStats>,
+    ended: impl FnOnce(String) + 'static,
+) -> Result<Handle, OpenFailure> {
+    let (stream, input, agreed) = open_export(uri, expectation, limit).await?;
+    let (jobs, queue) = mpsc::channel(DEPTH);
+    let agreed = Arc::new(agreed);
+    let handle =
+        Handle { jobs, in_flight: Arc::default(), worker: crate::worker::index(), agreed: Arc::clone(&agreed) };
+    let driver = Driver {
+        in_flight: InFlight::new(agreed.replies),
+        stream,
+        agreed,
+        queue,
+        is_closing: false,
+        input,
+        output: Output::default(),
+        stall: Stall::new(stall),
+        stats,
+    };
+    tokio::task::spawn_local(async move {
+        if let Err(reason) = driver.run().await {
+            ended(reason.to_string());
+        }
+    });
+    Ok(handle)
+}
+
+/// Why a connection was lost.
+#[derive(Debug, Error)]
+enum Lost {
+    #[error("the connection failed: {0}")]
+    Io(#[from] io::Error),
+    #[error("the server closed the connection")]
+    Closed,
+    #[error("the server broke the protocol: {0}")]
+    Violation(#[from] Violation),
+    #[error("the server has not answered for {0} s")]
+    Stalled(u64),
+}
+
+/// The task that owns a connection.
+struct Driver {
+    stream: Stream,
+    agreed: Arc<Agreed>,
+    queue: mpsc::Receiver<Job>,
+    /// No handle is left.
+    is_closing: bool,
+    in_flight: InFlight<oneshot::Sender<Result<Answer, RequestError>>>,
+    input: BytesMut,
+    output: Output,
+    stall: Stall,
+    stats: Arc<super::pool::SharedStats>,
+}
+
+/// What is to be sent: requests, and the payloads of writes as they are.
+#[derive(Default)]
+struct Output {
+    parts: std::collections::VecDeque<Bytes>,
+    tail: BytesMut,
+}
+
+impl Output {
+    fn push(&mut self, data: Bytes) {
+        if !data.is_empty() {
+            self.parts.push_back(self.tail.split().freeze());
+            self.parts.push_back(data);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.parts.is_empty() && self.tail.is_empty()
+    }
+
+    fn flush(&mut self, stream: &Stream) -> io::Result<()> {
+        while !self.is_empty() {
+            let part = self.parts.front().map_or(&self.tail[..], |part| &part[..]);
+            let second = if self.parts.len() > 1 { &self.parts[1][..] } else { &[] };
+            match stream.try_write_vectored(&[IoSlice::new(part), IoSlice::new(second)]) {
+                Ok(sent) => self.advance(sent),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, mut sent: usize) {
+        use bytes::Buf;
+        while let Some(part) = self.parts.front_mut() {
+            if part.len() > sent {
+                return part.advance(sent);
+            }
+            sent -= part.len();
+            self.parts.pop_front();
+        }
+        self.tail.advance(sent);
+    }
+}
+
+/// Notices that nothing comes although something should.
+struct Stall {
+    limit: Duration,
+    last: Instant,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Stall {
+    fn new(limit: Duration) -> Self {
+        Self { limit, last: clock::now(), timer: Box::pin(tokio::time::sleep(limit)) }
+    }
+
+    fn progress(&mut self) {
+        self.last = clock::now();
+    }
+
+    /// Ready once nothing has come for the whole limit. The timer is set anew only when it fires.
+    fn poll(&mut self, context: &mut TaskContext<'_>) -> Poll<()> {
+        while self.timer.as_mut().poll(context).is_ready() {
+            let end = self.last + self.limit;
+            if clock::now() >= end {
+                return Poll::Ready(());
+            }
+            self.timer.as_mut().reset(end.into());
+        }
+        Poll::Pending
+    }
+}
+
+enum Event {
+    Job(Job),
+    Readable,
+    Writable,
+    NoHandles,
+    Stalled,
+}
+
+impl Driver {
+    /// Serves until there is nobody to serve.
+    async fn run(mut self) -> Result<(), Lost> {
+        loop {
+            self.output.flush(&self.stream)?;
+            if self.is_closing && self.in_flight.is_empty() {
+                return self.say_goodbye().await;
+            }
+            match poll_fn(|context| self.poll_event(context)).await {
+                Event::Job(job) => {
+                    self.submit(job);
+                    // Whatever else is waiting leaves by the same send.
+                    while self.in_flight.len() < DEPTH {
+                        let Ok(job) = self.queue.try_recv() else { break };
+                        self.submit(job);
+                    }
+                }
+                Event::Readable => {
+                    if self.receive()? {
+                        // More is there; hits on this worker must not wait for all of it.
+                        tokio::task::yield_now().await;
+                    }
+                }
+                Event::Writable => {}
+                Event::NoHandles => self.is_closing = true,
+                Event::Stalled => return Err(Lost::Stalled(self.stall.limit.as_secs())),
+            }
+        }
+    }
+
+    fn poll_event(&mut self, context: &mut TaskContext<'_>) -> Poll<Event> {
+        if self.stream.poll_readable(context).is_ready() {
+            return Poll::Ready(Event::Readable);
+        }
+        if !self.is_closing && self.in_flight.len() < DEPTH {
+            match self.queue.poll_recv(context) {
+                Poll::Ready(Some(job)) => return Poll::Ready(Event::Job(job)),
+                Poll::Ready(None) => return Poll::Ready(Event::NoHandles),
+                Poll::Pending => {}
+            }
+        }
+        if !self.output.is_empty() && self.stream.poll_writable(context).is_ready() {
+            return Poll::Ready(Event::Writable);
+        }
+        if !self.in_flight.is_empty() && self.stall.poll(context).is_ready() {
+            return Poll::Ready(Event::Stalled);
+        }
+        Poll::Pending
+    }
+
+    fn submit(&mut self, job: Job) {
+        if self.in_flight.is_empty() {
+            self.stall.progress();
+        }
+        // Whoever asked may have gone meanwhile.
+        if job.reply.is_closed() {
+            return;
+        }
+        self.in_flight.submit(job.request, job.reply, &mut self.output.tail);
+        self.output.push(job.data);
+    }
+
+    /// Takes what has arrived, up to a turn's worth. `true`: there may be more.
+    fn receive(&mut self) -> Result<bool, Lost> {
+        let mut taken = 0;
+        while taken < TURN {
+            let straight = self.input.is_empty() && self.in_flight.data_target().is_some();
+            let received = if straight {
+                let target = self.in_flight.data_target().unwrap_or_default();
+                self.stream.try_read(target)
+            } else {
+                self.input.reserve(INPUT);
+                self.stream.try_read_buf(&mut self.input)
+            };
+            match received {
+                Ok(0) => return Err(Lost::Closed),
+                Ok(count) => {
+                    taken += count;
+                    self.stall.progress();
+                    if straight && let Some(completion) = self.in_flight.filled(count)? {
+                        self.complete(completion);
+                    }
+                    self.take_replies()?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(true)
+    }
+
+    fn take_replies(&mut self) -> Result<(), Lost> {
+        loop {
+            match self.in_flight.receive(&mut self.input)? {
+                Received::NeedInput => return Ok(()),
+                Received::Progress => {}
+                Received::Reply(completion) => self.complete(completion),
+            }
+        }
+    }
+
+    fn complete(&self, completion: Completion<oneshot::Sender<Result<Answer, RequestError>>>) {
+        let Completion { tag, result } = completion;
+        let result = result.map(|answer| self.translate(answer));
+        let stats: &Stats = &self.stats;
+        stats.requests.add(1);
+        if let Ok(Answer::Data { bytes, holes }) = &result {
+            let empty: u64 = holes.iter().map(|hole: &ByteRange| hole.length()).sum();
+            stats.received_bytes.add(to_u64(bytes.len()) - empty);
+        }
+        // Whoever asked may have gone meanwhile.
+        let _ = tag.send(result);
+    }
+
+    /// Replaces the context ids of this connection by positions that hold for all.
+    fn translate(&self, answer: Answer) -> Answer {
+        let Answer::Status(contexts) = answer else { return answer };
+        let known = contexts.into_iter().filter_map(|(id, extents)| {
+            let (_, name) = self.agreed.contexts.iter().find(|(known, _)| *known == id)?;
+            let context = CONTEXTS.into_iter().find(|context| context.name() == name)?;
+            Some((position(context), extents))
+        });
+        Answer::Status(known.collect())
+    }
+
+    async fn say_goodbye(mut self) -> Result<(), Lost> {
+        put_disconnect(&mut self.output.tail, self.agreed.replies);
+        let mut last = BytesMut::new();
+        self.output.parts.iter().for_each(|part| last.extend_from_slice(part));
+        last.extend_from_slice(&self.output.tail);
+        // The server may be gone already, and nobody waits for it any more.
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.stream.write_all(&mut last)).await;
+        Ok(())
+    }
+}

@@ -1,0 +1,247 @@
+//! The connections to one export on several servers.
+//!
+//! Each worker prefers connections of its own, so that requests do not cross threads. The first request opens the
+//! first connection; more are opened in the background, by workers that have none and while requests overlap, up to
+//! the limit and only if the server says that its connections see one view (multi-conn). One server is current. When it cannot be used the next in the list becomes current, in a circle, and stays so until it fails.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::Mutex as AsyncMutex;
+use tokio::time::Instant;
+
+use super::connection::{self, Handle, OpenFailure};
+use super::{Expectation, Settings, Stats};
+use crate::error::Error;
+use crate::export::Facts;
+use crate::nbd::Uri;
+use crate::nbd::client::{Answer, Request};
+use crate::nbd::wire::TransmissionFlags;
+
+/// After a failure of all servers, the next attempt waits this long; doubled each time up to the limit.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// A connection is joined by another one when it has more requests than this in flight.
+const BUSY: usize = 1;
+/// After a further connection was refused, none is tried for this long.
+const NO_MORE_FOR: Duration = Duration::from_secs(30);
+
+/// Statistics that connections outliving the pool may still add to.
+pub(super) type SharedStats = Stats;
+
+/// How an attempt failed.
+#[derive(Debug)]
+pub(super) enum Attempt {
+    /// The connection, or the attempt to have one.
+    Lost(String),
+    /// The server answered with an error.
+    Refused(Error),
+}
+
+/// Connections, and which server is current.
+#[derive(Debug)]
+pub(super) struct Pool {
+    uris: Vec<Uri>,
+    settings: Settings,
+    pub(super) stats: Arc<SharedStats>,
+    facts: Arc<RwLock<Facts>>,
+    /// Never held across an await.
+    state: Mutex<State>,
+    /// Held while the first connection is opened, so that requests that come together wait for one attempt instead
+    /// of each making its own.
+    opening: AsyncMutex<()>,
+}
+
+#[derive(Debug)]
+struct State {
+    expectation: Expectation,
+    current: usize,
+    handles: Vec<Handle>,
+    /// Consecutive failures of all servers; the last one's time and text, if it was the last thing that happened.
+    failures: u32,
+    failed: Option<(Instant, String)>,
+    /// Whether a further connection is being opened, and when none may be before.
+    is_growing: bool,
+    no_more_before: Option<Instant>,
+}
+
+impl Pool {
+    pub(super) fn new(uris: Vec<Uri>, expectation: Expectation, settings: Settings, facts: Arc<RwLock<Facts>>) -> Self {
+        let state = State {
+            expectation,
+            current: 0,
+            handles: Vec::new(),
+            failures: 0,
+            failed: None,
+            is_growing: false,
+            no_more_before: None,
+        };
+        Self { uris, settings, stats: Arc::default(), facts, state: Mutex::new(state), opening: AsyncMutex::new(()) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn expect(&self, change: impl FnOnce(&mut Expectation)) {
+        change(&mut self.state().expectation);
+    }
+
+    pub(super) fn current(&self) -> Uri {
+        self.uris[self.state().current].clone()
+    }
+
+    pub(super) fn is_reachable(&self) -> bool {
+        self.state().failures == 0
+    }
+
+    /// Tries a request once, on one connection.
+    pub(super) async fn attempt(pool: &Arc<Self>, request: Request, data: Bytes) -> Result<Answer, Attempt> {
+        let handle = Self::handle(pool).await.map_err(Attempt::Lost)?;
+        match handle.ask(request, data).await {
+            Some(result) => result.map_err(Attempt::Refused),
+            None => Err(Attempt::Lost(format!("the connection to {} was lost", pool.current()))),
+        }
+    }
+
+    /// Whether there is more than one server.
+    pub(super) fn has_alternatives(&self) -> bool {
+        self.uris.len() > 1
+    }
+
+    /// After an error of the current server, turns to the next one, or to new connections if there is no other.
+    pub(super) fn fail_over(&self, error: &Error) {
+        let mut state = self.state();
+        let from = &self.uris[state.current];
+        state.current = (state.current + 1) % self.uris.len();
+        tracing::warn!(%from, to = %self.uris[state.current], error = %error.chain(), "turning to another server");
+        // Requests in flight on the old connections end there; the connections close after the last of them.
+        state.handles.clear();
+    }
+
+    /// Waits before the attempt that follows `tries` others: as long as all servers have failed, or a little after
+    /// the second failure of the request itself.
+    pub(super) async fn pause(&self, tries: u32) {
+        let until = {
+            let state = self.state();
+            match &state.failed {
+                Some((at, _)) => *at + backoff(state.failures),
+                None if tries > 1 => Instant::now() + backoff(tries - 1),
+                None => return,
+            }
+        };
+        tokio::time::sleep_until(until).await;
+    }
+
+    /// A connection for this worker.
+    async fn handle(pool: &Arc<Self>) -> Result<Handle, String> {
+        if let Some(handle) = Self::ready(pool) {
+            return Ok(handle);
+        }
+        let began = Instant::now();
+        let _opening = pool.opening.lock().await;
+        // Somebody may have opened one, or failed to, while we waited.
+        if let Some(handle) = Self::ready(pool) {
+            return Ok(handle);
+        }
+        if let Some((at, reason)) = &pool.state().failed
+            && *at >= began
+        {
+            return Err(reason.clone());
+        }
+        Self::open(pool).await
+    }
+
+    /// The connection with least to do: of this worker, or of another as long as this one has none.
+    fn ready(pool: &Arc<Self>) -> Option<Handle> {
+        let mut state = pool.state();
+        state.handles.retain(Handle::is_alive);
+        let here = crate::worker::index();
+        let least = state.handles.iter().min_by_key(|handle| (handle.worker != here, handle.in_flight())).cloned()?;
+        let wanted = least.worker != here || least.in_flight() > BUSY;
+        if wanted && !state.is_growing && pool.may_grow(&state) {
+            state.is_growing = true;
+            drop(state);
+            tokio::task::spawn_local(Self::grow(Arc::clone(pool)));
+        }
+        Some(least)
+    }
+
+    fn may_grow(&self, state: &State) -> bool {
+        let Some(first) = state.handles.first() else { return false };
+        first.agreed.flags.contains(TransmissionFlags::CAN_MULTI_CONN)
+            && state.handles.len() < self.settings.connections
+            && state.no_more_before.is_none_or(|time| Instant::now() >= time)
+    }
+
+    /// Opens a further connection to the current server.
+    async fn grow(pool: Arc<Self>) {
+        let current = pool.state().current;
+        let result = Self::open_at(&pool, current).await;
+        let mut state = pool.state();
+        state.is_growing = false;
+        match result {
+            // Another server may have become current meanwhile; then this one is not wanted.
+            Ok(handle) if state.current == current => state.handles.push(handle),
+            Ok(_) => {}
+            Err(error) => {
+                tracing::debug!(uri = %pool.uris[current], %error, "no further connection");
+                state.no_more_before = Some(Instant::now() + NO_MORE_FOR);
+            }
+        }
+    }
+
+    /// Opens a connection to the current server, or to the next that can be used.
+    async fn open(pool: &Arc<Self>) -> Result<Handle, String> {
+        let mut reasons = Vec::new();
+        let first = pool.state().current;
+        for index in (0..pool.uris.len()).map(|step| (first + step) % pool.uris.len()) {
+            let uri = &pool.uris[index];
+            match Self::open_at(pool, index).await {
+                Ok(handle) => {
+                    let mut state = pool.state();
+                    if index != state.current || state.failures > 0 {
+                        tracing::info!(%uri, "connected to the upstream");
+                    }
+                    (state.current, state.failures, state.failed) = (index, 0, None);
+                    state.handles.push(handle.clone());
+                    return Ok(handle);
+                }
+                Err(failure) => reasons.push(format!("{uri}: {failure}")),
+            }
+        }
+        let reason = reasons.join("; ");
+        let mut state = pool.state();
+        // The first failure and every change of it; not each repetition.
+        if state.failed.as_ref().is_none_or(|(_, last)| *last != reason) {
+            tracing::warn!(reason, "no upstream can be used: waiting for one");
+        }
+        state.failures = state.failures.saturating_add(1);
+        state.failed = Some((Instant::now(), reason.clone()));
+        Err(reason)
+    }
+
+    async fn open_at(pool: &Arc<Self>, index: usize) -> Result<Handle, OpenFailure> {
+        let uri = pool.uris[index].clone();
+        let expectation = pool.state().expectation;
+        let Settings { connect_timeout, stall_timeout, .. } = pool.settings;
+        let stats = Arc::clone(&pool.stats);
+        let lost_uri = uri.clone();
+        let ended = move |reason: String| tracing::warn!(uri = %lost_uri, reason, "lost a connection to the upstream");
+        let handle = connection::start(&uri, &expectation, connect_timeout, stall_timeout, stats, ended).await?;
+        pool.stats.connections.add(1);
+        *pool.facts.write().unwrap_or_else(PoisonError::into_inner) = connection::facts(&handle.agreed);
+        Ok(handle)
+    }
+}
+
+/// Doubles with each failure, up to the limit, and is spread by a quarter so that many clients of a server that
+/// comes back do not all come at once.
+fn backoff(failures: u32) -> Duration {
+    let pause = FIRST_PAUSE.saturating_mul(1 << failures.saturating_sub(1).min(10)).min(LONGEST_PAUSE);
+    let mut byte = [0u8];
+    // Without randomness there is no spreading, and nothing else is lost.
+    let _ = rustix::rand::getrandom(&mut byte, rustix::rand::GetRandomFlags::NONBLOCK);
+    pause.mul_f32(1.0 - f32::from(byte[0]) / 1024.0)
+}

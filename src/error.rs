@@ -15,6 +15,8 @@ pub enum ErrorKind {
     Permission,
     /// Bytes could not be moved: another try, or another source, may help.
     Io,
+    /// Nobody who has the bytes could be reached in time: try again later.
+    Unavailable,
     /// Memory was short: try again later.
     NoMemory,
     /// The request makes no sense: fix the caller.

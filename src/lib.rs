@@ -4,6 +4,7 @@ pub mod disk;
 pub mod error;
 pub mod export;
 pub mod image;
+pub mod mirror;
 pub mod nbd;
 pub mod net;
 pub mod ranges;

@@ -6,7 +6,8 @@ use crate::error::ErrorKind;
 pub const fn to_wire(kind: ErrorKind) -> u32 {
     match kind {
         ErrorKind::Permission => 1,
-        ErrorKind::Io => 5,
+        // NBD has no word for "not reachable": for a client both are errors of the disk.
+        ErrorKind::Io | ErrorKind::Unavailable => 5,
         ErrorKind::NoMemory => 12,
         ErrorKind::Invalid => 22,
         ErrorKind::NoSpace => 28,
@@ -36,7 +37,7 @@ pub const fn from_wire(number: u32) -> Option<ErrorKind> {
 pub const fn name(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::Permission => "EPERM",
-        ErrorKind::Io => "EIO",
+        ErrorKind::Io | ErrorKind::Unavailable => "EIO",
         ErrorKind::NoMemory => "ENOMEM",
         ErrorKind::Invalid => "EINVAL",
         ErrorKind::NoSpace => "ENOSPC",
@@ -66,6 +67,11 @@ mod tests {
             assert_eq!(from_wire(number), Some(kind));
             assert_eq!(name(kind), text);
         }
+    }
+
+    #[test]
+    fn what_cannot_be_reached_is_an_error_of_the_disk() {
+        assert_eq!((to_wire(ErrorKind::Unavailable), name(ErrorKind::Unavailable)), (5, "EIO"));
     }
 
     #[test]

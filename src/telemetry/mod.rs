@@ -6,6 +6,8 @@
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tracing::level_filters::LevelFilter;
 
@@ -55,5 +57,48 @@ impl Counter {
 impl fmt::Debug for Counter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.value().fmt(f)
+    }
+}
+
+/// Lets one message through, then none of its kind for a while.
+#[derive(Debug)]
+pub struct Seldom {
+    every: Duration,
+    /// When the last one went through, and how many were held back since.
+    last: Mutex<(Option<Instant>, u64)>,
+}
+
+impl Seldom {
+    /// At most one message in each period of this length.
+    pub const fn new(every: Duration) -> Self {
+        Self { every, last: Mutex::new((None, 0)) }
+    }
+
+    /// Whether to say it now; if so, how many were held back before.
+    pub fn now(&self, now: Instant) -> Option<u64> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.0.is_some_and(|time| now.saturating_duration_since(time) < self.every) {
+            last.1 += 1;
+            return None;
+        }
+        last.0 = Some(now);
+        Some(std::mem::take(&mut last.1))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn seldom_lets_one_through_and_counts_the_rest() {
+        let seldom = Seldom::new(Duration::from_secs(10));
+        let start = crate::clock::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(seldom.now(at(0)), Some(0));
+        assert_eq!(seldom.now(at(5)), None);
+        assert_eq!(seldom.now(at(9)), None);
+        assert_eq!(seldom.now(at(10)), Some(2));
+        assert_eq!(seldom.now(at(11)), None);
     }
 }

@@ -183,7 +183,7 @@ impl Remote {
         let seconds = self.patience.as_secs_f32();
         let uri = self.pool.current();
         let reason = last.map_or_else(String::new, |reason| format!(": {reason}"));
-        Error::new(ErrorKind::Io, format!("no answer from {uri} in {seconds} s{reason}"))
+        Error::new(ErrorKind::Unavailable, format!("no answer from {uri} in {seconds} s{reason}"))
     }
 
     fn facts_now(&self) -> Facts {

@@ -1,0 +1,496 @@
+//! From a claimed chunk to a stored one.
+//!
+//! Claims of one turn of a worker gather in a queue; a task that runs after everybody else's turn sorts them, joins
+//! neighbours into runs and sends each run upstream as one request. That is how the misses of a whole batch of
+//! requests, and of several clients, travel together without anybody waiting for more to come.
+//!
+//! A run is under way until its bytes are in the data file or have been refused there; so long it counts against a
+//! [`BUDGET`], which bounds the memory of all runs together. Chunks that are here and only have to be checked have
+//! queues and a budget of their own, because a hit must not wait for misses.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::future::join_all;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::Inner;
+use super::chunks::{Chunk, Geometry, State, checksum, is_zero};
+use super::flight::{ChunkData, Flight};
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::Piece;
+use crate::ranges::ByteRange;
+use crate::units::{MIB, to_u64, to_usize};
+
+/// Bytes of all runs with one need that are under way together.
+const BUDGET: u64 = 128 * MIB;
+/// The longest run: enough to make the round trip small beside the transfer, and short enough not to delay others.
+const LONGEST_RUN: u64 = MIB;
+/// The budget is counted in the smallest chunks.
+const PERMIT: u64 = 4096;
+/// Queues; workers with numbers beyond share them.
+const QUEUES: usize = 64;
+
+/// What has to be done to a claimed chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Need {
+    /// Its bytes are not here.
+    Fetch,
+    /// Its bytes are in the data file and must be held against their checksum.
+    Verify,
+}
+
+/// A chunk that somebody has claimed and nobody works on yet.
+#[derive(Debug)]
+pub(super) struct Claim {
+    pub(super) chunk: Chunk,
+    pub(super) flight: Arc<Flight>,
+}
+
+/// Claims on their way to being worked on.
+#[derive(Debug)]
+pub(super) struct Queues {
+    fetch: Lane,
+    verify: Lane,
+}
+
+/// Claims with one need.
+#[derive(Debug)]
+struct Lane {
+    queues: Box<[Mutex<Queue>]>,
+    budget: Arc<Semaphore>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    claims: Vec<Claim>,
+    /// Whether a task has been started that will take them.
+    is_attended: bool,
+}
+
+impl Queues {
+    pub(super) fn new() -> Self {
+        Self { fetch: Lane::new(), verify: Lane::new() }
+    }
+
+    const fn lane(&self, need: Need) -> &Lane {
+        match need {
+            Need::Fetch => &self.fetch,
+            Need::Verify => &self.verify,
+        }
+    }
+}
+
+impl Lane {
+    fn new() -> Self {
+        let permits = to_usize(BUDGET / PERMIT);
+        Self { queues: (0..QUEUES).map(|_| Mutex::default()).collect(), budget: Arc::new(Semaphore::new(permits)) }
+    }
+
+    /// Never held across an await.
+    fn with_queue<T>(&self, number: usize, act: impl FnOnce(&mut Queue) -> T) -> T {
+        act(&mut self.queues[number].lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Neighbouring chunks with the same need.
+#[derive(Debug)]
+struct Run {
+    claims: Vec<Claim>,
+    /// Given back when the run is over.
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Inner {
+    /// Has claimed chunks, all with the same need, worked on by this worker.
+    pub(super) fn start(self: &Arc<Self>, need: Need, claims: Vec<Claim>) {
+        if claims.is_empty() {
+            return;
+        }
+        let number = crate::worker::index().unwrap_or(0) % QUEUES;
+        let attended = self.queues.lane(need).with_queue(number, |queue| {
+            queue.claims.extend(claims);
+            std::mem::replace(&mut queue.is_attended, true)
+        });
+        if !attended {
+            tokio::task::spawn_local(Arc::clone(self).attend(need, number));
+        }
+    }
+
+    /// Waits until nothing is being fetched: what came over has been written to the data file or refused there.
+    pub(super) async fn stored(&self) {
+        let all = u32::try_from(BUDGET / PERMIT).unwrap_or(u32::MAX);
+        // It fails only when the budget is closed, which it never is.
+        let _ = self.queues.fetch.budget.acquire_many(all).await;
+    }
+
+    /// Turns claims into runs until there are none.
+    async fn attend(self: Arc<Self>, need: Need, number: usize) {
+        loop {
+            let claims = self.queues.lane(need).with_queue(number, |queue| {
+                queue.is_attended = !queue.claims.is_empty();
+                std::mem::take(&mut queue.claims)
+            });
+            if claims.is_empty() {
+                return;
+            }
+            let mut waiting: BTreeMap<Chunk, Claim> = claims.into_iter().map(|claim| (claim.chunk, claim)).collect();
+            while let Some(run) = self.next_run(need, &mut waiting).await {
+                tokio::task::spawn_local(Arc::clone(&self).work(need, run));
+            }
+        }
+    }
+
+    /// The first claim and its neighbours, as far as the budget and the length of a run go.
+    async fn next_run(&self, need: Need, waiting: &mut BTreeMap<Chunk, Claim>) -> Option<Run> {
+        let (_, first) = waiting.pop_first()?;
+        let budget = &self.queues.lane(need).budget;
+        let each = u32::try_from(self.geometry.chunk_size() / PERMIT).unwrap_or(u32::MAX).max(1);
+        let permit = Arc::clone(budget).acquire_many_owned(each).await;
+        let mut permit = permit.expect("the budget is never closed");
+        let mut claims = vec![first];
+        while to_u64(claims.len() + 1) * self.geometry.chunk_size() <= LONGEST_RUN
+            && let Some(neighbour) = claims.last().and_then(|last| self.geometry.chunk(last.chunk.number() + 1))
+            && waiting.contains_key(&neighbour)
+            && let Ok(more) = Arc::clone(budget).try_acquire_many_owned(each)
+        {
+            permit.merge(more);
+            claims.extend(waiting.remove(&neighbour));
+        }
+        Some(Run { claims, _permit: permit })
+    }
+
+    async fn work(self: Arc<Self>, need: Need, run: Run) {
+        let Run { claims, _permit } = run;
+        let claims = match need {
+            Need::Fetch => claims,
+            Need::Verify => self.verify(claims).await,
+        };
+        // Bad chunks are fetched; they need not be neighbours any more.
+        let groups = claims.chunk_by(|left, right| left.chunk.number() + 1 == right.chunk.number());
+        join_all(groups.map(|group| self.fetch(group))).await;
+    }
+
+    /// Lands those chunks whose bytes here are right. Gives back the others, which are absent now.
+    async fn verify(&self, claims: Vec<Claim>) -> Vec<Claim> {
+        let range = self.range_of(&claims);
+        let length = to_usize(range.length());
+        let bytes = match self.store.data().read_exact_at(BytesMut::with_capacity(length), length, range.start()).await
+        {
+            Ok(bytes) => bytes.freeze(),
+            Err(error) => {
+                self.warn_of_disk("cannot read the cache: fetching instead", &error);
+                claims.iter().for_each(|claim| self.forget(claim.chunk));
+                return claims;
+            }
+        };
+        let mut bad = Vec::new();
+        for claim in claims {
+            let part = self.geometry.range(claim.chunk);
+            let start = to_usize(part.start() - range.start());
+            let bytes = bytes.slice(start..start + to_usize(part.length()));
+            if checksum(&bytes) == self.states.checksum(claim.chunk) {
+                self.states.change(claim.chunk, State::Unverified, State::Resident);
+                claim.flight.land(Ok(ChunkData::Bytes(bytes)));
+                self.flights.lock().remove(&claim.chunk);
+                continue;
+            }
+            tracing::warn!(
+                image = self.name,
+                offset = part.start(),
+                "a chunk in the cache is damaged: fetching it again"
+            );
+            self.stats.damaged_chunks.add(1);
+            self.forget(claim.chunk);
+            // If it turns out to be zero, nothing will be written over what is there.
+            if let Err(error) = self.store.data().punch(part).await {
+                tracing::debug!(image = self.name, %error, "cannot punch a damaged chunk out");
+            }
+            bad.push(claim);
+        }
+        bad
+    }
+
+    /// Makes a chunk absent that is not what the map says.
+    fn forget(&self, chunk: Chunk) {
+        let _table = self.flights.lock();
+        self.states.set(chunk, State::Absent);
+        self.pending.changed(chunk, chunk);
+    }
+
+    fn range_of(&self, claims: &[Claim]) -> ByteRange {
+        match claims {
+            [first, .., last] => {
+                ByteRange::between(self.geometry.range(first.chunk).start(), self.geometry.range(last.chunk).end())
+            }
+            [only] => self.geometry.range(only.chunk),
+            [] => ByteRange::between(0, 0),
+        }
+    }
+
+    /// Brings neighbouring chunks over, lands them, stores them.
+    async fn fetch(&self, claims: &[Claim]) {
+        let range = self.range_of(claims);
+        let marked = |range| self.note_zeroes(range);
+        if let Err(error) = self.chart.cover(range, &self.lower, &self.states, &self.flights, marked).await {
+            return claims.iter().for_each(|claim| self.fail(claim, &error));
+        }
+        // The chart may have shown some to be zero.
+        let (zero, data): (Vec<_>, Vec<_>) =
+            claims.iter().partition(|claim| self.states.get(claim.chunk) == State::Zero);
+        for claim in zero {
+            claim.flight.land(Ok(ChunkData::Zero));
+            self.flights.lock().remove(&claim.chunk);
+        }
+        let groups = data.chunk_by(|left, right| left.chunk.number() + 1 == right.chunk.number());
+        join_all(groups.map(|group| self.fetch_data(group))).await;
+    }
+
+    async fn fetch_data(&self, claims: &[&Claim]) {
+        let Some((first, last)) = claims.first().zip(claims.last()) else { return };
+        let range = ByteRange::between(self.geometry.range(first.chunk).start(), self.geometry.range(last.chunk).end());
+        match self.lower.read(range).await {
+            Ok(pieces) => self.arrived(claims, range, &pieces).await,
+            // One bad sector must not fail its neighbours. If nobody answers, asking more often does not help.
+            Err(error) if claims.len() > 1 && error.kind() != ErrorKind::Unavailable => {
+                join_all(claims.iter().map(|claim| Box::pin(self.fetch_data(std::slice::from_ref(claim))))).await;
+            }
+            Err(error) => claims.iter().for_each(|claim| self.fail(claim, &error)),
+        }
+    }
+
+    fn fail(&self, claim: &Claim, error: &Error) {
+        // Before the flight lands: whoever hears of the failure and asks again starts a new fetch.
+        self.flights.lock().remove(&claim.chunk);
+        // Whatever the upstream's reason, for a client of this mirror it is an error of the disk.
+        let kind = if error.kind() == ErrorKind::Unavailable { ErrorKind::Unavailable } else { ErrorKind::Io };
+        let offset = self.geometry.range(claim.chunk).start();
+        let message = format!("{}: cannot fetch the chunk at {offset}: {}", self.name, error.chain());
+        claim.flight.land(Err(Error::new(kind, message)));
+    }
+
+    /// Lands what came for `range`, then stores it.
+    async fn arrived(&self, claims: &[&Claim], range: ByteRange, pieces: &[Piece]) {
+        let arrivals = match split(self.geometry, claims.iter().map(|claim| claim.chunk), range, pieces) {
+            Ok(arrivals) => arrivals,
+            Err(error) => return claims.iter().for_each(|claim| self.fail(claim, &error)),
+        };
+        for (claim, arrival) in claims.iter().zip(&arrivals) {
+            claim.flight.land(Ok(arrival.data.clone()));
+        }
+        for zero in arrivals.iter().filter(|arrival| arrival.data == ChunkData::Zero) {
+            let mut table = self.flights.lock();
+            self.states.set(zero.chunk, State::Zero);
+            table.remove(&zero.chunk);
+            drop(table);
+            self.pending.changed(zero.chunk, zero.chunk);
+        }
+        join_all(contiguous(self.geometry, &arrivals, pieces).map(|write| self.store_chunks(write))).await;
+    }
+
+    /// Writes chunks to the data file. If that fails they are absent: they have been answered, and that is all.
+    async fn store_chunks(&self, write: Write<'_>) {
+        let Write { arrivals, bytes, offset } = write;
+        let result = self.store.data().write_all_at(bytes, offset, false).await;
+        let mut table = self.flights.lock();
+        for arrival in arrivals {
+            if result.is_ok() {
+                self.states.set_checksum(arrival.chunk, arrival.checksum);
+                self.states.set(arrival.chunk, State::Volatile);
+            }
+            table.remove(&arrival.chunk);
+        }
+        drop(table);
+        match result {
+            Ok(()) => {
+                for arrival in arrivals {
+                    self.pending.wrote(arrival.chunk, self.geometry.range(arrival.chunk).length());
+                }
+            }
+            Err(error) => {
+                self.stats.unstored_chunks.add(to_u64(arrivals.len()));
+                self.warn_of_disk("cannot store what was fetched: serving without storing", &error);
+            }
+        }
+    }
+}
+
+/// A chunk that came over.
+#[derive(Debug)]
+struct Arrival {
+    chunk: Chunk,
+    data: ChunkData,
+    checksum: u32,
+    /// Which piece holds all of its bytes, and from where on, if one does.
+    place: Option<(usize, usize)>,
+}
+
+/// Cuts the pieces of `range` into its chunks.
+fn split(
+    geometry: Geometry,
+    chunks: impl Iterator<Item = Chunk>,
+    range: ByteRange,
+    pieces: &[Piece],
+) -> Result<Vec<Arrival>> {
+    let total: u64 = pieces.iter().map(Piece::length).sum();
+    if total != range.length() {
+        return Err(Error::new(ErrorKind::Io, format!("{total} bytes came where {} were asked for", range.length())));
+    }
+    let mut cursor = Cursor { pieces, index: 0, at: 0 };
+    let arrivals = chunks.map(|chunk| {
+        let (data, place) = cursor.take(geometry.range(chunk).length());
+        let checksum = if let ChunkData::Bytes(bytes) = &data { checksum(bytes) } else { 0 };
+        Arrival { chunk, data, checksum, place }
+    });
+    Ok(arrivals.collect())
+}
+
+/// A place in a list of pieces.
+struct Cursor<'a> {
+    pieces: &'a [Piece],
+    index: usize,
+    /// Bytes of the current piece that are used up.
+    at: u64,
+}
+
+impl Cursor<'_> {
+    /// The next `length` bytes, and their place if they are all from one piece.
+    fn take(&mut self, length: u64) -> (ChunkData, Option<(usize, usize)>) {
+        let index = self.index;
+        if let Some(piece) = self.pieces.get(index)
+            && piece.length() - self.at >= length
+        {
+            let start = to_usize(self.at);
+            self.advance(length);
+            return match piece {
+                Piece::Hole(_) => (ChunkData::Zero, None),
+                Piece::Data(bytes) => {
+                    let bytes = bytes.slice(start..start + to_usize(length));
+                    if is_zero(&bytes) {
+                        (ChunkData::Zero, None)
+                    } else {
+                        (ChunkData::Bytes(bytes), Some((index, start)))
+                    }
+                }
+            };
+        }
+        let mut bytes = BytesMut::zeroed(to_usize(length));
+        let mut filled = 0;
+        while filled < bytes.len()
+            && let Some(piece) = self.pieces.get(self.index)
+        {
+            let count = to_usize((piece.length() - self.at).min(to_u64(bytes.len() - filled)));
+            if let Piece::Data(data) = piece {
+                let start = to_usize(self.at);
+                bytes[filled..filled + count].copy_from_slice(&data[start..start + count]);
+            }
+            filled += count;
+            self.advance(to_u64(count));
+        }
+        let bytes = bytes.freeze();
+        (if is_zero(&bytes) { ChunkData::Zero } else { ChunkData::Bytes(bytes) }, None)
+    }
+
+    fn advance(&mut self, length: u64) {
+        self.at += length;
+        if self.pieces.get(self.index).is_some_and(|piece| piece.length() == self.at) {
+            (self.index, self.at) = (self.index + 1, 0);
+        }
+    }
+}
+
+/// Chunks that one write can store.
+#[derive(Debug)]
+struct Write<'a> {
+    arrivals: &'a [Arrival],
+    bytes: Bytes,
+    offset: u64,
+}
+
+/// Groups neighbours whose bytes lie side by side in one piece.
+fn contiguous<'a>(geometry: Geometry, arrivals: &'a [Arrival], pieces: &'a [Piece]) -> impl Iterator<Item = Write<'a>> {
+    let piece = |arrival: &Arrival| arrival.place.map(|(piece, _)| piece);
+    let together = move |left: &Arrival, right: &Arrival| piece(left).is_some() && piece(left) == piece(right);
+    arrivals.chunk_by(together).filter_map(move |group| {
+        let (first, last) = (group.first()?, group.last()?);
+        let offset = geometry.range(first.chunk).start();
+        let length = to_usize(geometry.range(last.chunk).end() - offset);
+        let bytes = match (first.place, &first.data) {
+            (Some((piece, start)), _) => match &pieces[piece] {
+                Piece::Data(bytes) => bytes.slice(start..start + length),
+                Piece::Hole(_) => return None,
+            },
+            (None, ChunkData::Bytes(bytes)) => bytes.clone(),
+            (None, ChunkData::Zero) => return None,
+        };
+        Some(Write { arrivals: group, bytes, offset })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn chunks(geometry: Geometry) -> impl Iterator<Item = Chunk> {
+        geometry.chunks(ByteRange::between(0, geometry.size()))
+    }
+
+    proptest! {
+        #[test]
+        fn any_pieces_are_cut_into_chunks_and_written_where_they_belong(
+            lengths in prop::collection::vec((1u64..90, any::<bool>(), 0u8..3), 1..20),
+        ) {
+            let mut contents = Vec::new();
+            let mut pieces = Vec::new();
+            for (length, hole, byte) in lengths {
+                contents.resize(contents.len() + to_usize(length), if hole { 0 } else { byte });
+                let data = Bytes::from(vec![byte; to_usize(length)]);
+                pieces.push(if hole { Piece::Hole(length) } else { Piece::Data(data) });
+            }
+            let geometry = Geometry::new(to_u64(contents.len()), 32);
+            let whole = ByteRange::between(0, geometry.size());
+            let arrivals = split(geometry, chunks(geometry), whole, &pieces).unwrap();
+            let mut written = vec![0; contents.len()];
+            let mut stored = 0;
+            for write in contiguous(geometry, &arrivals, &pieces) {
+                let start = to_usize(write.offset);
+                written[start..start + write.bytes.len()].copy_from_slice(&write.bytes);
+                stored += write.arrivals.len();
+                prop_assert_eq!(geometry.range(write.arrivals[0].chunk).start(), write.offset);
+            }
+            prop_assert_eq!(&written, &contents);
+            let with_bytes = arrivals.iter().filter(|arrival| arrival.data != ChunkData::Zero);
+            prop_assert_eq!(stored, with_bytes.count(), "zero chunks are known, not stored");
+            for arrival in &arrivals {
+                let range = geometry.range(arrival.chunk);
+                let expected = &contents[to_usize(range.start())..to_usize(range.end())];
+                match &arrival.data {
+                    ChunkData::Zero => prop_assert!(is_zero(expected)),
+                    ChunkData::Bytes(bytes) => {
+                        prop_assert_eq!(&bytes[..], expected);
+                        prop_assert_eq!(arrival.checksum, checksum(expected));
+                        prop_assert!(!is_zero(expected));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_that_came_whole_is_one_write() {
+        let geometry = Geometry::new(1000, 64);
+        let pieces = [Piece::Data(Bytes::from(vec![1; 1000]))];
+        let arrivals = split(geometry, chunks(geometry), ByteRange::between(0, 1000), &pieces).unwrap();
+        assert_eq!(contiguous(geometry, &arrivals, &pieces).count(), 1);
+    }
+
+    #[test]
+    fn too_few_bytes_are_not_taken_for_zeroes() {
+        let geometry = Geometry::new(100, 64);
+        let pieces = [Piece::Data(Bytes::from(vec![1; 99]))];
+        let error = split(geometry, chunks(geometry), ByteRange::between(0, 100), &pieces).unwrap_err();
+        assert_eq!(error.to_string(), "99 bytes came where 100 were asked for");
+    }
+}

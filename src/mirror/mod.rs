@@ -1,0 +1,447 @@
+//! A mirror: an image that starts empty and is filled from the tier below, chunk by chunk, as clients ask.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | this one | [`Mirror`]: reads, and what they claim |
+//! | `chunks` | what is known of each chunk; the table of states |
+//! | `flight` | one fetch for all who want a chunk |
+//! | `fetch` | from a claimed chunk to a stored one: joining, fetching, checking, storing |
+//! | `chart` | what the upstream says is zero |
+//! | `store` | the directory: `data`, `map`, `lock` |
+//! | `map` | the form of the `map` file, and its crash rule |
+//! | `flusher` | making stored chunks durable, and only then marking them |
+//!
+//! Order of events for a chunk: its bytes arrive, are answered to all who wait, are written to `data`, are made
+//! durable in a group, are marked in `map`. Whatever stops in between, the map names no chunk that is not there.
+//!
+//! Owns: the cache of one image. Does not own: where the bytes come from (any [`Export`] below) and what is to be
+//! fetched ahead of demand.
+
+mod chart;
+mod chunks;
+mod fetch;
+mod flight;
+mod flusher;
+pub mod map;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+
+use crate::disk::Inline;
+use crate::error::{Error, Result};
+use crate::export::{
+    Context, Export, Facts, ImageId, LocalFuture, NodeId, Piece, Residency, SharedExport, TryRead, push_extent,
+    push_piece,
+};
+use crate::nbd::Extent;
+use crate::nbd::wire::Allocation;
+use crate::ranges::ByteRange;
+use crate::telemetry::{Counter, Seldom};
+use crate::units::{MIB, to_usize};
+use chart::Chart;
+use chunks::{Chunk, Geometry, State, States};
+use fetch::{Claim, Need, Queues};
+use flight::{ChunkData, Flight, Flights};
+use flusher::Pending;
+pub use map::{CHUNK_SIZES, Header};
+use store::Store;
+pub use store::{Cache, CacheError};
+
+/// The chunk size of new caches. A recorded boot of Debian 12 fetches 1.21 times what it reads with it, 1.06 times
+/// with 16 KiB in four times as many requests, and 1.61 times with 256 KiB.
+pub const DEFAULT_CHUNK_SIZE: u32 = 64 << 10;
+
+/// What is prefetched together when a client asks for a whole range to be cached.
+const CACHE_WINDOW: u64 = 8 * MIB;
+/// Chunks that one answer to a question for extents looks at, at most.
+const EXTENTS_CHUNKS: u64 = 128 << 10;
+/// How long a question for extents waits for the upstream before it is answered from what is known here.
+const EXTENTS_PATIENCE: Duration = Duration::from_secs(2);
+/// The disk's troubles are told at most this often.
+const DISK_WARNINGS: Duration = Duration::from_secs(10);
+
+/// What happened in a mirror.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Chunks in the cache whose bytes were not what they should be.
+    pub damaged_chunks: Counter,
+    /// Chunks that were answered but could not be stored.
+    pub unstored_chunks: Counter,
+}
+
+/// How much of a mirror is here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Share {
+    /// Bytes of the image.
+    pub size: u64,
+    /// Bytes of resident chunks, durable ones only.
+    pub resident: u64,
+    /// Bytes known to be zero.
+    pub zero: u64,
+}
+
+/// A mirror of the export below it. Cheap to clone; all clones are one mirror.
+#[derive(Clone)]
+pub struct Mirror(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    lower: SharedExport,
+    header: Header,
+    geometry: Geometry,
+    states: States,
+    flights: Flights,
+    queues: Queues,
+    chart: Chart,
+    pending: Pending,
+    store: Store,
+    stats: Stats,
+    disk_warnings: Seldom,
+}
+
+impl fmt::Debug for Mirror {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mirror").field("name", &self.0.name).field("header", &self.0.header).finish_non_exhaustive()
+    }
+}
+
+impl Mirror {
+    /// The mirror `name` of `lower`, in `cache`. A new cache gets chunks of `chunk_size`, or of the default size; an
+    /// old one is refused if `chunk_size` is given and another, or if it was made for another image. Blocks.
+    pub fn open(
+        name: impl Into<String>,
+        cache: Cache,
+        lower: SharedExport,
+        chunk_size: Option<u32>,
+    ) -> Result<Self, CacheError> {
+        let facts = lower.facts();
+        let header = match cache.header() {
+            Some(header) => {
+                check(&cache, header, &facts, chunk_size)?;
+                *header
+            }
+            None => Header {
+                image_size: facts.size,
+                chunk_size: chunk_size.unwrap_or(DEFAULT_CHUNK_SIZE),
+                node: random_node(),
+                identity: facts.identity,
+            },
+        };
+        let name = name.into();
+        let geometry = header.geometry();
+        let (store, states, loaded) = Store::attach(cache, &header)?;
+        if loaded.damaged_pages > 0 {
+            let pages = loaded.damaged_pages;
+            tracing::warn!(image = name, pages, "parts of the map are damaged: what they named is fetched again");
+        }
+        Ok(Self(Arc::new(Inner {
+            name,
+            lower,
+            header,
+            geometry,
+            states,
+            flights: Flights::default(),
+            queues: Queues::new(),
+            chart: Chart::new(geometry),
+            pending: Pending::default(),
+            store,
+            stats: Stats::default(),
+            disk_warnings: Seldom::new(DISK_WARNINGS),
+        })))
+    }
+
+    /// Makes stored chunks durable and marks them, for ever. One task of a worker does this.
+    pub async fn run_flusher(self) {
+        self.0.run_flusher().await;
+    }
+
+    /// Waits for what is being fetched, then makes everything durable that is stored and marks it.
+    pub async fn settle(&self) {
+        self.0.stored().await;
+        self.0.flush_group().await;
+    }
+
+    /// Names this cache.
+    pub fn node(&self) -> NodeId {
+        self.0.header.node
+    }
+
+    /// What happened so far.
+    pub fn stats(&self) -> &Stats {
+        &self.0.stats
+    }
+
+    /// How much is here now. Looks at every chunk.
+    pub fn share(&self) -> Share {
+        let Inner { geometry, states, .. } = &*self.0;
+        let mut share = Share { size: geometry.size(), ..Share::default() };
+        for chunk in geometry.chunks(ByteRange::between(0, geometry.size())) {
+            let length = geometry.range(chunk).length();
+            match states.get(chunk) {
+                State::Resident | State::Unverified => share.resident += length,
+                State::Zero => share.zero += length,
+                State::Absent | State::Volatile => {}
+            }
+        }
+        share
+    }
+}
+
+fn check(cache: &Cache, header: &Header, facts: &Facts, chunk_size: Option<u32>) -> Result<(), CacheError> {
+    let path = cache.directory().to_owned();
+    if header.image_size != facts.size {
+        return Err(CacheError::OtherSize { path, cached: header.image_size, upstream: facts.size });
+    }
+    if let (Some(cached), Some(upstream)) = (header.identity, facts.identity)
+        && cached != upstream
+    {
+        return Err(CacheError::OtherIdentity { path, cached, upstream });
+    }
+    if let Some(wanted) = chunk_size
+        && wanted != header.chunk_size
+    {
+        return Err(CacheError::OtherChunkSize { path, cached: header.chunk_size, wanted });
+    }
+    Ok(())
+}
+
+fn random_node() -> NodeId {
+    let mut id = [0; 16];
+    let got = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty());
+    assert_eq!(got, Ok(16), "the kernel has randomness once the system is up");
+    NodeId(id)
+}
+
+/// Where a part of a read comes from.
+#[derive(Debug)]
+enum Source {
+    /// The data file, for one chunk or several.
+    File,
+    Zero,
+    /// One chunk, by this flight.
+    Flight(Arc<Flight>),
+}
+
+/// A part of a read, and the chunks it lies in.
+#[derive(Debug)]
+struct Part {
+    range: ByteRange,
+    source: Source,
+}
+
+impl Inner {
+    /// Finds out where the bytes of `range` come from, and starts whatever has to be done for them.
+    fn plan(self: &Arc<Self>, range: ByteRange) -> Vec<Part> {
+        let mut parts: Vec<Part> = Vec::new();
+        let (mut fetch, mut verify) = (Vec::new(), Vec::new());
+        for chunk in self.geometry.chunks(range) {
+            let part = self.geometry.range(chunk).intersect(range);
+            let source = match self.states.get(chunk) {
+                State::Resident => Source::File,
+                State::Zero => Source::Zero,
+                State::Absent | State::Volatile | State::Unverified => self.claim(chunk, &mut fetch, &mut verify),
+            };
+            match (parts.last_mut(), &source) {
+                (Some(Part { range, source: Source::File }), Source::File)
+                | (Some(Part { range, source: Source::Zero }), Source::Zero) => {
+                    *range = ByteRange::between(range.start(), part.end());
+                }
+                _ => parts.push(Part { range: part, source }),
+            }
+        }
+        self.start(Need::Fetch, fetch);
+        self.start(Need::Verify, verify);
+        parts
+    }
+
+    /// Joins the flight of a chunk, or begins one.
+    fn claim(&self, chunk: Chunk, fetch: &mut Vec<Claim>, verify: &mut Vec<Claim>) -> Source {
+        let mut table = self.flights.lock();
+        if let Some(flight) = table.get(&chunk) {
+            return Source::Flight(Arc::clone(flight));
+        }
+        let claims = match self.states.get(chunk) {
+            State::Absent => fetch,
+            State::Volatile | State::Unverified => verify,
+            // It landed since we looked.
+            State::Resident => return Source::File,
+            State::Zero => return Source::Zero,
+        };
+        let flight = Arc::new(Flight::default());
+        table.insert(chunk, Arc::clone(&flight));
+        claims.push(Claim { chunk, flight: Arc::clone(&flight) });
+        Source::Flight(flight)
+    }
+
+    async fn read_pieces(self: &Arc<Self>, range: ByteRange) -> Result<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        for Part { range, source } in self.plan(range) {
+            match source {
+                Source::Zero => push_piece(&mut pieces, Piece::Hole(range.length())),
+                Source::Flight(flight) => push_piece(&mut pieces, self.cut(flight.wait().await?, range)),
+                Source::File => self.read_file(range, &mut pieces).await?,
+            }
+        }
+        Ok(pieces)
+    }
+
+    /// The part `range` of a chunk.
+    fn cut(&self, data: ChunkData, range: ByteRange) -> Piece {
+        match data {
+            ChunkData::Zero => Piece::Hole(range.length()),
+            ChunkData::Bytes(bytes) => {
+                let start = to_usize(range.start() % self.geometry.chunk_size());
+                Piece::Data(bytes.slice(start..start + to_usize(range.length())))
+            }
+        }
+    }
+
+    /// Reads resident chunks. What the disk does not give is checked chunk by chunk, and fetched again.
+    async fn read_file(self: &Arc<Self>, range: ByteRange, pieces: &mut Vec<Piece>) -> Result<()> {
+        let length = to_usize(range.length());
+        let buffer = BytesMut::with_capacity(length);
+        match self.store.data().read_exact_at(buffer, length, range.start()).await {
+            Ok(bytes) => push_piece(pieces, Piece::Data(bytes.freeze())),
+            Err(error) => {
+                self.warn_of_disk("cannot read the cache: fetching instead", &error);
+                for chunk in self.geometry.chunks(range) {
+                    self.states.change(chunk, State::Resident, State::Unverified);
+                    let (mut fetch, mut verify) = (Vec::new(), Vec::new());
+                    let source = self.claim(chunk, &mut fetch, &mut verify);
+                    self.start(Need::Fetch, fetch);
+                    self.start(Need::Verify, verify);
+                    let part = self.geometry.range(chunk).intersect(range);
+                    match source {
+                        Source::Flight(flight) => push_piece(pieces, self.cut(flight.wait().await?, part)),
+                        Source::Zero => push_piece(pieces, Piece::Hole(part.length())),
+                        // Somebody else has just found it right.
+                        Source::File => {
+                            return Err(Error::from_io(format!("{}: the cache disk fails", self.name), error));
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings over what is absent in `range`.
+    async fn fill(self: &Arc<Self>, range: ByteRange) -> Result<()> {
+        for window in range.pieces(CACHE_WINDOW) {
+            let (mut fetch, mut flights) = (Vec::new(), Vec::new());
+            for chunk in self.geometry.chunks(window) {
+                if self.states.get(chunk) == State::Absent
+                    && let Source::Flight(flight) = self.claim(chunk, &mut fetch, &mut Vec::new())
+                {
+                    flights.push(flight);
+                }
+            }
+            self.start(Need::Fetch, fetch);
+            for flight in flights {
+                flight.wait().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn allocation(&self, range: ByteRange, limit: usize) -> Vec<Extent> {
+        let range = self.describable(range);
+        if self.geometry.chunks(range).any(|chunk| self.states.get(chunk) == State::Absent) {
+            let marked = |range| self.note_zeroes(range);
+            let cover = self.chart.cover(range, &self.lower, &self.states, &self.flights, marked);
+            // Without the upstream's answer what is absent counts as data.
+            match tokio::time::timeout(EXTENTS_PATIENCE, cover).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(image = self.name, error = %error.chain(), "no word on zeroes"),
+                Err(_) => tracing::debug!(image = self.name, "no word on zeroes in time"),
+            }
+        }
+        self.describe(range, limit, |state| match state {
+            State::Zero => Allocation::all().bits(),
+            _ => Allocation::empty().bits(),
+        })
+    }
+
+    fn residency(&self, range: ByteRange, limit: usize) -> Vec<Extent> {
+        self.describe(self.describable(range), limit, |state| match state {
+            State::Resident | State::Unverified => Residency::RESIDENT.bits(),
+            State::Zero => Residency::ZERO.bits(),
+            State::Absent | State::Volatile => Residency::empty().bits(),
+        })
+    }
+
+    /// As much of `range` as is looked at without keeping others waiting.
+    fn describable(&self, range: ByteRange) -> ByteRange {
+        let span = EXTENTS_CHUNKS * self.geometry.chunk_size();
+        ByteRange::between(range.start(), range.end().min(range.start().saturating_add(span)))
+    }
+
+    fn describe(&self, range: ByteRange, limit: usize, status: impl Fn(State) -> u32) -> Vec<Extent> {
+        let mut extents = Vec::new();
+        for chunk in self.geometry.chunks(range) {
+            let part = self.geometry.range(chunk).intersect(range);
+            push_extent(&mut extents, part.length(), u64::from(status(self.states.get(chunk))));
+            if extents.len() > limit {
+                extents.truncate(limit);
+                break;
+            }
+        }
+        extents
+    }
+
+    fn all_are(&self, range: ByteRange, wanted: State) -> bool {
+        self.geometry.chunks(range).all(|chunk| self.states.get(chunk) == wanted)
+    }
+}
+
+impl Export for Mirror {
+    fn facts(&self) -> Facts {
+        let lower = self.0.lower.facts();
+        let mut facts = Facts::read_only(self.0.geometry.size(), format!("mirror of {}", lower.description));
+        facts.contexts.push(Context::Residency);
+        facts.identity = self.identity(&lower);
+        facts.path = std::iter::once(self.node()).chain(lower.path).collect();
+        facts
+    }
+
+    fn try_read(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
+        let Inner { store, .. } = &*self.0;
+        if self.0.all_are(range, State::Resident) {
+            return match store.data().try_read_at(output, to_usize(range.length()), range.start()) {
+                Inline::Done => TryRead::Data,
+                Inline::WouldBlock => TryRead::Wait,
+            };
+        }
+        if self.0.all_are(range, State::Zero) { TryRead::Hole } else { TryRead::Wait }
+    }
+
+    fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
+        Box::pin(self.0.read_pieces(range))
+    }
+
+    fn cache(&self, range: ByteRange) -> LocalFuture<'_, Result<()>> {
+        Box::pin(self.0.fill(range))
+    }
+
+    fn extents(&self, range: ByteRange, context: Context, limit: usize) -> LocalFuture<'_, Result<Vec<Extent>>> {
+        Box::pin(async move {
+            match context {
+                Context::Allocation => Ok(self.0.allocation(range, limit).await),
+                Context::Residency => Ok(self.0.residency(range, limit)),
+            }
+        })
+    }
+}
+
+impl Mirror {
+    /// The image's identity: what the cache was made for, else what the tier below says.
+    fn identity(&self, lower: &Facts) -> Option<ImageId> {
+        self.0.header.identity.or(lower.identity)
+    }
+}

@@ -1,4 +1,34 @@
 //! Headwater: a tiered NBD server for people who start many machines from few disk images.
+//!
+//! A server holds a *real image*, or a *mirror* that starts empty, fetches what its clients read from the server
+//! above it, keeps it, and serves it again, to virtual machines and to further mirrors. Every tier is an
+//! [`export::Export`] over a lower one; a request is a walk down.
+//!
+//! The modules, in reading order. Each imports only those above it in this list, and those of one level do not import
+//! each other; `docs/architecture.md` has the reasons and `tests/architecture.rs` holds the code to it.
+//!
+//! | level | module | |
+//! | --- | --- | --- |
+//! | 0 | [`units`] | sizes as operators write them |
+//! | 0 | [`ranges`] | ranges of bytes |
+//! | 0 | [`clock`] | the monotonic clock |
+//! | 0 | [`error`] | what can go wrong with a request |
+//! | 1 | [`nbd`] | the protocol without I/O, both roles |
+//! | 1 | [`disk`] | files by io_uring; the only unsafe code |
+//! | 1 | [`telemetry`] | logs and counters |
+//! | 2 | [`net`] | sockets |
+//! | 2 | [`worker`] | one thread per core |
+//! | 2 | [`export`] | what every tier is; wrappers; the conformance suite |
+//! | 3 | [`image`] | real images: raw, block devices, qcow2 |
+//! | 3 | [`upstream`] | an export of another server |
+//! | 3 | [`mirror`] | a cache of the tier below |
+//! | 3 | [`server`] | serves exports to clients |
+//! | 6 | [`cli`] | the command line |
+//!
+//! Levels 4 (`fill`: what to fetch ahead of demand) and 5 (`control`: the admin API, redirect) are places kept for
+//! what is to come.
+
+pub mod cli;
 pub mod clock;
 pub mod disk;
 pub mod error;

@@ -172,6 +172,11 @@ impl Mirror {
         self.0.header.node
     }
 
+    /// What the image holds: what the cache was made for, else what the tier below says now.
+    pub fn image(&self) -> Option<ImageId> {
+        self.0.header.identity.or_else(|| self.0.lower.facts().identity)
+    }
+
     /// What happened so far.
     pub fn stats(&self) -> &Stats {
         &self.0.stats
@@ -405,7 +410,7 @@ impl Export for Mirror {
         let lower = self.0.lower.facts();
         let mut facts = Facts::read_only(self.0.geometry.size(), format!("mirror of {}", lower.description));
         facts.contexts.push(Context::Residency);
-        facts.identity = self.identity(&lower);
+        facts.identity = self.0.header.identity.or(lower.identity);
         facts.path = std::iter::once(self.node()).chain(lower.path).collect();
         facts
     }
@@ -436,12 +441,5 @@ impl Export for Mirror {
                 Context::Residency => Ok(self.0.residency(range, limit)),
             }
         })
-    }
-}
-
-impl Mirror {
-    /// The image's identity: what the cache was made for, else what the tier below says.
-    fn identity(&self, lower: &Facts) -> Option<ImageId> {
-        self.0.header.identity.or(lower.identity)
     }
 }

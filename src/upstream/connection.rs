@@ -119,7 +119,7 @@ pub(super) fn facts(agreed: &Agreed) -> Facts {
         contexts: CONTEXTS.into_iter().filter(selected).collect(),
         ..Facts::read_only(agreed.size, agreed.description.clone().unwrap_or_default())
     };
-    facts.learn(&agreed.facts);
+    facts.learn(&agreed.listed);
     facts
 }
 
@@ -175,6 +175,26 @@ pub async fn list(uri: &Uri, limit: Duration) -> Result<Vec<(String, String)>, O
     }
 }
 
+/// What a server says of an export, with the names of all its contexts listed and none selected.
+pub async fn inspect(uri: &Uri, limit: Duration) -> Result<Agreed, OpenFailure> {
+    let ask = Ask::Open { export: uri.export.clone(), contexts: Vec::new(), list: Some(Vec::new()) };
+    match open(uri, ask, limit).await? {
+        (stream, _, Outcome::Opened(agreed)) => {
+            part(&stream, agreed.replies).await;
+            Ok(agreed)
+        }
+        (_, _, Outcome::Listed(_)) => Err(OpenFailure::Closed),
+    }
+}
+
+/// Says goodbye.
+async fn part(stream: &Stream, mode: ReplyMode) {
+    let mut output = BytesMut::new();
+    put_disconnect(&mut output, mode);
+    // A server that hangs up first has been told what we wanted to tell it.
+    let _ = stream.write_all(&mut output).await;
+}
+
 async fn open_export(
     uri: &Uri,
     expectation: &Expectation,
@@ -183,7 +203,7 @@ async fn open_export(
     let ask = Ask::Open {
         export: uri.export.clone(),
         contexts: CONTEXTS.iter().map(|context| context.name().to_owned()).collect(),
-        facts: Some(NAMESPACE.to_owned()),
+        list: Some(vec![NAMESPACE.to_owned()]),
     };
     match open(uri, ask, limit).await? {
         (stream, input, Outcome::Opened(agreed)) => {
@@ -200,10 +220,7 @@ pub(super) async fn probe_any(uris: &[Uri], expectation: &Expectation, limit: Du
     for uri in uris {
         match open_export(uri, expectation, limit).await {
             Ok((stream, _, agreed)) => {
-                let mut output = BytesMut::new();
-                put_disconnect(&mut output, agreed.replies);
-                // A server that hangs up first has been told what we wanted to tell it.
-                let _ = stream.write_all(&mut output).await;
+                part(&stream, agreed.replies).await;
                 return Ok(agreed);
             }
             Err(failure) => failures.push((uri.clone(), failure)),

@@ -35,7 +35,7 @@ use crate::nbd::{Extent, Uri};
 use crate::ranges::ByteRange;
 use crate::telemetry::Counter;
 use crate::units::{to_u64, to_usize};
-pub use connection::{OpenFailure, list};
+pub use connection::{OpenFailure, inspect, list};
 use pool::{Attempt, Pool};
 
 /// What an operator may set.
@@ -141,9 +141,12 @@ impl Remote {
         Self { pool: Arc::new(Pool::new(uris, expectation, settings, Arc::clone(&facts))), patience, facts }
     }
 
-    /// From now on, servers whose bytes pass through `node` are refused.
-    pub fn exclude(&self, node: NodeId) {
-        self.pool.expect(|expectation| expectation.not_through = Some(node));
+    /// From now on, servers with another image than this are refused, and those whose bytes pass through `node`.
+    pub fn expect(&self, identity: Option<ImageId>, node: NodeId) {
+        self.pool.expect(|expectation| {
+            expectation.identity = identity;
+            expectation.not_through = Some(node);
+        });
     }
 
     /// How much came over.

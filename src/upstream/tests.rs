@@ -282,7 +282,7 @@ fn a_server_with_another_image_is_refused() {
         };
         let remote = Remote::open(vec![fake.uri()], expectation, quick()).await.unwrap();
         assert_eq!(remote.facts().path, [NodeId([0x22; 16])]);
-        remote.exclude(NodeId([0x22; 16]));
+        remote.expect(None, NodeId([0x22; 16]));
         let error = read(&Remote { patience: Duration::from_millis(200), ..remote }, 0, 1).await.unwrap_err();
         assert!(error.to_string().contains("a loop"), "{error}");
     });

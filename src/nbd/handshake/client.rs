@@ -28,8 +28,9 @@ pub enum Ask {
         export: String,
         /// Metadata contexts to select, those of them that the server has.
         contexts: Vec<String>,
-        /// A namespace (`x-headwater:`) whose listed contexts are wanted as facts.
-        facts: Option<String>,
+        /// What to list of the contexts that the server has: those that match one of these queries, or all of them
+        /// if there is none.
+        list: Option<Vec<String>>,
     },
     /// The names of all exports.
     List,
@@ -57,8 +58,8 @@ pub struct Agreed {
     pub replies: ReplyMode,
     /// The contexts that BLOCK_STATUS answers, with their ids.
     pub contexts: Vec<(u32, String)>,
-    /// What the server listed in the namespace that was asked for.
-    pub facts: Vec<String>,
+    /// The names that the server listed.
+    pub listed: Vec<String>,
     /// The canonical name, if the server said one.
     pub name: Option<String>,
     /// A line for a human, if the server sent one.
@@ -127,7 +128,7 @@ pub struct ClientHandshake {
     no_zeroes: bool,
     replies: ReplyMode,
     contexts: Vec<(u32, String)>,
-    facts: Vec<String>,
+    listed: Vec<String>,
     exports: Vec<(String, String)>,
     size_and_flags: Option<(u64, TransmissionFlags)>,
     block_sizes: BlockSizes,
@@ -146,7 +147,7 @@ impl ClientHandshake {
             no_zeroes: false,
             replies: ReplyMode::Simple,
             contexts: Vec::new(),
-            facts: Vec::new(),
+            listed: Vec::new(),
             exports: Vec::new(),
             size_and_flags: None,
             block_sizes: BlockSizes::DEFAULT,
@@ -255,7 +256,7 @@ impl ClientHandshake {
                 if number == option::SET_META_CONTEXT {
                     self.contexts.push((id, name.to_owned()));
                 } else {
-                    self.facts.push(name.to_owned());
+                    self.listed.push(name.to_owned());
                 }
             }
             (option::GO, option_reply::INFO) => self.take_info(data)?,
@@ -306,17 +307,20 @@ impl ClientHandshake {
             }
             option::GO => return self.opened().map(Taken::Outcome),
             option::SET_META_CONTEXT if !accepted => self.contexts.clear(),
-            option::LIST_META_CONTEXT if !accepted => self.facts.clear(),
+            option::LIST_META_CONTEXT if !accepted => self.listed.clear(),
             _ => {}
         }
-        let Ask::Open { export, contexts, facts } = &self.ask else {
+        let Ask::Open { export, contexts, list } = &self.ask else {
             return Err(Refusal::Broken("a reply to an option that was not sent"));
         };
         let mut data = BytesMut::new();
         put_string(&mut data, export);
         let after_headers = matches!(number, option::EXTENDED_HEADERS | option::STRUCTURED_REPLY);
-        if after_headers && self.replies.has_chunks() && facts.is_some() {
-            put_queries(&mut data, facts.as_slice());
+        if after_headers
+            && self.replies.has_chunks()
+            && let Some(queries) = list
+        {
+            put_queries(&mut data, queries);
             self.send(option::LIST_META_CONTEXT, &data, output);
         } else if (after_headers || number == option::LIST_META_CONTEXT)
             && self.replies.has_chunks()
@@ -376,7 +380,7 @@ impl ClientHandshake {
             block_sizes: self.block_sizes,
             replies: self.replies,
             contexts: std::mem::take(&mut self.contexts),
-            facts: std::mem::take(&mut self.facts),
+            listed: std::mem::take(&mut self.listed),
             name: self.name.take(),
             description: self.description.take(),
         }))
@@ -410,7 +414,8 @@ fn put_queries(data: &mut BytesMut, queries: &[String]) {
 /// Feeds arbitrary bytes to a negotiation as if a server had sent them.
 #[doc(hidden)]
 pub fn fuzz(data: &[u8]) {
-    let open = Ask::Open { export: "a".into(), contexts: vec!["base:allocation".into()], facts: Some("x:".into()) };
+    let open =
+        Ask::Open { export: "a".into(), contexts: vec!["base:allocation".into()], list: Some(vec!["x:".into()]) };
     for ask in [open, Ask::List] {
         let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
         let mut handshake = ClientHandshake::new(ask);
@@ -496,7 +501,7 @@ mod tests {
         Ask::Open {
             export: export.into(),
             contexts: vec!["base:allocation".into(), "x-headwater:residency".into(), "qemu:nope".into()],
-            facts: Some("x-headwater:".into()),
+            list: Some(vec!["x-headwater:".into()]),
         }
     }
 
@@ -514,7 +519,7 @@ mod tests {
         assert_eq!(agreed.size, 12345);
         assert_eq!(agreed.block_sizes.preferred, 8192);
         assert_eq!(agreed.contexts, [(1, "base:allocation".into()), (2, "x-headwater:residency".into())]);
-        assert_eq!(agreed.facts, ["x-headwater:residency", "x-headwater:node=abc"]);
+        assert_eq!(agreed.listed, ["x-headwater:residency", "x-headwater:node=abc"]);
         assert_eq!(agreed.name.as_deref(), Some("debian12"));
         assert_eq!(agreed.description.as_deref(), Some("a real image"));
     }
@@ -529,7 +534,7 @@ mod tests {
         assert_eq!(ancient.size, 12345);
         assert_eq!(ancient.block_sizes, BlockSizes::DEFAULT);
         let no_contexts = agreed(&[option::SET_META_CONTEXT, option::LIST_META_CONTEXT]);
-        assert!(no_contexts.contexts.is_empty() && no_contexts.facts.is_empty());
+        assert!(no_contexts.contexts.is_empty() && no_contexts.listed.is_empty());
     }
 
     #[test]

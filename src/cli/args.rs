@@ -1,0 +1,354 @@
+//! What was typed. Nothing here looks at a file or a socket.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing::level_filters::LevelFilter;
+
+use crate::disk::Preference;
+use crate::image::Format;
+use crate::mirror::CHUNK_SIZES;
+use crate::nbd::Uri;
+use crate::net::ListenAddress;
+use crate::telemetry::LogFormat;
+use crate::units::ByteSize;
+
+/// A tiered NBD server for people who start many machines from few disk images.
+///
+/// One server holds the real image. Mirrors start empty, fetch what their clients read, keep it, and serve it again:
+///
+///   first$  headwater serve debian12=debian12.raw --listen 0.0.0.0:10809
+///   second$ headwater mirror debian12=nbd://first/debian12 --cache /var/cache/headwater --listen 0.0.0.0:10809
+///   second$ qemu-system-x86_64 -drive file=nbd://second/debian12,format=raw,snapshot=on ...
+#[derive(Debug, Parser)]
+#[command(name = "headwater", version, verbatim_doc_comment, max_term_width = 100)]
+pub(super) struct Arguments {
+    #[command(subcommand)]
+    pub(super) command: Command,
+    #[command(flatten)]
+    pub(super) logging: Logging,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    Serve(Serve),
+    Mirror(Mirror),
+    Info(Info),
+}
+
+/// Serve real images: raw files, block devices, qcow2 files.
+///
+/// Prints one URI for each image once clients can connect, and runs until SIGTERM or SIGINT; then it answers what it
+/// has received, flushes, and exits.
+///
+/// Examples:
+///
+///   headwater serve debian12.raw
+///   headwater serve root=/dev/vg0/root data=data.qcow2 --listen 0.0.0.0:10809 --unix /run/headwater.sock
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct Serve {
+    /// Images to serve. Without NAME, the name is that of the file without its extension.
+    #[arg(required = true, value_name = "[NAME=]PATH")]
+    pub(super) images: Vec<NamedPath>,
+    /// Let nobody write. qcow2 files are read-only in any case.
+    #[arg(short, long)]
+    pub(super) read_only: bool,
+    /// What the files hold.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) format: FormatArgument,
+    /// Allow backing files of qcow2 images in this directory (repeatable). Without it an image with a backing file is
+    /// refused, because the name of that file is content of the image.
+    #[arg(long, value_name = "DIR")]
+    pub(super) backing: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(super) daemon: Daemon,
+}
+
+/// Serve images that are fetched from other servers as clients read them.
+///
+/// What was fetched is kept in the cache directory and served again, also after a restart and while the upstream is
+/// away. Any NBD server can be the upstream: another mirror, nbdkit, qemu-nbd, nbd-server.
+///
+/// Examples:
+///
+///   headwater mirror debian12=nbd://first/debian12 --cache /var/cache/headwater
+///   headwater mirror nbd://first/debian12,nbd://spare/debian12 --cache /srv/cache --unix /run/mirror.sock
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct Mirror {
+    /// Images to mirror, each from one or more servers that hold it; the next is tried when one fails. Without NAME,
+    /// the name is that of the first server's export.
+    #[arg(required = true, value_name = "[NAME=]URI[,URI...]")]
+    pub(super) images: Vec<NamedUris>,
+    /// Where fetched data is kept, in one directory for each image.
+    #[arg(long, value_name = "DIR")]
+    pub(super) cache: PathBuf,
+    /// The unit of fetching and keeping: a power of two from 4K to 4M. An existing cache keeps its own. [default: 64K]
+    #[arg(long, value_name = "SIZE", value_parser = chunk_size)]
+    pub(super) chunk_size: Option<u32>,
+    /// Connections to the upstream of each image, if it allows more than one.
+    #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(super) upstream_connections: u16,
+    /// How long a read waits for an upstream that does not answer before it fails with an I/O error. Keep it under the
+    /// time-out of the clients.
+    #[arg(long, value_name = "SECONDS", default_value = "25", value_parser = seconds)]
+    pub(super) upstream_timeout: Duration,
+    #[command(flatten)]
+    pub(super) daemon: Daemon,
+}
+
+/// Show what a server offers: size, flags, block sizes, contexts; of a mirror, how much is there.
+///
+/// Example:
+///
+///   headwater info nbd://second/debian12
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct Info {
+    /// The export, as nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH.
+    pub(super) uri: Uri,
+    /// Print JSON.
+    #[arg(long)]
+    pub(super) json: bool,
+    /// How long to wait for the server.
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+    pub(super) timeout: Duration,
+}
+
+/// What all servers have.
+#[derive(Debug, Args)]
+pub(super) struct Daemon {
+    /// Listen on a TCP address (repeatable): ADDR, ADDR:PORT, [IPV6]:PORT, or :PORT for all addresses. Without --listen,
+    /// --unix and sockets from systemd it is 127.0.0.1:10809.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(super) listen: Vec<ListenAddress>,
+    /// Listen on a unix socket (repeatable).
+    #[arg(long, value_name = "PATH")]
+    pub(super) unix: Vec<PathBuf>,
+    /// Threads that serve clients. [default: one for each CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(super) workers: Option<u16>,
+    /// Clients at the same time; more wait until one leaves.
+    #[arg(long, value_name = "N", default_value = "16384", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) max_connections: u32,
+    /// How long a client may take to negotiate.
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+    pub(super) handshake_timeout: Duration,
+    /// How files are read and written: io_uring where the kernel allows it, or threads.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) disk_io: DiskIo,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Logging {
+    /// How much to log, to the standard error stream.
+    #[arg(long, global = true, value_enum, default_value = "info", help_heading = "Logging")]
+    log_level: Level,
+    /// How log lines look. [default: text on a terminal, else json]
+    #[arg(long, global = true, value_enum, help_heading = "Logging")]
+    log_format: Option<LogFormatArgument>,
+}
+
+impl Logging {
+    pub(super) fn level(&self) -> LevelFilter {
+        match self.log_level {
+            Level::Off => LevelFilter::OFF,
+            Level::Error => LevelFilter::ERROR,
+            Level::Warn => LevelFilter::WARN,
+            Level::Info => LevelFilter::INFO,
+            Level::Debug => LevelFilter::DEBUG,
+        }
+    }
+
+    pub(super) fn format(&self) -> Option<LogFormat> {
+        self.log_format.map(|format| match format {
+            LogFormatArgument::Text => LogFormat::Text,
+            LogFormatArgument::Json => LogFormat::Json,
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Level {
+    Off,
+    Error,
+    Warn,
+    Info,
+    Debug,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum LogFormatArgument {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum DiskIo {
+    /// io_uring, or threads with a warning.
+    Auto,
+    /// io_uring or nothing.
+    Uring,
+    /// Threads.
+    Threads,
+}
+
+impl From<DiskIo> for Preference {
+    fn from(choice: DiskIo) -> Self {
+        match choice {
+            DiskIo::Auto => Self::Auto,
+            DiskIo::Uring => Self::Uring,
+            DiskIo::Threads => Self::Threads,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum FormatArgument {
+    /// qcow2 if the file begins like one, else raw.
+    Auto,
+    /// The bytes of the image as they are.
+    Raw,
+    /// qcow2.
+    Qcow2,
+}
+
+impl From<FormatArgument> for Format {
+    fn from(choice: FormatArgument) -> Self {
+        match choice {
+            FormatArgument::Auto => Self::Auto,
+            FormatArgument::Raw => Self::Raw,
+            FormatArgument::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+/// An image and its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct NamedPath {
+    pub(super) name: String,
+    pub(super) path: PathBuf,
+}
+
+impl std::str::FromStr for NamedPath {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, path) = match text.split_once('=') {
+            // A path with a directory in front of its first `=` has no name before it.
+            Some((name, path)) if !name.contains('/') => (Some(name), path),
+            _ => (None, text),
+        };
+        if path.is_empty() {
+            return Err("the path is missing".into());
+        }
+        let path = PathBuf::from(path);
+        let name = match name {
+            Some(name) => name.to_owned(),
+            None => path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
+        };
+        Ok(Self { name: checked_name(name)?, path })
+    }
+}
+
+/// Servers with one image, and its name here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct NamedUris {
+    pub(super) name: String,
+    pub(super) uris: Vec<Uri>,
+}
+
+impl std::str::FromStr for NamedUris {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, uris) = match text.split_once('=') {
+            // The `=` of `?socket=PATH` comes behind a scheme.
+            Some((name, uris)) if !name.contains("://") => (Some(name), uris),
+            _ => (None, text),
+        };
+        let uris = Uri::parse_list(uris).map_err(|error| error.to_string())?;
+        let name = name.map_or_else(|| uris.first().map_or_else(String::new, |uri| uri.export.clone()), str::to_owned);
+        Ok(Self { name: checked_name(name)?, uris })
+    }
+}
+
+/// What the protocol allows as the name of an export.
+fn checked_name(name: String) -> Result<String, String> {
+    if name.len() > crate::nbd::wire::MAX_STRING {
+        return Err("the name has more than 4096 bytes".into());
+    }
+    Ok(name)
+}
+
+fn chunk_size(text: &str) -> Result<u32, String> {
+    let ByteSize(bytes) = text.parse().map_err(|error: crate::units::ParseSizeError| error.to_string())?;
+    u32::try_from(bytes)
+        .ok()
+        .filter(|size| size.is_power_of_two() && CHUNK_SIZES.contains(size))
+        .ok_or_else(|| "a chunk is a power of two from 4K to 4M".to_owned())
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|duration| !duration.is_zero() && duration.as_secs() <= 24 * 60 * 60)
+        .ok_or_else(|| "more than nothing and at most a day".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn images_are_named_or_take_the_name_of_their_file() {
+        for (text, name, path) in [
+            ("debian12=images/d.raw", "debian12", "images/d.raw"),
+            ("images/d.raw", "d", "images/d.raw"),
+            ("/dev/vda", "vda", "/dev/vda"),
+            ("./a=b.raw", "a=b", "./a=b.raw"),
+            ("=d.raw", "", "d.raw"),
+            ("x=a=b", "x", "a=b"),
+        ] {
+            assert_eq!(text.parse(), Ok(NamedPath { name: name.into(), path: path.into() }), "{text}");
+        }
+        assert!("x=".parse::<NamedPath>().is_err());
+    }
+
+    #[test]
+    fn mirrors_are_named_or_take_the_name_of_the_export() {
+        for (text, name, count) in [
+            ("d=nbd://a/x", "d", 1),
+            ("nbd://a/x,nbd://b/y", "x", 2),
+            ("nbd+unix:///x?socket=/s", "x", 1),
+            ("d=nbd+unix:///x?socket=/s,nbd://b/y", "d", 2),
+            ("nbd://a", "", 1),
+        ] {
+            let parsed: NamedUris = text.parse().unwrap();
+            assert_eq!((parsed.name.as_str(), parsed.uris.len()), (name, count), "{text}");
+        }
+        assert!("d=a.raw".parse::<NamedUris>().is_err());
+    }
+
+    #[test]
+    fn chunk_sizes_and_seconds_are_checked() {
+        assert_eq!(chunk_size("64K"), Ok(65_536));
+        assert_eq!(chunk_size("4M"), Ok(4 << 20));
+        for text in ["2K", "8M", "65000", "64X", ""] {
+            assert!(chunk_size(text).is_err(), "{text}");
+        }
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for text in ["0", "-1", "NaN", "inf", "100000", "x"] {
+            assert!(seconds(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! What `serve` and `mirror` have in common: listening, serving, ending.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::runtime::{Builder, LocalOptions};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::args::Daemon;
+use super::output;
+use crate::export::Registry;
+use crate::net::{ListenAddress, Listener};
+use crate::server::{Server, Settings};
+use crate::worker::Workers;
+
+/// Descriptors that are kept for files, upstreams and the rest when connections are bounded.
+const SPARE_DESCRIPTORS: u64 = 256;
+/// How long exports may take to make things durable at the end.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// What a command adds to a server.
+pub(super) trait Exports {
+    /// Opens the exports and puts them into the registry. `listeners` are those of this server.
+    async fn open(&mut self, registry: &Registry, workers: &Workers, listeners: &[Listener]) -> anyhow::Result<()>;
+
+    /// Makes everything durable, once there are no clients any more.
+    async fn settle(&self, registry: &Registry, workers: &Workers);
+}
+
+/// Serves `exports` until a signal comes.
+pub(super) fn run(daemon: Daemon, exports: impl Exports) -> anyhow::Result<()> {
+    let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    runtime.block_on(serve(daemon, exports))
+}
+
+async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> {
+    // From here on a signal is an order to end well.
+    let mut signals = Signals::new()?;
+    let settings = settings(&daemon);
+    let listeners = listen(&daemon)?;
+    let count = daemon.workers.map_or_else(default_workers, usize::from);
+    let workers = Workers::start(count, daemon.disk_io.into()).context("cannot start the workers")?;
+    let workers = Arc::new(workers);
+    let registry = Arc::new(Registry::new());
+    tokio::select! {
+        result = exports.open(&registry, &workers, &listeners) => result?,
+        () = signals.next() => return Ok(()),
+    }
+    let greeting = greeting(&registry, &listeners)?;
+    for listener in &listeners {
+        tracing::info!(%listener, workers = count, "listening");
+    }
+    let server = Server::start(Arc::clone(&registry), listeners, Arc::clone(&workers), settings);
+    output::print(&greeting)?;
+    notify_manager(&sd_notify::NotifyState::Ready);
+    signals.next().await;
+    notify_manager(&sd_notify::NotifyState::Stopping);
+    tracing::info!("shutting down");
+    tokio::select! {
+        clean = server.drain() => if !clean {
+            tracing::warn!("some clients had to be cut off");
+        },
+        () = signals.next() => tracing::warn!("a second signal: not waiting for clients"),
+    }
+    if tokio::time::timeout(SETTLE, exports.settle(&registry, &workers)).await.is_err() {
+        tracing::warn!("making things durable took too long: giving up");
+    }
+    if let Ok(workers) = Arc::try_unwrap(workers) {
+        workers.stop();
+    }
+    Ok(())
+}
+
+fn default_workers() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn settings(daemon: &Daemon) -> Settings {
+    let wanted = u64::from(daemon.max_connections);
+    let allowed = raise_descriptor_limit().saturating_sub(SPARE_DESCRIPTORS).max(1);
+    if allowed < wanted {
+        tracing::debug!(wanted, allowed, "fewer connections than wanted: the limit of open files");
+    }
+    Settings {
+        max_connections: crate::units::to_usize(wanted.min(allowed)),
+        handshake_timeout: daemon.handshake_timeout,
+        ..Settings::default()
+    }
+}
+
+/// Raises the limit of open files as far as we may, and tells it.
+fn raise_descriptor_limit() -> u64 {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "cannot raise the limit of open files");
+    }
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// All sockets: those of the service manager and those of the command line, or the default one.
+fn listen(daemon: &Daemon) -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = Listener::inherited().context("cannot take over the service manager's sockets")?;
+    let mut addresses = daemon.listen.clone();
+    addresses.extend(daemon.unix.iter().cloned().map(ListenAddress::Unix));
+    if listeners.is_empty() && addresses.is_empty() {
+        addresses.push("127.0.0.1".parse()?);
+    }
+    for address in addresses {
+        listeners.extend(Listener::bind(&address)?);
+    }
+    Ok(listeners)
+}
+
+/// One line for each export: how to reach it by the first listener.
+fn greeting(registry: &Registry, listeners: &[Listener]) -> anyhow::Result<String> {
+    let listener = listeners.first().context("there is no socket to listen on")?;
+    let mut text = String::new();
+    for (name, _) in registry.all() {
+        text.push_str(&listener.uri(&name)?.to_string());
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+fn notify_manager(state: &sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(std::slice::from_ref(state)) {
+        tracing::debug!(%error, "cannot tell the service manager");
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

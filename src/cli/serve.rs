@@ -1,0 +1,54 @@
+//! `headwater serve`.
+
+use anyhow::Context;
+use tokio::sync::oneshot;
+
+use super::args::{NamedPath, Serve};
+use super::daemon::{self, Exports};
+use crate::export::Registry;
+use crate::image::{self, Options};
+use crate::net::Listener;
+use crate::worker::Workers;
+
+pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
+    let options = Options {
+        read_only: arguments.read_only,
+        format: arguments.format.into(),
+        backing_directories: arguments.backing,
+    };
+    daemon::run(arguments.daemon, Images { images: arguments.images, options })
+}
+
+struct Images {
+    images: Vec<NamedPath>,
+    options: Options,
+}
+
+impl Exports for Images {
+    async fn open(&mut self, registry: &Registry, _: &Workers, _: &[Listener]) -> anyhow::Result<()> {
+        for NamedPath { name, path } in &self.images {
+            let image = image::open(path, &self.options)?;
+            let facts = image.facts();
+            tracing::info!(name, path = %path.display(), size = facts.size, writable = facts.writable, "serving");
+            registry.insert(name, image)?;
+        }
+        Ok(())
+    }
+
+    async fn settle(&self, registry: &Registry, workers: &Workers) {
+        for (name, export) in registry.all() {
+            let (report, result) = oneshot::channel();
+            let flush = move || async move {
+                let result = export.flush().await.map_err(|error| error.chain());
+                // Whoever waited has given up.
+                let _ = report.send(result);
+            };
+            workers.run(flush).await;
+            if let Err(error) =
+                result.await.context("the flush was cut off").and_then(|it| it.map_err(anyhow::Error::msg))
+            {
+                tracing::error!(name, error = format!("{error:#}"), "cannot flush");
+            }
+        }
+    }
+}

@@ -16,19 +16,40 @@ use crate::units::ByteSize;
 
 /// A tiered NBD server for people who start many machines from few disk images.
 ///
-/// One server holds the real image. Mirrors start empty, fetch what their clients read, keep it, and serve it again:
-///
-///   first$  headwater serve debian12=debian12.raw --listen 0.0.0.0:10809
-///   second$ headwater mirror debian12=nbd://first/debian12 --cache /var/cache/headwater --listen 0.0.0.0:10809
-///   second$ qemu-system-x86_64 -drive file=nbd://second/debian12,format=raw,snapshot=on ...
+/// One server holds the real image. Mirrors start empty, fetch what their clients read, keep it, and serve it again.
 #[derive(Debug, Parser)]
-#[command(name = "headwater", version, verbatim_doc_comment, max_term_width = 100)]
+#[command(name = "headwater", version, max_term_width = 100, after_help = EXAMPLE)]
 pub(super) struct Arguments {
     #[command(subcommand)]
     pub(super) command: Command,
     #[command(flatten)]
     pub(super) logging: Logging,
 }
+
+const EXAMPLE: &str = "\
+Example: on the host with the image, on a host with many VMs, and in one of them:
+  headwater serve debian12=debian12.raw --listen 0.0.0.0:10809
+  headwater mirror debian12=nbd://first/debian12 --cache /var/cache/headwater
+  qemu-system-x86_64 -drive file=nbd://localhost/debian12,format=raw,snapshot=on ...
+
+Exit status: 0 when all went well, 1 on a failure, 2 when the command line makes no sense.";
+
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  headwater serve debian12.raw
+  headwater serve root=/dev/vg0/root data=data.qcow2 --listen 0.0.0.0:10809
+  headwater serve debian12.raw --read-only --unix /run/headwater.sock";
+
+const MIRROR_EXAMPLES: &str = "\
+Examples:
+  headwater mirror debian12=nbd://first/debian12 --cache /var/cache/headwater
+  headwater mirror nbd://first/debian12,nbd://spare/debian12 --cache /srv/cache
+  headwater mirror nbd+unix:///root?socket=/run/a.sock --cache /srv/cache --unix /run/b.sock";
+
+const INFO_EXAMPLES: &str = "\
+Examples:
+  headwater info nbd://second/debian12
+  headwater info --json 'nbd+unix:///?socket=/run/headwater.sock'";
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -41,13 +62,8 @@ pub(super) enum Command {
 ///
 /// Prints one URI for each image once clients can connect, and runs until SIGTERM or SIGINT; then it answers what it
 /// has received, flushes, and exits.
-///
-/// Examples:
-///
-///   headwater serve debian12.raw
-///   headwater serve root=/dev/vg0/root data=data.qcow2 --listen 0.0.0.0:10809 --unix /run/headwater.sock
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = SERVE_EXAMPLES)]
 pub(super) struct Serve {
     /// Images to serve. Without NAME, the name is that of the file without its extension.
     #[arg(required = true, value_name = "[NAME=]PATH")]
@@ -70,13 +86,8 @@ pub(super) struct Serve {
 ///
 /// What was fetched is kept in the cache directory and served again, also after a restart and while the upstream is
 /// away. Any NBD server can be the upstream: another mirror, nbdkit, qemu-nbd, nbd-server.
-///
-/// Examples:
-///
-///   headwater mirror debian12=nbd://first/debian12 --cache /var/cache/headwater
-///   headwater mirror nbd://first/debian12,nbd://spare/debian12 --cache /srv/cache --unix /run/mirror.sock
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = MIRROR_EXAMPLES)]
 pub(super) struct Mirror {
     /// Images to mirror, each from one or more servers that hold it; the next is tried when one fails. Without NAME,
     /// the name is that of the first server's export.
@@ -99,13 +110,9 @@ pub(super) struct Mirror {
     pub(super) daemon: Daemon,
 }
 
-/// Show what a server offers: size, flags, block sizes, contexts; of a mirror, how much is there.
-///
-/// Example:
-///
-///   headwater info nbd://second/debian12
+/// Show what a server offers: size, flags, block sizes, contexts; of a mirror, what is there.
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = INFO_EXAMPLES)]
 pub(super) struct Info {
     /// The export, as nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH.
     pub(super) uri: Uri,

@@ -1,0 +1,20 @@
+//! Headwater as its users see it: the real program, real sockets, real files, and the real tools of others.
+//!
+//! | module | tries |
+//! | --- | --- |
+//! | `support` | the program under test, other servers and clients, a link that can be cut |
+//! | `handshake`, `transmission` | the server, byte by byte, as good and bad clients use it |
+//! | `serve` | real images: files, devices, durability, several views of one image |
+//! | `mirror` | what reaches the upstream, and what clients get when it misbehaves |
+//! | `crash` | kill, restart, compare |
+//! | `faults` | full disks, failing disks, refused io_uring |
+//! | `roles` | our client against our server: the conformance suite over a socket |
+//! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
+//! | `kernel` | the kernel's client, in a virtual machine |
+//! | `command_line` | what it prints, refuses and returns |
+//!
+//! A tool that is missing fails the test that needs it; `tools/test` installs them all.
+
+mod handshake;
+mod support;
+mod transmission;

@@ -65,7 +65,8 @@ pub(super) enum Command {
 #[derive(Debug, Args)]
 #[command(after_help = SERVE_EXAMPLES)]
 pub(super) struct Serve {
-    /// Images to serve. Without NAME, the name is that of the file without its extension.
+    /// Images to serve. Without NAME, the name is that of the file without its extension. A path with a = in it is
+    /// written with ./ or / in front.
     #[arg(required = true, value_name = "[NAME=]PATH")]
     pub(super) images: Vec<NamedPath>,
     /// Let nobody write. qcow2 files are read-only in any case.
@@ -244,8 +245,8 @@ impl std::str::FromStr for NamedPath {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, path) = match text.split_once('=') {
-            // A path with a directory in front of its first `=` has no name before it.
-            Some((name, path)) if !name.contains('/') => (Some(name), path),
+            // What begins like a path is one, also if it has a `=` in it.
+            Some((name, path)) if !name.starts_with(['/', '.']) => (Some(name), path),
             _ => (None, text),
         };
         if path.is_empty() {
@@ -323,6 +324,8 @@ mod tests {
             ("images/d.raw", "d", "images/d.raw"),
             ("/dev/vda", "vda", "/dev/vda"),
             ("./a=b.raw", "a=b", "./a=b.raw"),
+            ("/srv/a=b.raw", "a=b", "/srv/a=b.raw"),
+            ("os/debian=d.raw", "os/debian", "d.raw"),
             ("=d.raw", "", "d.raw"),
             ("x=a=b", "x", "a=b"),
         ] {

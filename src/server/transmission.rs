@@ -150,8 +150,14 @@ impl<D: Future<Output = ()>> Transmission<D> {
 
     async fn turn(&mut self) -> Result<Option<End>, End> {
         self.take_requests()?;
+        let used = self.used();
         self.session.outbox.flush(&self.stream)?;
         self.budget.settle(self.used());
+        if !self.wants_input && self.used() < used {
+            // What was sent has made room: whatever waited for it must be looked at again, because nothing else may
+            // ever wake this connection.
+            return Ok(None);
+        }
         if self.session.is_broken.get() {
             return Err(End::Broken);
         }

@@ -16,5 +16,7 @@
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
 
 mod handshake;
+mod roles;
+mod serve;
 mod support;
 mod transmission;

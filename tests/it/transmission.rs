@@ -327,3 +327,17 @@ fn a_half_closed_client_gets_its_replies() {
     }
     assert!(client.socket.is_closed_by_peer());
 }
+
+#[test]
+fn replies_that_fill_the_outbox_and_leave_at_once_do_not_stall_the_connection() {
+    // A reply of 1 MiB makes the connection pause; if the socket took all of it at once, nothing woke it again.
+    let scratch = Scratch::new();
+    let bytes = noise(8 << 20, 10);
+    let server = Daemon::serve(&scratch, &scratch.file("image.raw", &bytes), &[]);
+    for mut client in of_every_age(server.uri()) {
+        for round in 0..300u64 {
+            let start = usize::try_from(round % 7).unwrap() << 20;
+            assert!(client.read(start as u64, MIB) == bytes[start..start + (1 << 20)]);
+        }
+    }
+}

@@ -228,9 +228,16 @@ fn output(command: &mut Command) -> Output {
     command.output().unwrap_or_else(|error| panic!("{command:?}: {error}: is it installed? tools/test does that"))
 }
 
+/// libnbd's shell, which needs the system's own Python.
+pub(crate) fn nbdsh_command() -> Command {
+    let mut command = Command::new("nbdsh");
+    command.env("PATH", "/usr/bin:/bin");
+    command
+}
+
 /// Runs a script of libnbd's shell against an export that it finds as `h`, and gives back what it prints.
 pub(crate) fn nbdsh(uri: &str, script: &str) -> String {
-    run(Command::new("nbdsh").args(["-u", uri, "-c", script]))
+    run(nbdsh_command().args(["-u", uri, "-c", script]))
 }
 
 /// Asks again and again until it is so.

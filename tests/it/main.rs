@@ -15,7 +15,10 @@
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
 
+mod crash;
+mod faults;
 mod handshake;
+mod mirror;
 mod roles;
 mod serve;
 mod support;

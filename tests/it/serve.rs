@@ -340,7 +340,7 @@ import random
 random.seed(1)
 shadow = bytearray(32 << 20)
 for round in range(40):
-    busy, reads = [], []
+    busy, reads, cookies = [], [], []
     for i in range(32):
         n = random.choice([1, 512, 4096, 65536, 300000])
         o = random.randrange(0, (32 << 20) - n)
@@ -350,17 +350,14 @@ for round in range(40):
             data = random.randbytes(n)
             shadow[o:o + n] = data
             buf = nbd.Buffer.from_bytearray(bytearray(data))
-            h.aio_pwrite(buf, o)
+            cookies.append(h.aio_pwrite(buf, o))
             reads.append((buf, None, o, n))
         else:
             buf = nbd.Buffer(n)
-            h.aio_pread(buf, o)
+            cookies.append(h.aio_pread(buf, o))
             reads.append((buf, bytes(shadow[o:o + n]), o, n))
-    while h.aio_in_flight() > 0: h.poll(-1)
-    while True:
-        c = h.aio_peek_command_completed()
-        if c == 0: break
-        assert h.aio_command_completed(c)
+    for cookie in cookies:
+        while not h.aio_command_completed(cookie): h.poll(-1)
     for buf, want, o, n in reads:
         assert want is None or bytes(buf.to_bytearray()) == want, (o, n)
 h.flush()

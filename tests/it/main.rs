@@ -15,9 +15,12 @@
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
 
+mod command_line;
 mod crash;
 mod faults;
 mod handshake;
+mod interop_clients;
+mod interop_upstreams;
 mod mirror;
 mod roles;
 mod serve;

@@ -21,7 +21,7 @@ impl Peer {
     /// nbdkit with any plugin and filters, in the foreground, on a unix socket.
     pub(crate) fn nbdkit(scratch: &Scratch, arguments: &[&str]) -> Self {
         let (socket, pid) = (scratch.path("nbdkit.sock"), scratch.path("nbdkit.pid"));
-        let _ = fs::remove_file(&pid);
+        forget(&[&socket, &pid]);
         let mut command = Command::new("nbdkit");
         command.args(["-f", "--exit-with-parent", "-U"]).arg(&socket).arg("-P").arg(&pid).args(arguments);
         let child = command.spawn().expect("nbdkit is installed by tools/test");
@@ -33,7 +33,7 @@ impl Peer {
     /// qemu-nbd on a unix socket, for any number of clients.
     pub(crate) fn qemu_nbd(scratch: &Scratch, image: &Path, arguments: &[&str]) -> Self {
         let (socket, pid) = (scratch.path("qemu.sock"), scratch.path("qemu.pid"));
-        let _ = fs::remove_file(&pid);
+        forget(&[&socket, &pid]);
         let mut command = Command::new("qemu-nbd");
         command.args(["--persistent", "--pid-file"]).arg(&pid).arg("-k").arg(&socket).args(arguments).arg(image);
         let child = command.spawn().expect("qemu-nbd is installed by tools/test");
@@ -50,10 +50,19 @@ impl Peer {
             image.display()
         );
         let config = scratch.file("nbd-server.conf", config.as_bytes());
-        let mut command = Command::new("nbd-server");
-        command.arg("-d").arg("-C").arg(config).arg("-p").arg(scratch.path("nbd-server.pid"));
+        // It serves more than one client only as a daemon. A PID namespace takes all of it down with this process.
+        let mut command = Command::new("unshare");
+        command.args([
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "sh",
+            "-c",
+            "nbd-server -C \"$1\" -p \"$2\"; exec tail -f /dev/null",
+        ]);
+        command.arg("sh").arg(config).arg(scratch.path("nbd-server.pid"));
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let child = child.expect("nbd-server is installed by tools/test");
+        let child = child.expect("unshare is part of Debian");
         let address = format!("127.0.0.1:{port}");
         eventually("nbd-server", || std::net::TcpStream::connect(&address).is_ok());
         Self { uri: format!("nbd://{address}/image"), child }
@@ -65,6 +74,15 @@ impl Drop for Peer {
         // It may have ended already, which is as good.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// Removes what an earlier peer in the same directory may have left.
+fn forget(files: &[&Path]) {
+    for file in files {
+        if let Err(error) = fs::remove_file(file) {
+            assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{}", file.display());
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! House rules that the compiler does not know. `docs/architecture.md` has their reasons.
 
+#![expect(clippy::unwrap_used, reason = "a test that panics has failed")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};

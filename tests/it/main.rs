@@ -15,6 +15,14 @@
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    clippy::print_stderr,
+    clippy::cast_possible_truncation,
+    reason = "a test that panics has failed; the rules of `.clippy.toml` are for the program"
+)]
+
 mod command_line;
 mod crash;
 mod faults;

@@ -29,6 +29,7 @@ mod faults;
 mod handshake;
 mod interop_clients;
 mod interop_upstreams;
+mod kernel;
 mod mirror;
 mod roles;
 mod serve;

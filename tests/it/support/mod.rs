@@ -1,6 +1,7 @@
 //! The program under test, and what is put around it.
 
 pub(crate) mod client;
+pub(crate) mod guest;
 pub(crate) mod link;
 pub(crate) mod peers;
 

@@ -1,0 +1,52 @@
+//! A small Linux in a virtual machine, for the kernel's own client.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::{Scratch, run};
+
+/// Where the host's loopback is, seen from the guest.
+pub(crate) const HOST: &str = "10.0.2.2";
+
+/// Boots Debian's kernel with busybox and nbd-client, runs a shell script there, and gives back what it printed.
+///
+/// The script runs with `set -eu`; it must end well.
+pub(crate) fn run_in_guest(scratch: &Scratch, script: &str) -> String {
+    let guest = parts();
+    let initrd = with_script(scratch, &guest.join("initrd"), script);
+    // KVM is not there on many machines, and where it is inside a VM it is not to be trusted.
+    let mut machine = Command::new("qemu-system-x86_64");
+    machine.args(["-accel", "tcg", "-m", "512", "-nographic", "-nodefaults", "-no-reboot", "-serial", "stdio"]);
+    machine.args(["-nic", "user,model=virtio-net-pci", "-append", "console=ttyS0 quiet panic=-1"]);
+    machine.arg("-kernel").arg(guest.join("vmlinuz")).arg("-initrd").arg(initrd);
+    let printed = run(&mut machine).replace('\r', "");
+    assert!(printed.contains("guest: ended with 0"), "the script failed in the guest:\n{printed}");
+    printed
+}
+
+/// The kernel and the initial file system, made once.
+fn parts() -> PathBuf {
+    let guest = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest");
+    run(Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/guest/make")).arg(&guest));
+    guest
+}
+
+/// The kernel unpacks one archive behind another, so the script goes in without packing the rest again.
+fn with_script(scratch: &Scratch, initrd: &Path, script: &str) -> PathBuf {
+    scratch.file("script", script.as_bytes());
+    let mut packer = Command::new("busybox");
+    packer
+        .args(["cpio", "-o", "-H", "newc"])
+        .current_dir(scratch.path(""))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    let mut packer = packer.spawn().expect("busybox is installed by tools/test");
+    packer.stdin.take().unwrap().write_all(b"script\n").unwrap();
+    let archive = packer.wait_with_output().unwrap().stdout;
+    let path = scratch.path("initrd");
+    fs::copy(initrd, &path).unwrap();
+    fs::File::options().append(true).open(&path).unwrap().write_all(&archive).unwrap();
+    path
+}

@@ -1,0 +1,5 @@
+//! The map file of a mirror.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| headwater::mirror::map::fuzz(data));

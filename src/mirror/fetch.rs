@@ -163,13 +163,13 @@ impl Inner {
 
     async fn work(self: Arc<Self>, need: Need, run: Run) {
         let Run { claims, _permit } = run;
-        let claims = match need {
-            Need::Fetch => claims,
-            Need::Verify => self.verify(claims).await,
-        };
-        // Bad chunks are fetched; they need not be neighbours any more.
-        let groups = claims.chunk_by(|left, right| left.chunk.number() + 1 == right.chunk.number());
-        join_all(groups.map(|group| self.fetch(group))).await;
+        match need {
+            Need::Fetch => self.fetch(&claims).await,
+            Need::Verify => {
+                let bad = self.verify(claims).await;
+                self.start(Need::Fetch, bad);
+            }
+        }
     }
 
     /// Lands those chunks whose bytes here are right. Gives back the others, which are absent now.

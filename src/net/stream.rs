@@ -79,6 +79,16 @@ impl Stream {
         either!(self, socket => socket.try_read(buffer))
     }
 
+    /// How many bytes have arrived and were not received yet.
+    pub fn queued(&self) -> io::Result<usize> {
+        Ok(crate::units::to_usize(rustix::io::ioctl_fionread(self)?))
+    }
+
+    /// Puts what has arrived into `buffer`, asking the socket itself: the runtime may not have heard of it yet.
+    pub fn receive_queued(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::net::recv(self, buffer, rustix::net::RecvFlags::DONTWAIT)?.0)
+    }
+
     /// Sends as much as the socket takes.
     pub fn try_write_vectored(&self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
         either!(self, socket => socket.try_write_vectored(buffers))

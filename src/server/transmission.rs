@@ -64,8 +64,8 @@ pub(super) enum End {
 #[derive(Debug)]
 enum Phase {
     Open,
-    /// Only those that have arrived already.
-    Draining,
+    /// Only those that had arrived when the order came: this many bytes of the socket's queue.
+    Draining { queued: usize },
     /// None; what is in flight is answered.
     Closing(End),
 }
@@ -165,16 +165,16 @@ impl<D: Future<Output = ()>> Transmission<D> {
             let Phase::Closing(end) = std::mem::replace(&mut self.phase, Phase::Open) else { return Ok(None) };
             return Ok(Some(end));
         }
-        if matches!(self.phase, Phase::Draining) && self.wants_input {
-            if !self.receive()? {
-                self.phase = Phase::Closing(End::Drained);
-            }
+        if let Phase::Draining { queued } = self.phase
+            && self.wants_input
+        {
+            self.phase = self.receive_queued(queued)?;
             return Ok(None);
         }
         match poll_fn(|context| self.poll_event(context)).await {
             Event::Progress => {}
-            Event::Readable => drop(self.receive()?),
-            Event::Draining => self.phase = Phase::Draining,
+            Event::Readable => self.receive()?,
+            Event::Draining => self.phase = Phase::Draining { queued: self.stream.queued()? },
         }
         Ok(None)
     }
@@ -201,8 +201,8 @@ impl<D: Future<Output = ()>> Transmission<D> {
         Poll::Pending
     }
 
-    /// Receives what there is. `false`: nothing, for now or for ever.
-    fn receive(&mut self) -> Result<bool, End> {
+    /// Receives what there is, if there is anything.
+    fn receive(&mut self) -> Result<(), End> {
         let received = match &mut self.payload {
             Some(Payload::Write { segment: Some(segment), .. })
                 if self.input.is_empty() && segment.missing() >= STRAIGHT =>
@@ -220,16 +220,30 @@ impl<D: Future<Output = ()>> Transmission<D> {
         match received {
             Ok(0) => {
                 self.phase = Phase::Closing(End::Closed);
-                Ok(false)
+                Ok(())
             }
-            Ok(_) => Ok(true),
+            Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 if self.input.is_empty() && self.work.is_empty() {
                     // Idle connections, of which there may be thousands, keep no buffer.
                     self.input = BytesMut::new();
                 }
-                Ok(false)
+                Ok(())
             }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Receives a part of the `queued` bytes that are the last to be received.
+    fn receive_queued(&mut self, queued: usize) -> Result<Phase, End> {
+        let mut bytes = vec![0; queued.min(INPUT)];
+        match self.stream.receive_queued(&mut bytes) {
+            Ok(0) => Ok(Phase::Closing(End::Drained)),
+            Ok(received) => {
+                self.input.extend_from_slice(&bytes[..received]);
+                Ok(Phase::Draining { queued: queued - received })
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Phase::Closing(End::Drained)),
             Err(error) => Err(error.into()),
         }
     }

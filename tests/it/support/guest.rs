@@ -46,7 +46,10 @@ fn with_script(scratch: &Scratch, initrd: &Path, script: &str) -> PathBuf {
     packer.stdin.take().unwrap().write_all(b"script\n").unwrap();
     let archive = packer.wait_with_output().unwrap().stdout;
     let path = scratch.path("initrd");
-    fs::copy(initrd, &path).unwrap();
-    fs::File::options().append(true).open(&path).unwrap().write_all(&archive).unwrap();
+    let mut whole = fs::read(initrd).unwrap();
+    // It looks for the next one at multiples of four.
+    whole.resize(whole.len().next_multiple_of(4), 0);
+    whole.extend(archive);
+    fs::write(&path, whole).unwrap();
     path
 }

@@ -65,7 +65,9 @@ pub(super) enum End {
 enum Phase {
     Open,
     /// Only those that had arrived when the order came: this many bytes of the socket's queue.
-    Draining { queued: usize },
+    Draining {
+        queued: usize,
+    },
     /// None; what is in flight is answered.
     Closing(End),
 }

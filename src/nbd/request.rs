@@ -154,6 +154,8 @@ pub struct Rules {
     pub flags: TransmissionFlags,
     /// Smallest unit of offset and length, in bytes.
     pub minimum_block: u32,
+    /// The largest payload of a write or a read, in bytes.
+    pub maximum_payload: u64,
     /// The form of requests and replies.
     pub mode: ReplyMode,
     /// Whether at least one metadata context was selected.
@@ -178,7 +180,7 @@ pub enum Checked {
 
 /// Holds a request against the rules ("Request types", "Error values", "Size constraints").
 pub fn check(header: &Header, rules: &Rules) -> Result<Checked, Violation> {
-    let payload = payload_length(header, rules.mode)?;
+    let payload = payload_length(header, rules)?;
     Ok(match classify(header, rules) {
         Ok(command) => Checked::Accepted(command),
         Err((kind, message)) => Checked::Refused { kind, message, payload },
@@ -186,8 +188,8 @@ pub fn check(header: &Header, rules: &Rules) -> Result<Checked, Violation> {
 }
 
 /// The number of payload bytes behind a header.
-fn payload_length(header: &Header, mode: ReplyMode) -> Result<u64, Violation> {
-    let has_payload = match mode {
+fn payload_length(header: &Header, rules: &Rules) -> Result<u64, Violation> {
+    let has_payload = match rules.mode {
         ReplyMode::Simple | ReplyMode::Structured => header.command == command::WRITE,
         // qemu's client (10.0 at least) leaves the flag out of its writes and sends the payload all the same; qemu's
         // server lets it pass. No client means a write without data.
@@ -196,7 +198,7 @@ fn payload_length(header: &Header, mode: ReplyMode) -> Result<u64, Violation> {
     match has_payload {
         // A compact write of up to 4 GiB costs nothing but the client's own time to skip; with 64 bits there is
         // no end to it, and the protocol wants the connection closed.
-        true if mode == ReplyMode::Extended && header.length > MAX_PAYLOAD_BYTES => {
+        true if rules.mode == ReplyMode::Extended && header.length > rules.maximum_payload => {
             Err(Violation::PayloadTooLong(header.length))
         }
         true => Ok(header.length),
@@ -216,15 +218,15 @@ fn classify(header: &Header, rules: &Rules) -> Result<Command, Refusal> {
         command::READ => {
             let df = flags.contains(CommandFlags::DF);
             let fragments = if df { Fragments::Forbidden } else { Fragments::Allowed };
-            if header.length > MAX_PAYLOAD_BYTES {
-                return Err((ErrorKind::Invalid, "a read of more than the maximum payload, 32 MiB"));
+            if header.length > rules.maximum_payload {
+                return Err((ErrorKind::Invalid, "a read of more than the maximum payload"));
             }
             Ok(Command::Read(range(header, rules, ErrorKind::Invalid)?, fragments))
         }
         command::WRITE => {
             writable(rules)?;
-            if header.length > MAX_PAYLOAD_BYTES {
-                return Err((ErrorKind::Invalid, "a write of more than the maximum payload, 32 MiB"));
+            if header.length > rules.maximum_payload {
+                return Err((ErrorKind::Invalid, "a write of more than the maximum payload"));
             }
             Ok(Command::Write(range(header, rules, ErrorKind::NoSpace)?, durability))
         }
@@ -315,7 +317,14 @@ fn range(header: &Header, rules: &Rules, beyond: ErrorKind) -> Result<ByteRange,
 pub fn fuzz(data: &[u8]) {
     for mode in [ReplyMode::Simple, ReplyMode::Structured, ReplyMode::Extended] {
         for flags in [TransmissionFlags::all(), TransmissionFlags::READ_ONLY] {
-            let rules = Rules { size: 1 << 40, flags, minimum_block: 1, mode, has_contexts: true };
+            let rules = Rules {
+                size: 1 << 40,
+                flags,
+                minimum_block: 1,
+                maximum_payload: MAX_PAYLOAD_BYTES,
+                mode,
+                has_contexts: true,
+            };
             let mut rest = data;
             while let Ok(Some(header)) = decode(rest, mode) {
                 rest = &rest[header_length(mode)..];
@@ -340,6 +349,7 @@ mod tests {
         size: 1000,
         flags: TransmissionFlags::all().difference(TransmissionFlags::READ_ONLY),
         minimum_block: 1,
+        maximum_payload: MAX_PAYLOAD_BYTES,
         mode: ReplyMode::Structured,
         has_contexts: true,
     };

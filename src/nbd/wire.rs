@@ -32,6 +32,9 @@ pub const MAX_STRING: usize = 4096;
 pub const MAX_PAYLOAD: u32 = 32 << 20;
 /// [`MAX_PAYLOAD`] as a length in memory.
 pub const MAX_PAYLOAD_BYTES: u64 = 32 * MIB;
+/// What a client may ask for that was told no maximum: not all of them know the protocol's default, which is
+/// [`MAX_PAYLOAD`] (nbd's own test suite asks for 48 MiB). nbdkit draws the line here too.
+pub const MAX_PAYLOAD_UNTOLD: u64 = 64 * MIB;
 /// Status descriptors in one reply chunk (`NBD_REPLY_TYPE_BLOCK_STATUS`).
 pub const MAX_EXTENTS: usize = 1 << 20;
 /// Zero bytes behind the answer to EXPORT_NAME, unless both sides agreed on `NO_ZEROES`.

@@ -18,6 +18,7 @@ use crate::clock;
 use crate::export::{Context, SharedExport};
 use crate::nbd::handshake::server::{Negotiated, Progress, ServerHandshake, Violation, context_id};
 use crate::nbd::request::Rules;
+use crate::nbd::wire::{MAX_PAYLOAD_BYTES, MAX_PAYLOAD_UNTOLD};
 use crate::net::Stream;
 
 /// How long a client that was told of the end may take to close its side. Closing first would make TCP throw away
@@ -83,7 +84,7 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
 }
 
 fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>) -> Session {
-    let Negotiated { export: (export, offered), listing, replies, contexts } = chosen;
+    let Negotiated { export: (export, offered), listing, replies, contexts, knows_block_sizes } = chosen;
     let contexts: Vec<_> = contexts.into_iter().map(|position| (context_id(position), offered[position])).collect();
     Session {
         export,
@@ -91,6 +92,7 @@ fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>) -> Session {
             size: listing.size,
             flags: listing.flags,
             minimum_block: listing.block_sizes.minimum,
+            maximum_payload: if knows_block_sizes { MAX_PAYLOAD_BYTES } else { MAX_PAYLOAD_UNTOLD },
             mode: replies,
             has_contexts: !contexts.is_empty(),
         },

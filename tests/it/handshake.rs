@@ -3,8 +3,10 @@
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
 use headwater::nbd::handshake::ReplyMode;
-use headwater::nbd::wire::{self, TransmissionFlags, option, option_reply};
+use headwater::nbd::request::{self, Header};
+use headwater::nbd::wire::{self, TransmissionFlags, command, option, option_reply};
 
 use crate::support::client::{Client, Socket};
 use crate::support::{Daemon, Scratch, noise, run};
@@ -78,6 +80,37 @@ fn a_client_from_before_fixed_newstyle_gets_in() {
     socket.read_exact(&mut answer).unwrap();
     assert_eq!(answer[..8], 100_000u64.to_be_bytes());
     assert_eq!(answer[10..], [0; 124]);
+}
+
+#[test]
+fn a_client_that_was_told_no_maximum_may_ask_for_more() {
+    // As nbd's own test client does ("integrityhuge"): it never learns of 32 MiB.
+    const LONG: usize = 48 << 20;
+    let scratch = Scratch::new();
+    let bytes = noise(50 << 20, 2);
+    let server = Daemon::serve(&scratch, &scratch.file("large.raw", &bytes), &[]);
+    let mut socket = greeted(server.uri());
+    socket.write_all(&[0; 4]).unwrap();
+    socket.write_all(&option(option::EXPORT_NAME, b"large")).unwrap();
+    socket.read_exact(&mut [0; 8 + 2 + 124]).unwrap();
+    let mut ask = |number: u16, length: usize, payload: &[u8]| {
+        let mut output = BytesMut::new();
+        let length = u64::try_from(length).unwrap();
+        let header = Header { flags: 0, command: number, cookie: 1, offset: 77, length };
+        request::encode(&mut output, ReplyMode::Simple, header);
+        output.extend_from_slice(payload);
+        socket.write_all(&output).unwrap();
+        let mut reply = [0; 16];
+        socket.read_exact(&mut reply).unwrap();
+        let mut data = vec![0; if number == command::READ && reply[4..8] == [0; 4] { LONG } else { 0 }];
+        socket.read_exact(&mut data).unwrap();
+        (u32::from_be_bytes(reply[4..8].try_into().unwrap()), data)
+    };
+    assert!(ask(command::READ, LONG, &[]) == (0, bytes[77..77 + LONG].to_vec()));
+    let other = noise(LONG, 3);
+    assert_eq!(ask(command::WRITE, LONG, &other).0, 0);
+    assert!(ask(command::READ, LONG, &[]) == (0, other));
+    assert_eq!(ask(command::READ, (64 << 20) + 1, &[]).0, 22);
 }
 
 #[test]

@@ -47,6 +47,8 @@ pub struct Negotiated<E> {
     /// Positions in [`Listing::contexts`] of the contexts that BLOCK_STATUS answers. The id of a context on the
     /// wire is [`context_id`] of its position.
     pub contexts: Vec<usize>,
+    /// Whether the client was told the block sizes.
+    pub knows_block_sizes: bool,
 }
 
 /// The metadata context id on the wire of the context at `position` of the listing.
@@ -111,6 +113,7 @@ enum State {
 pub struct ServerHandshake {
     state: State,
     no_zeroes: bool,
+    knows_block_sizes: bool,
     replies: ReplyMode,
     /// The last successful SET_META_CONTEXT: canonical export name, positions of the contexts.
     contexts: Option<(String, Vec<usize>)>,
@@ -123,7 +126,14 @@ impl ServerHandshake {
         output.put_u64(wire::INIT_MAGIC);
         output.put_u64(wire::OPTION_MAGIC);
         output.put_u16((HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES).bits());
-        Self { state: State::Flags, no_zeroes: false, replies: ReplyMode::Simple, contexts: None, options: 0 }
+        Self {
+            state: State::Flags,
+            no_zeroes: false,
+            knows_block_sizes: false,
+            replies: ReplyMode::Simple,
+            contexts: None,
+            options: 0,
+        }
     }
 
     /// Takes at most one step from `input`, appending what the client must be told to `output`.
@@ -305,7 +315,7 @@ impl ServerHandshake {
 
     /// `NBD_OPT_INFO` and `NBD_OPT_GO`. Returns the export when it was found.
     fn inform<D: Directory>(
-        &self,
+        &mut self,
         number: u32,
         data: &[u8],
         directory: &D,
@@ -350,6 +360,7 @@ impl ServerHandshake {
                 },
                 12,
             );
+            self.knows_block_sizes = true;
         }
         acknowledge(output, number);
         Some((export, listing))
@@ -402,7 +413,8 @@ impl ServerHandshake {
             Some((name, contexts)) if name == listing.name => contexts,
             _ => Vec::new(),
         };
-        Progress::Finished(Box::new(Negotiated { export, listing, replies: self.replies, contexts }))
+        let Self { replies, knows_block_sizes, .. } = *self;
+        Progress::Finished(Box::new(Negotiated { export, listing, replies, contexts, knows_block_sizes }))
     }
 }
 
@@ -669,6 +681,7 @@ mod tests {
         assert_eq!(items, [0, 1, 2, 3]);
         assert_eq!(peer.last_reply(), option_reply::ACK);
         assert_eq!(negotiated.replies, ReplyMode::Structured);
+        assert!(negotiated.knows_block_sizes);
         assert!(negotiated.listing.flags.contains(TransmissionFlags::SEND_DF | TransmissionFlags::HAS_FLAGS));
     }
 

@@ -79,6 +79,11 @@ pub enum OpenError {
     Qcow2NotBuilt(PathBuf),
 }
 
+/// A line that describes the image at `path` to clients, whom the directories of this host do not concern.
+fn description(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).display().to_string()
+}
+
 const QCOW2_MAGIC: &[u8; 4] = b"QFI\xfb";
 
 /// Opens the image at `path`. Blocks.

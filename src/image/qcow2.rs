@@ -300,7 +300,7 @@ impl ImplicitOpenGate<Storage> for Gate {
 
 impl Export for Qcow2Image {
     fn facts(&self) -> Facts {
-        Facts::read_only(self.lookup.format.size(), format!("{} (qcow2)", self.path.display()))
+        Facts::read_only(self.lookup.format.size(), format!("{} (qcow2)", super::description(&self.path)))
     }
 
     fn try_read(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {

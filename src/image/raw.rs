@@ -267,7 +267,7 @@ impl Export for RawImage {
             writable: self.writable,
             can_trim: self.writable && can_punch,
             can_zero_fast: self.writable && can_punch,
-            ..Facts::read_only(self.file.size(), self.file.path().display().to_string())
+            ..Facts::read_only(self.file.size(), super::description(self.file.path()))
         }
     }
 

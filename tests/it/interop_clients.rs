@@ -237,7 +237,7 @@ print(h.get_size())
 fn exports_are_listed_and_contexts_queried() {
     let scratch = Scratch::new();
     let server = Daemon::serve(&scratch, &scratch.file("image.raw", &noise(1 << 20, 6)), &["--read-only"]);
-    let mirror = Daemon::mirror(&scratch, server.uri(), &[]);
+    let mirror = Daemon::mirror(&scratch, server.uri(), &["--listen=127.0.0.1:0"]);
     let script = |uri: &str| {
         format!(
             r#"
@@ -256,4 +256,9 @@ h.opt_abort()
     };
     let printed = run(crate::support::nbdsh_command().args(["-c", &script(mirror.uri())]));
     assert_eq!(printed, "['image']\n['x-headwater:residency', 'x-headwater:path']\n");
+    let (host, port) = mirror.uri()["nbd://".len()..].split('/').next().unwrap().split_once(':').unwrap();
+    let list = run(Command::new("nbd-client").args(["-l", host, port]));
+    assert!(list.contains("image: mirror of image.raw"), "{list}");
+    let list = run(Command::new("qemu-nbd").args(["--list", "--bind", host, "--port", port]));
+    assert!(list.contains("export: 'image'") && list.contains("x-headwater:residency"), "{list}");
 }

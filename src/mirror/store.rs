@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -227,7 +227,9 @@ impl Store {
 /// marking a chunk never fails for want of it.
 fn create_map(directory: &Path, header: &Header) -> Result<(), CacheError> {
     let (path, new_path) = (directory.join("map"), directory.join("map.new"));
-    let new = fs::File::create(&new_path).map_err(failed("make", &new_path))?;
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let new = options.open(&new_path).map_err(failed("make", &new_path))?;
     let length = map::file_length(header.geometry());
     match rustix::fs::fallocate(&new, rustix::fs::FallocateFlags::empty(), 0, length) {
         Ok(()) => {}

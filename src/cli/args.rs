@@ -75,8 +75,8 @@ pub(super) struct Serve {
     /// What the files hold.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) format: FormatArgument,
-    /// Allow backing files of qcow2 images in this directory (repeatable). Without it an image with a backing file is
-    /// refused, because the name of that file is content of the image.
+    /// Allow backing files of qcow2 images in this directory (repeatable); needs --format qcow2. Without it an image
+    /// with a backing file is refused, because the name of that file is content of the image.
     #[arg(long, value_name = "DIR")]
     pub(super) backing: Vec<PathBuf>,
     #[command(flatten)]

@@ -26,7 +26,7 @@ pub(super) trait Exports {
     async fn open(&mut self, registry: &Registry, workers: &Workers, listeners: &[Listener]) -> anyhow::Result<()>;
 
     /// Makes everything durable, once there are no clients any more.
-    async fn settle(&self, registry: &Registry, workers: &Workers);
+    async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()>;
 }
 
 /// Serves `exports` until a signal comes.
@@ -58,16 +58,23 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
     signals.next().await;
     notify_manager(&sd_notify::NotifyState::Stopping);
     tracing::info!("shutting down");
-    tokio::select! {
-        clean = server.drain() => if !clean {
-            tracing::warn!("some clients had to be cut off");
-        },
-        () = signals.next() => tracing::warn!("a second signal: not waiting for clients"),
-    }
-    if tokio::time::timeout(SETTLE, exports.settle(&registry, &workers)).await.is_err() {
-        tracing::warn!("making things durable took too long: giving up");
-    }
-    if let Ok(workers) = Arc::try_unwrap(workers) {
+    let is_clean = tokio::select! {
+        clean = server.drain() => {
+            if !clean {
+                tracing::warn!("some clients had to be cut off");
+            }
+            clean
+        }
+        () = signals.next() => {
+            tracing::warn!("a second signal: not waiting for clients");
+            false
+        }
+    };
+    tokio::time::timeout(SETTLE, exports.settle(&registry, &workers))
+        .await
+        .context("making things durable took too long")??;
+    // What has not ended by now may never end (a disk that hangs): then the threads end with the process.
+    if is_clean && let Ok(workers) = Arc::try_unwrap(workers) {
         workers.stop();
     }
     Ok(())

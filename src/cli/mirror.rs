@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use futures_util::future::join_all;
 use tokio::sync::oneshot;
 
 use super::args::{self, NamedUris};
@@ -95,31 +96,37 @@ impl Exports for Mirrors {
         Ok(())
     }
 
-    async fn settle(&self, _: &Registry, workers: &Workers) {
-        for Running { name, mirror, remote } in &self.running {
-            let (report, settled) = oneshot::channel();
-            let settling = mirror.clone();
-            let settle = move || async move {
-                settling.settle().await;
-                // Whoever waited has given up.
-                let _ = report.send(());
-            };
-            workers.run(settle).await;
-            // It fails only if the worker died, which has been reported.
-            let _ = settled.await;
-            let Share { resident, zero, .. } = mirror.share();
-            let (stats, upstream) = (mirror.stats(), remote.stats());
-            tracing::info!(
-                name,
-                resident,
-                zero,
-                fetched_bytes = upstream.received_bytes.value(),
-                fetch_requests = upstream.requests.value(),
-                retries = upstream.retries.value(),
-                damaged_chunks = stats.damaged_chunks.value(),
-                unstored_chunks = stats.unstored_chunks.value(),
-                "mirror closed"
-            );
-        }
+    async fn settle(&self, _: &Registry, workers: &Workers) -> anyhow::Result<()> {
+        join_all(self.running.iter().map(|running| running.settle(workers))).await;
+        Ok(())
+    }
+}
+
+impl Running {
+    async fn settle(&self, workers: &Workers) {
+        let Self { name, mirror, remote } = self;
+        let (report, settled) = oneshot::channel();
+        let settling = mirror.clone();
+        let settle = move || async move {
+            settling.settle().await;
+            // Whoever waited has given up.
+            let _ = report.send(());
+        };
+        workers.run(settle).await;
+        // It fails only if the worker died, which has been reported.
+        let _ = settled.await;
+        let Share { resident, zero, .. } = mirror.share();
+        let (stats, upstream) = (mirror.stats(), remote.stats());
+        tracing::info!(
+            name,
+            resident,
+            zero,
+            fetched_bytes = upstream.received_bytes.value(),
+            fetch_requests = upstream.requests.value(),
+            retries = upstream.retries.value(),
+            damaged_chunks = stats.damaged_chunks.value(),
+            unstored_chunks = stats.unstored_chunks.value(),
+            "mirror closed"
+        );
     }
 }

@@ -1,9 +1,10 @@
 //! `headwater serve`.
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
+use futures_util::future::join_all;
 use tokio::sync::oneshot;
 
-use super::args::{NamedPath, Serve};
+use super::args::{FormatArgument, NamedPath, Serve};
 use super::daemon::{self, Exports};
 use crate::export::Registry;
 use crate::image::{self, Options};
@@ -11,6 +12,10 @@ use crate::net::Listener;
 use crate::worker::Workers;
 
 pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
+    ensure!(
+        arguments.backing.is_empty() || matches!(arguments.format, FormatArgument::Qcow2),
+        "--backing needs --format qcow2: a raw image whose guest writes a qcow2 header into it must not become one"
+    );
     let options = Options {
         read_only: arguments.read_only,
         format: arguments.format.into(),
@@ -35,8 +40,8 @@ impl Exports for Images {
         Ok(())
     }
 
-    async fn settle(&self, registry: &Registry, workers: &Workers) {
-        for (name, export) in registry.all() {
+    async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
+        let flushes = registry.all().into_iter().map(|(name, export)| async move {
             let (report, result) = oneshot::channel();
             let flush = move || async move {
                 let result = export.flush().await.map_err(|error| error.chain());
@@ -44,11 +49,10 @@ impl Exports for Images {
                 let _ = report.send(result);
             };
             workers.run(flush).await;
-            if let Err(error) =
-                result.await.context("the flush was cut off").and_then(|it| it.map_err(anyhow::Error::msg))
-            {
-                tracing::error!(name, error = format!("{error:#}"), "cannot flush");
-            }
-        }
+            let result = result.await.context("the flush was cut off").and_then(|it| it.map_err(anyhow::Error::msg));
+            result.with_context(|| format!("cannot flush {name:?}: writes may be lost"))
+        });
+        // All of them, also when one fails.
+        join_all(flushes).await.into_iter().collect()
     }
 }

@@ -170,7 +170,7 @@ impl File {
             buffer = filled;
             match result {
                 Ok(0) => {
-                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends before its size"));
+                    return Err(end_of_file());
                 }
                 Ok(bytes) => at += to_u64(bytes),
                 Err(error) if is_transient(&error) => {}
@@ -238,19 +238,20 @@ impl File {
     }
 
     /// The data and the holes of `range`, in order, as the file system knows them: at most `limit` spans, the rest
-    /// left out. On files without this knowledge (block devices) all is data.
+    /// left out, and so is what lies behind the end of a file that has become shorter. At least one span, or an
+    /// error. On files without this knowledge (block devices) all is data.
     ///
     /// Blocks if the file system must read its own metadata from disk, which it keeps in memory afterwards.
     pub fn spans(&self, range: ByteRange, limit: usize) -> io::Result<Vec<Span>> {
         let mut spans = Vec::new();
         let mut start = range.start();
         while start < range.end() && spans.len() < limit {
-            let (is_hole, end) = self.span_at(start)?;
-            let end = end.min(range.end());
-            if end <= start {
-                // The file was cut short while we looked; reading it will say so.
-                break;
-            }
+            let (is_hole, end) = match self.span_at(start) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && !spans.is_empty() => break,
+                result => result?,
+            };
+            // Data that was punched out between the two questions ends where it begins; read, it gives its zeroes.
+            let end = if end > start { end.min(range.end()) } else { range.end() };
             spans.push(Span { range: ByteRange::between(start, end), is_hole });
             start = end;
         }
@@ -268,8 +269,11 @@ impl File {
                 Ok(hole) => Ok((false, hole)),
                 Err(error) => Err(error.into()),
             },
-            // No data from here to the end.
-            Err(Errno::NXIO) => Ok((true, self.size)),
+            // No data from here to the end, wherever that is now.
+            Err(Errno::NXIO) => {
+                let size = u64::try_from(rustix::fs::fstat(&self.fd)?.st_size).unwrap_or(0);
+                if offset < size { Ok((true, size)) } else { Err(end_of_file()) }
+            }
             // The file system does not know.
             Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok((false, self.size)),
             Err(error) => Err(error.into()),
@@ -287,6 +291,10 @@ impl fmt::Debug for File {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("File").field("path", &self.path).field("size", &self.size).finish_non_exhaustive()
     }
+}
+
+fn end_of_file() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends before its size")
 }
 
 /// Errors after which the same operation may succeed at once.

@@ -20,6 +20,7 @@ use imago::format::gate::ImplicitOpenGate;
 use imago::qcow2::Qcow2;
 use imago::{FormatAccess, Mapping, Storage as _, StorageOpenOptions};
 use moka::sync::Cache;
+use tokio::task::coop::consume_budget;
 
 use crate::disk::{Access, File, Inline};
 use crate::error::{Error, ErrorKind, Result};
@@ -31,6 +32,8 @@ use crate::units::{KIB, MIB, to_u64, to_usize};
 
 /// The unit of looking up: all mappings within it are remembered together.
 const WINDOW: u64 = MIB;
+/// Windows that one question for extents looks at; whoever wants to know more asks again.
+const WINDOWS_AT_ONCE: usize = 1024;
 /// Windows remembered: 64 GiB of image, some 100 bytes each for an image that is not fragmented.
 const WINDOWS: u64 = 64 * KIB;
 /// Decoded clusters kept, in bytes. The page cache holds the file itself.
@@ -152,10 +155,8 @@ impl Qcow2Image {
     }
 
     fn failed(&self, what: &str, range: ByteRange, error: io::Error) -> Error {
-        let path = self.path.display();
-        let error =
-            Error::from_io(format!("{path}: cannot {what} {} bytes at {}", range.length(), range.start()), error);
-        tracing::error!(error = %error.chain(), "disk error");
+        let error = Error::from_io(format!("cannot {what} {} bytes at {}", range.length(), range.start()), error);
+        tracing::error!(path = %self.path.display(), error = %error.chain(), "disk error");
         error
     }
 }
@@ -281,7 +282,7 @@ impl Gate {
         if self.directories.iter().any(|directory| real.starts_with(directory)) {
             return Ok(());
         }
-        let message = format!("it refers to {}: allow that with --backing DIRECTORY", path.display());
+        let message = format!("it refers to {}: allow that with --format qcow2 --backing DIRECTORY", path.display());
         Err(io::Error::new(io::ErrorKind::PermissionDenied, message))
     }
 }
@@ -331,7 +332,9 @@ impl Export for Qcow2Image {
                 return Err(Error::new(ErrorKind::Invalid, "a real image has no such context"));
             }
             let mut extents = Vec::new();
-            for window in range.start() / WINDOW..range.end().div_ceil(WINDOW) {
+            let windows = range.start() / WINDOW..range.end().div_ceil(WINDOW);
+            for window in windows.take(WINDOWS_AT_ONCE) {
+                consume_budget().await;
                 let mapped = self.window(window).await.map_err(|error| self.failed("look at", range, error))?;
                 for part in cut(&mapped, range) {
                     let zero = matches!(part.place, Place::Zero);

@@ -6,9 +6,10 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use bytes::{Bytes, BytesMut};
+use tokio::sync::Mutex as AsyncMutex;
 
 use super::layout::{Layout, WINDOW};
 use crate::disk::{Access, File, Inline, Kind, Span};
@@ -41,10 +42,47 @@ pub struct RawImage {
     writable: bool,
     /// Shared with the threads that look at the file for us.
     layout: Arc<Layout>,
+    /// What clients are told, for the life of the image, whatever is found out later.
+    offers: Offers,
     can_punch: AtomicBool,
     can_zero: AtomicBool,
-    /// A flush has failed; see the head of this file.
+    /// Changes of the file under way. Meanwhile the file system may keep whoever asks for its layout waiting.
+    changes: AtomicUsize,
+    syncs: Syncs,
+}
+
+/// What an image can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Offers {
+    trim: bool,
+    fast_zero: bool,
+}
+
+/// Syncs of the file, one at a time.
+#[derive(Debug, Default)]
+struct Syncs {
+    /// Held while one runs, so that nobody is told of success between a failure and its being noted.
+    turn: AsyncMutex<()>,
+    begun: AtomicU64,
+    done: AtomicU64,
+    /// One has failed; see the head of this file.
     is_tainted: AtomicBool,
+}
+
+/// A change of the file under way.
+struct Change<'a>(&'a AtomicUsize);
+
+impl<'a> Change<'a> {
+    fn begin(changes: &'a AtomicUsize) -> Self {
+        changes.fetch_add(1, Ordering::Relaxed);
+        Self(changes)
+    }
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl RawImage {
@@ -52,22 +90,26 @@ impl RawImage {
     pub fn new(file: File, access: Access) -> Self {
         let writable = access != Access::ReadOnly;
         let can_punch = writable && probe_punch(&file);
+        let fast_zero = match file.kind() {
+            Kind::Regular => can_punch,
+            Kind::BlockDevice => writable && queue_limit(&file, "write_zeroes_max_bytes"),
+        };
         Self {
             layout: Arc::new(Layout::new(file.size())),
             file: Arc::new(file),
             writable,
+            offers: Offers { trim: can_punch, fast_zero },
             can_punch: AtomicBool::new(can_punch),
             can_zero: AtomicBool::new(writable),
-            is_tainted: AtomicBool::new(false),
+            changes: AtomicUsize::new(0),
+            syncs: Syncs::default(),
         }
     }
 
     fn failed(&self, what: &str, range: ByteRange, error: io::Error) -> Error {
-        let path = self.file.path().display();
-        let message = format!("{path}: cannot {what} {} bytes at {}", range.length(), range.start());
-        let error = Error::from_io(message, error);
+        let error = Error::from_io(format!("cannot {what} {} bytes at {}", range.length(), range.start()), error);
         if error.kind() != ErrorKind::NoSpace {
-            tracing::error!(error = %error.chain(), "disk error");
+            tracing::error!(path = %self.file.path().display(), error = %error.chain(), "disk error");
         }
         error
     }
@@ -84,7 +126,12 @@ impl RawImage {
         if !self.layout.is_seen(range) {
             self.look_at(range).await?;
         }
-        let spans = self.file.spans(range, limit)?;
+        let spans = if self.is_changing() {
+            let file = Arc::clone(&self.file);
+            blocking(move || file.spans(range, limit)).await?
+        } else {
+            self.file.spans(range, limit)?
+        };
         self.layout.learn(&spans);
         Ok(spans)
     }
@@ -92,7 +139,7 @@ impl RawImage {
     /// Has the file system read its metadata for the windows of `range`.
     async fn look_at(&self, range: ByteRange) -> io::Result<()> {
         let (file, layout) = (Arc::clone(&self.file), Arc::clone(&self.layout));
-        let work = tokio::task::spawn_blocking(move || {
+        blocking(move || {
             let windows = range.start() / WINDOW..range.end().div_ceil(WINDOW);
             for window in windows {
                 let range = ByteRange::between(window * WINDOW, file.size().min((window + 1) * WINDOW));
@@ -101,8 +148,12 @@ impl RawImage {
                 }
             }
             Ok(())
-        });
-        work.await.expect("looking at a file does not panic, and the runtime outlives its tasks")
+        })
+        .await
+    }
+
+    fn is_changing(&self) -> bool {
+        self.changes.load(Ordering::Relaxed) > 0
     }
 
     async fn read_pieces(&self, range: ByteRange) -> io::Result<Vec<Piece>> {
@@ -142,17 +193,31 @@ impl RawImage {
     }
 
     async fn sync(&self) -> Result<()> {
-        let path = self.file.path().display();
-        if let Err(error) = self.file.sync_data().await {
-            self.is_tainted.store(true, Ordering::Relaxed);
-            let error = Error::from_io(format!("{path}: cannot flush"), error);
-            tracing::error!(error = %error.chain(), "writes may be lost: all flushes fail until the server is restarted");
-            return Err(error);
+        let Syncs { turn, begun, done, is_tainted } = &self.syncs;
+        let arrived = begun.load(Ordering::Acquire);
+        let _turn = turn.lock().await;
+        // One that began after we came has done our work too.
+        if done.load(Ordering::Acquire) <= arrived {
+            begun.fetch_add(1, Ordering::AcqRel);
+            let result = self.file.sync_data().await;
+            done.store(begun.load(Ordering::Acquire), Ordering::Release);
+            result.map_err(|error| {
+                let error = Error::from_io("cannot make writes durable", error);
+                self.taint(&error);
+                error
+            })?;
         }
-        if self.is_tainted.load(Ordering::Relaxed) {
-            return Err(Error::new(ErrorKind::Io, format!("{path}: an earlier flush failed, writes may be lost")));
+        if is_tainted.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Io, "an earlier flush failed, writes may be lost"));
         }
         Ok(())
+    }
+
+    /// Notes that the system has told of a failed write-back, which it does once.
+    fn taint(&self, error: &Error) {
+        self.syncs.is_tainted.store(true, Ordering::Relaxed);
+        let (path, error) = (self.file.path().display(), error.chain());
+        tracing::error!(%path, error, "writes may be lost: all flushes fail until the server is restarted");
     }
 
     /// Zeroes `range` by the file system. `Ok(false)`: it cannot, and nothing has changed that matters.
@@ -193,10 +258,16 @@ impl RawImage {
             return Ok(());
         }
         let failed = |error| self.failed("zero", range, error);
+        let _change = Change::begin(&self.changes);
         self.layout.forget(range);
         let fast = self.fast_part(range);
         if mode.must_be_fast && fast != range {
             return Err(Error::new(ErrorKind::Unsupported, "zeroing part of a block is no faster than writing"));
+        }
+        // Without permission to punch, the kernel writes zeroes to a device that cannot zero by itself.
+        let may_be_slow = self.file.kind() == Kind::BlockDevice && !(mode.may_punch && self.offers.fast_zero);
+        if mode.must_be_fast && may_be_slow {
+            return Err(Error::new(ErrorKind::Unsupported, "zeroing may be no faster than writing here"));
         }
         if fast.is_empty() || !self.zero_fast(fast, mode.may_punch).await.map_err(failed)? {
             if mode.must_be_fast {
@@ -246,37 +317,43 @@ fn probe_punch(file: &File) -> bool {
             let behind = file.size().next_multiple_of(MIB);
             rustix::fs::fallocate(file, mode, behind, DEVICE_BLOCK).is_ok()
         }
-        Kind::BlockDevice => discard_limit(file).is_some_and(|limit| limit > 0),
+        Kind::BlockDevice => queue_limit(file, "discard_max_bytes"),
     }
 }
 
-/// The largest discard of a block device, from sysfs.
-fn discard_limit(file: &File) -> Option<u64> {
-    let device = rustix::fs::fstat(file).ok()?.st_rdev;
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    let queue = |path: &str| format!("/sys/dev/block/{major}:{minor}/{path}queue/discard_max_bytes");
+/// Whether a limit of a block device, as sysfs has it, is more than none.
+fn queue_limit(file: &File, name: &str) -> bool {
+    let Ok(status) = rustix::fs::fstat(file) else { return false };
+    let (major, minor) = (rustix::fs::major(status.st_rdev), rustix::fs::minor(status.st_rdev));
+    let queue = |path: &str| format!("/sys/dev/block/{major}:{minor}/{path}queue/{name}");
     // A partition has its queue one level up.
-    let text = std::fs::read_to_string(queue("")).or_else(|_| std::fs::read_to_string(queue("../"))).ok()?;
-    text.trim().parse().ok()
+    let text = std::fs::read_to_string(queue("")).or_else(|_| std::fs::read_to_string(queue("../")));
+    text.is_ok_and(|text| text.trim().parse().is_ok_and(|limit: u64| limit > 0))
+}
+
+/// Does what may wait for the disk on a thread that may.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    let work = tokio::task::spawn_blocking(work);
+    work.await.expect("looking at a file does not panic, and the runtime outlives its tasks")
 }
 
 impl Export for RawImage {
     fn facts(&self) -> Facts {
-        let can_punch = self.can_punch.load(Ordering::Relaxed);
         Facts {
             writable: self.writable,
-            can_trim: self.writable && can_punch,
-            can_zero_fast: self.writable && can_punch,
+            can_trim: self.offers.trim,
+            can_zero_fast: self.offers.fast_zero,
             ..Facts::read_only(self.file.size(), super::description(self.file.path()))
         }
     }
 
     fn try_read(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
         if self.file.kind() == Kind::Regular && !self.layout.is_data(range) {
-            if !self.layout.is_seen(range) || range.is_empty() {
+            if !self.layout.is_seen(range) || range.is_empty() || self.is_changing() {
                 return TryRead::Wait;
             }
             match self.file.spans(range, 2).as_deref() {
+                Ok([span]) if span.range != range => return TryRead::Wait,
                 Ok([span]) if span.is_hole => return TryRead::Hole,
                 Ok([span]) => self.layout.learn(std::slice::from_ref(span)),
                 Ok(_) | Err(_) => return TryRead::Wait,
@@ -297,7 +374,16 @@ impl Export for RawImage {
         Box::pin(async move {
             self.check_writable()?;
             let stable = durability == Durability::Stable;
-            self.file.write_all_at(data, offset, stable).await.map_err(|error| self.failed("write", range, error))
+            let _change = Change::begin(&self.changes);
+            let result = self.file.write_all_at(data, offset, stable).await;
+            result.map_err(|error| {
+                let error = self.failed("write", range, error);
+                if stable && error.kind() == ErrorKind::Io {
+                    // It may be about an earlier write by another client, which then would never hear of it.
+                    self.taint(&error);
+                }
+                error
+            })
         })
     }
 
@@ -314,6 +400,7 @@ impl Export for RawImage {
             self.check_writable()?;
             let range = self.fast_part(range);
             if !range.is_empty() && self.can_punch.load(Ordering::Relaxed) {
+                let _change = Change::begin(&self.changes);
                 self.layout.forget(range);
                 match self.file.punch(range).await {
                     // "NBD_CMD_TRIM": the server may discard, and need not.
@@ -351,19 +438,13 @@ impl Export for RawImage {
                 return Err(Error::new(ErrorKind::Invalid, "a real image has no such context"));
             }
             let file = Arc::clone(&self.file);
-            let look = tokio::task::spawn_blocking(move || file.spans(range, limit));
-            let spans = look.await.unwrap_or_else(|error| Err(io::Error::other(error)));
-            let spans = spans.map_err(|error| self.failed("look at", range, error))?;
+            let spans = blocking(move || file.spans(range, limit))
+                .await
+                .map_err(|error| self.failed("look at", range, error))?;
             let mut extents = Vec::new();
             for span in spans {
                 let state = if span.is_hole { Allocation::all() } else { Allocation::empty() };
                 push_extent(&mut extents, span.range.length(), u64::from(state.bits()));
-            }
-            if extents.is_empty() {
-                return Err(Error::new(
-                    ErrorKind::Io,
-                    format!("{}: the file was cut short", self.file.path().display()),
-                ));
             }
             Ok(extents)
         })

@@ -130,11 +130,11 @@ fn a_file_that_was_cut_short_gives_errors_and_no_zeroes() {
         let scratch = Scratch::new();
         let image = scratch.sparse(MIB, &[(0, &vec![1; 1 << 20])]);
         let all = ByteRange::between(0, MIB);
-        image.read(all).await.unwrap();
+        image.read(ByteRange::between(0, 10)).await.unwrap();
         fs::File::options().write(true).open(scratch.path()).unwrap().set_len(MIB / 2).unwrap();
         let error = image.read(all).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Io);
-        assert!(error.chain().contains("image.raw: cannot read 1048576 bytes at 0"), "{}", error.chain());
+        assert!(error.chain().contains("cannot read 1048576 bytes at 0"), "{}", error.chain());
     });
 }
 

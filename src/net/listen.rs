@@ -140,7 +140,8 @@ impl Listener {
             let kind = if let Ok(Some(socket)) = fds.take_unix_listener(index) {
                 socket.set_nonblocking(true)?;
                 let address = socket.local_addr()?;
-                let path = address.as_pathname().map(Path::to_owned).unwrap_or_default();
+                let path = address.as_pathname().map(Path::to_owned).or_else(|| abstract_path(&address));
+                let path = path.unwrap_or_default();
                 Kind::Unix { socket: UnixListener::from_std(socket)?, path, made: None }
             } else if let Some(socket) = fds.take_tcp_listener(index)? {
                 socket.set_nonblocking(true)?;
@@ -174,6 +175,7 @@ impl Listener {
                 };
                 Address::Tcp { host, port: address.port() }
             }
+            Kind::Unix { path, .. } if is_abstract(path) => Address::Unix(path.clone()),
             Kind::Unix { path, .. } => Address::Unix(std::path::absolute(path)?),
         };
         Ok(Uri::plain(address, export.to_owned()))
@@ -221,6 +223,19 @@ impl Drop for Listener {
             tracing::warn!(path = %path.display(), %error, "cannot remove the socket");
         }
     }
+}
+
+/// An address in the abstract namespace, as the path that [`Address::Unix`] has for it.
+fn abstract_path(address: &std::os::unix::net::SocketAddr) -> Option<PathBuf> {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::ffi::OsStrExt;
+    let name = [b"\0", address.as_abstract_name()?].concat();
+    Some(PathBuf::from(std::ffi::OsStr::from_bytes(&name)))
+}
+
+fn is_abstract(path: &Path) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    path.as_os_str().as_bytes().first() == Some(&0)
 }
 
 /// Whether `address` belongs to this host: a socket can be bound to it.

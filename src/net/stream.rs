@@ -9,6 +9,7 @@ use bytes::{BufMut, BytesMut};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::task::coop::consume_budget;
 
 use crate::nbd::uri::Address;
 
@@ -123,6 +124,8 @@ impl Stream {
     /// Cancel safety: what has been sent has left the buffer.
     pub async fn write_all(&self, buffer: &mut BytesMut) -> io::Result<()> {
         while !buffer.is_empty() {
+            // Others on this thread, time-outs among them, get their turn also while the peer is quick.
+            consume_budget().await;
             match self.try_write_vectored(&[IoSlice::new(buffer)]) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(sent) => bytes::Buf::advance(buffer, sent),
@@ -138,6 +141,7 @@ impl Stream {
     /// Cancel safety: nothing is lost.
     pub async fn read_buf(&self, buffer: &mut BytesMut) -> io::Result<usize> {
         loop {
+            consume_budget().await;
             match self.try_read_buf(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.readable().await?,
                 result => return result,

@@ -39,6 +39,8 @@ enum Failure {
     Closed,
     #[error("the negotiation took too long")]
     TimedOut,
+    #[error("the server is shutting down")]
+    Draining,
     #[error("the client broke the protocol: {0}")]
     Violation(#[from] Violation),
     #[error("the connection was lost: {0}")]
@@ -49,8 +51,21 @@ enum Failure {
 pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
     let mut input = BytesMut::new();
     let limit = shared.settings.handshake_timeout;
-    let negotiated = tokio::time::timeout(limit, negotiate(&stream, &mut input, shared)).await;
-    let chosen = match negotiated.unwrap_or(Err(Failure::TimedOut)) {
+    let mut draining = shared.draining.clone();
+    let drain = async move {
+        // It fails only when the server is gone, which is the same to us.
+        let _ = draining.wait_for(|draining| *draining).await;
+    };
+    let mut drain = Box::pin(drain);
+    let negotiated = tokio::select! {
+        // What has arrived is answered first.
+        biased;
+        negotiated = tokio::time::timeout(limit, negotiate(&stream, &mut input, shared)) => {
+            negotiated.unwrap_or(Err(Failure::TimedOut))
+        }
+        () = &mut drain => Err(Failure::Draining),
+    };
+    let chosen = match negotiated {
         Ok(chosen) => chosen,
         // Port scanners and monitors do this all day.
         Err(reason) => return tracing::debug!(peer, %reason, "no client"),
@@ -59,11 +74,6 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
     let session = Rc::new(session(*chosen));
     tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");
     let began = clock::now();
-    let mut draining = shared.draining.clone();
-    let drain = async move {
-        // It fails only when the server is gone, which is the same to us.
-        let _ = draining.wait_for(|draining| *draining).await;
-    };
     let budget = ConnectionBudget::new(Arc::clone(&shared.budget));
     let (stream, end) = Transmission::new(stream, Rc::clone(&session), budget, input, drain).run().await;
     let Counts { requests, read_bytes, written_bytes, errors } = &session.counts;

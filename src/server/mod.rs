@@ -119,12 +119,16 @@ struct Acceptor {
 impl Acceptor {
     async fn run(self, listener: Listener) {
         loop {
-            if self.slots.available_permits() == 0 {
-                tracing::warn!(limit = self.shared.settings.max_connections, "too many connections: newcomers wait");
-            }
-            let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { return };
             match listener.accept().await.and_then(|stream| Ok((stream.peer(), stream.detach()?))) {
-                Ok((peer, socket)) => self.hand_over(peer, socket, slot).await,
+                Ok((peer, socket)) => {
+                    // After accepting: an idle listener must not keep a place that another one's client could have.
+                    if self.slots.available_permits() == 0 {
+                        let limit = self.shared.settings.max_connections;
+                        tracing::warn!(limit, "too many connections: newcomers wait");
+                    }
+                    let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { return };
+                    self.hand_over(peer, socket, slot).await;
+                }
                 Err(error) => {
                     tracing::warn!(%listener, %error, "cannot accept a connection");
                     pause_if_exhausted(&error).await;

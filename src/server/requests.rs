@@ -30,10 +30,10 @@ const WINDOW: usize = 8;
 const WHOLE: u64 = MIB;
 /// Bytes that a long read holds at most.
 const STREAMED: u64 = SEGMENT * WINDOW as u64;
-/// Extents in one reply to BLOCK_STATUS, per context; the protocol's limit is 32 times this.
-const EXTENTS: usize = 32 << 10;
-/// Room for the extents of a usual reply.
-const STATUS_COST: usize = 64 << 10;
+/// Extents in one reply to BLOCK_STATUS, per context. A client asks again for the rest.
+const EXTENTS: usize = 4096;
+/// The most bytes of those on the wire, per context.
+const STATUS_COST: usize = 16 * EXTENTS;
 /// The longest extent that 32 bits can say, in whole blocks.
 const LONGEST_COMPACT: u64 = (1 << 32) - 4096;
 
@@ -90,10 +90,10 @@ impl Drop for Held {
 }
 
 /// The most bytes that the request will hold. A write's payload is counted as it arrives.
-pub(super) fn cost(command: &Command) -> usize {
+pub(super) fn cost(command: &Command, contexts: usize) -> usize {
     match command {
         Command::Read(range, _) => to_usize(range.length().min(STREAMED)),
-        Command::BlockStatus(..) => STATUS_COST,
+        Command::BlockStatus(..) => STATUS_COST * contexts,
         _ => 0,
     }
 }
@@ -260,6 +260,7 @@ impl Session {
             let last = if index + 1 == self.contexts.len() { Last::Yes } else { Last::No };
             reply::put_block_status(frame.header(), self.mode(), to, *id, &found, last);
         }
+        self.outbox.room().await;
         self.outbox.send(frame);
     }
 }

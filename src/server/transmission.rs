@@ -34,6 +34,8 @@ const STRAIGHT: usize = 16 << 10;
 const INLINE: u64 = 256 * KIB;
 /// Replies are sent when this much has gathered, also in the middle of a batch.
 const BATCH: usize = 256 << 10;
+/// Bytes read for one connection before others on its worker get their turn: some 200 microseconds' worth.
+const TURN: u64 = 1 << 20;
 /// A write's payload is written in segments of this size as it arrives.
 const WRITE_SEGMENT: u64 = 1 << 20;
 
@@ -95,6 +97,15 @@ impl Segment {
     }
 }
 
+/// What comes after requests have been taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// All that could be done has been done.
+    Done,
+    /// There is more, but others on this worker come first.
+    Others,
+}
+
 enum Event {
     Progress,
     Readable,
@@ -151,17 +162,23 @@ impl<D: Future<Output = ()>> Transmission<D> {
     }
 
     async fn turn(&mut self) -> Result<Option<End>, End> {
-        self.take_requests()?;
+        if self.session.is_broken.get() {
+            // Not a byte more: it would be taken for the rest of the reply that was cut short.
+            return Err(End::Broken);
+        }
+        let is_over = self.take_requests()?;
         let used = self.used();
         self.session.outbox.flush(&self.stream)?;
         self.budget.settle(self.used());
+        if is_over == Turn::Others {
+            tokio::task::yield_now().await;
+            return Ok(None);
+        }
         if !self.wants_input && self.used() < used {
             // What was sent has made room: whatever waited for it must be looked at again, because nothing else may
             // ever wake this connection.
+            tokio::task::coop::consume_budget().await;
             return Ok(None);
-        }
-        if self.session.is_broken.get() {
-            return Err(End::Broken);
         }
         if matches!(self.phase, Phase::Closing(_)) && self.work.is_empty() && self.session.outbox.queued() == 0 {
             let Phase::Closing(end) = std::mem::replace(&mut self.phase, Phase::Open) else { return Ok(None) };
@@ -254,30 +271,34 @@ impl<D: Future<Output = ()>> Transmission<D> {
         self.session.executing.get() + self.session.outbox.queued()
     }
 
-    /// Takes all requests that are whole and may start now.
-    fn take_requests(&mut self) -> Result<(), End> {
+    /// Takes all requests that are whole and may start now, up to a turn's worth.
+    fn take_requests(&mut self) -> Result<Turn, End> {
         self.wants_input = true;
+        let read_before = self.session.counts.read_bytes.get();
         while !matches!(self.phase, Phase::Closing(_)) {
             if self.payload.is_some() {
                 if !self.take_payload() {
-                    return Ok(());
+                    return Ok(Turn::Done);
                 }
                 continue;
             }
             if self.work.len() >= REQUESTS || self.session.outbox.queued() >= HIGH_WATER {
                 self.wants_input = false;
-                return Ok(());
+                return Ok(Turn::Done);
             }
-            let Some(header) = request::decode(&self.input, self.session.rules.mode)? else { return Ok(()) };
+            let Some(header) = request::decode(&self.input, self.session.rules.mode)? else { return Ok(Turn::Done) };
             if !self.take_request(&header)? {
                 self.wants_input = false;
-                return Ok(());
+                return Ok(Turn::Done);
             }
             if self.session.outbox.queued() >= BATCH {
                 self.session.outbox.flush(&self.stream)?;
             }
+            if self.session.counts.read_bytes.get() - read_before >= TURN {
+                return Ok(Turn::Others);
+            }
         }
-        Ok(())
+        Ok(Turn::Done)
     }
 
     /// Starts the request whose header is at the front of the input. `false`: it must wait its turn.
@@ -286,7 +307,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
         let checked = request::check(header, &self.session.rules)?;
         if let Checked::Accepted(command) = &checked {
             let used = self.used();
-            if !self.budget.admit(used, cost(command)) {
+            if !self.budget.admit(used, cost(command, self.session.contexts.len())) {
                 return Ok(false);
             }
         }
@@ -300,7 +321,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             Checked::Accepted(Command::Write(range, durability)) => self.take_write(to, range, durability),
             Checked::Accepted(Command::Read(range, fragments)) if self.read_inline(to, range, fragments) => {}
             Checked::Accepted(command) => {
-                let held = Held::new(&self.session, cost(&command));
+                let held = Held::new(&self.session, cost(&command, self.session.contexts.len()));
                 let work = perform(Rc::clone(&self.session), to, command);
                 self.work.push(Box::pin(async move {
                     work.await;

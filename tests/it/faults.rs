@@ -1,5 +1,6 @@
 //! Disks that are full or broken, kernels that refuse.
 
+use std::io::Read;
 use std::process::{Command, Stdio};
 
 use headwater::error::ErrorKind;
@@ -112,6 +113,9 @@ fn where_io_uring_is_forbidden_threads_take_over_with_one_warning() {
     assert!(complaint.contains("cannot start the workers"), "{complaint}");
 }
 
+/// The header of a simple reply to the request with cookie 1.
+const LONG_REPLY: &[u8] = b"\x67\x44\x66\x98\0\0\0\0\0\0\0\0\0\0\0\x01";
+
 #[test]
 fn a_disk_that_fails_gives_errors_and_never_zeroes() {
     // A device-mapper target would need a module; a file that loses its end does as well.
@@ -132,7 +136,27 @@ fn a_disk_that_fails_gives_errors_and_never_zeroes() {
     let mut client = Client::open_simple(server.uri());
     std::fs::File::options().write(true).open(&image).unwrap().set_len(3 * MIB).unwrap();
     client.send(command::READ, CommandFlags::empty(), 1, 0, 4 * MIB, &[]);
-    assert!(client.try_receive().is_err(), "four mebibytes of a file that has three");
+    // What else is asked meanwhile must not be taken for the rest of it.
+    for cookie in 2..50 {
+        client.send(command::READ, CommandFlags::empty(), cookie, 0, 4096, &[]);
+    }
+    let mut received = Vec::new();
+    if let Err(error) = client.socket.read_to_end(&mut received) {
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    }
+    let long = received.windows(16).position(|window| window == LONG_REPLY).expect("the long reply has begun") + 16;
+    assert!(received.len() - long <= 3 << 20, "four mebibytes of a file that has three");
+    assert!(received[long..] == bytes[..received.len() - long]);
+    // A stretch that nobody has read before is no hole when it is gone.
+    let sparse = scratch.sparse("sparse.raw", 4 * MIB, &[(0, &bytes[..4096])]);
+    let fresh = Scratch::new();
+    let other = Daemon::serve(&fresh, &sparse, &[]);
+    std::fs::File::options().write(true).open(&sparse).unwrap().set_len(MIB).unwrap();
+    let mut late = Client::open(other.uri());
+    assert_eq!(late.ask(command::READ, 2 * MIB, 4096).error, Some(ErrorKind::Io));
+    assert_eq!(late.ask(command::READ, MIB - 4096, 8192).error, Some(ErrorKind::Io));
+    assert_eq!(late.ask(command::BLOCK_STATUS, 2 * MIB, 4096).error, Some(ErrorKind::Io));
+    assert!(late.read(0, 8192) == [&bytes[..4096], &[0; 4096][..]].concat());
     // With DF the frame is completed and called an error.
     let mut client = Client::open(server.uri());
     let reply = client.ask_with(command::READ, CommandFlags::DF, 0, 4 * MIB, &[]);

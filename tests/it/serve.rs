@@ -230,9 +230,9 @@ fn qcow2_that_cannot_be_served_is_refused_with_advice() {
         run_failing(&mut command)
     };
     let complaint = attempt(&overlay);
-    assert!(complaint.contains("base.raw: allow that with --backing DIRECTORY"), "{complaint}");
+    assert!(complaint.contains("base.raw: allow that with --format qcow2 --backing DIRECTORY"), "{complaint}");
     let directory = raw.parent().unwrap().to_str().unwrap().to_owned();
-    let server = Daemon::serve(&scratch, &overlay, &["--backing", &directory]);
+    let server = Daemon::serve(&scratch, &overlay, &["--format=qcow2", "--backing", &directory]);
     let mut client = Client::open(server.uri());
     assert!(client.read(0, 65_536) == noise(1 << 20, 5)[..65_536]);
     assert_eq!(client.read(65_536, 4096), [7; 4096]);

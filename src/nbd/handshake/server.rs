@@ -236,11 +236,12 @@ impl ServerHandshake {
             | option::EXTENDED_HEADERS => None,
             _ => Some((option_reply::ERR_UNSUP, "unknown option")),
         };
-        if refusal.is_some() || length <= MAX_OPTION_DATA {
-            self.options += u32::from(refusal.is_some());
-            if self.options > MAX_OPTIONS {
-                return Err(Violation::TooManyOptions);
-            }
+        let is_too_big = refusal.is_none() && length > MAX_OPTION_DATA;
+        self.options += u32::from(refusal.is_some() || is_too_big);
+        if self.options > MAX_OPTIONS {
+            return Err(Violation::TooManyOptions);
+        }
+        if !is_too_big {
             return Ok(refusal);
         }
         if number == option::SET_META_CONTEXT {

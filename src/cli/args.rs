@@ -10,6 +10,7 @@ use crate::disk::Preference;
 use crate::image::Format;
 use crate::mirror::CHUNK_SIZES;
 use crate::nbd::Uri;
+use crate::nbd::uri::Security;
 use crate::net::ListenAddress;
 use crate::telemetry::LogFormat;
 use crate::units::ByteSize;
@@ -278,6 +279,9 @@ impl std::str::FromStr for NamedUris {
             _ => (None, text),
         };
         let uris = Uri::parse_list(uris).map_err(|error| error.to_string())?;
+        if uris.iter().any(|uri| uri.security == Security::Tls) {
+            return Err("TLS is not supported yet".into());
+        }
         let name = name.map_or_else(|| uris.first().map_or_else(String::new, |uri| uri.export.clone()), str::to_owned);
         Ok(Self { name: checked_name(name)?, uris })
     }

@@ -4,12 +4,11 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use futures_util::future::join_all;
-use tokio::sync::oneshot;
 
 use super::args::{self, NamedUris};
 use super::daemon::{self, Exports};
 use crate::export::{Facts, Registry};
-use crate::mirror::{Cache, Mirror, Share};
+use crate::mirror::{self, Cache, Header, Mirror, Share};
 use crate::nbd::Uri;
 use crate::net::Listener;
 use crate::units::ByteSize;
@@ -19,22 +18,24 @@ use crate::worker::Workers;
 pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
     let patience = arguments.upstream_timeout;
     let defaults = Settings::default();
-    let settings = Settings {
+    let of_upstream = Settings {
         connections: usize::from(arguments.upstream_connections),
-        connect_timeout: defaults.connect_timeout.min(patience),
         // A second server, or a second try, must fit in.
         stall_timeout: defaults.stall_timeout.min(patience / 2),
-        patience,
+        // A little less than the mirror's own: the upstream can say better what went wrong.
+        patience: patience.mul_f32(0.98),
+        ..defaults
     };
     let args::Mirror { images, cache, chunk_size, daemon, .. } = arguments;
-    daemon::run(daemon, Mirrors { images, cache, chunk_size, settings, running: Vec::new() })
+    let of_mirror = mirror::Settings { chunk_size, patience };
+    daemon::run(daemon, Mirrors { images, cache, of_mirror, of_upstream, running: Vec::new() })
 }
 
 struct Mirrors {
     images: Vec<NamedUris>,
     cache: std::path::PathBuf,
-    chunk_size: Option<u32>,
-    settings: Settings,
+    of_mirror: mirror::Settings,
+    of_upstream: Settings,
     running: Vec<Running>,
 }
 
@@ -45,25 +46,42 @@ struct Running {
 }
 
 impl Mirrors {
-    async fn open_one(&self, name: &str, uris: &[Uri]) -> anyhow::Result<Running> {
-        let cache = Cache::open(&self.cache, name)?;
-        let remote = Arc::new(self.reach(name, uris, &cache).await?);
-        let mirror = Mirror::open(name, cache, Arc::<Remote>::clone(&remote), self.chunk_size)?;
+    async fn open_one(&self, name: &str, uris: &[Uri], workers: &Workers) -> anyhow::Result<Running> {
+        // What is there already decides what the upstream must be. A directory for a new image is not made before the
+        // upstream has answered.
+        let existing = if Cache::exists(&self.cache, name) { Some(Cache::open(&self.cache, name)?) } else { None };
+        let header = existing.as_ref().and_then(Cache::header).copied();
+        let remote = Arc::new(self.reach(name, uris, header, workers).await?);
+        let cache = match existing {
+            Some(cache) => cache,
+            None => Cache::open(&self.cache, name)?,
+        };
+        let mirror = Mirror::open(name, cache, Arc::<Remote>::clone(&remote), &self.of_mirror)?;
         remote.expect(mirror.image(), mirror.node());
         Ok(Running { name: name.to_owned(), mirror, remote })
     }
 
     /// Connects to the upstream. A cache that knows its image does without for now.
-    async fn reach(&self, name: &str, uris: &[Uri], cache: &Cache) -> anyhow::Result<Remote> {
-        let header = cache.header();
+    async fn reach(
+        &self,
+        name: &str,
+        uris: &[Uri],
+        header: Option<Header>,
+        workers: &Workers,
+    ) -> anyhow::Result<Remote> {
         // Size and identity are left to the cache, which can say more about them.
         let expectation = Expectation { not_through: header.map(|header| header.node), ..Expectation::default() };
-        match (Remote::open(uris.to_vec(), expectation, self.settings.clone()).await, header) {
+        let (uris, settings) = (uris.to_vec(), self.of_upstream.clone());
+        // On a worker, where the connection will be used.
+        let open = {
+            let (uris, settings) = (uris.clone(), settings.clone());
+            move || Remote::open(uris, expectation, settings)
+        };
+        match (workers.ask(open).await.context("a worker died")?, header) {
             (Ok(remote), _) => Ok(remote),
             (Err(error), Some(header)) if !error.is_final() => {
                 tracing::warn!(name, %error, "the upstream is away: serving what is here, waiting for what is not");
-                let facts = Facts::read_only(header.image_size, "");
-                Ok(Remote::offline(uris.to_vec(), facts, expectation, self.settings.clone()))
+                Ok(Remote::offline(uris, Facts::read_only(header.image_size, ""), expectation, settings))
             }
             (Err(error), _) => Err(error).with_context(|| format!("cannot mirror {name:?}")),
         }
@@ -80,11 +98,22 @@ fn refuse_self(uris: &[Uri], listeners: &[Listener]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Refuses two images with one name, which would have one directory.
+fn refuse_same_names(images: &[NamedUris]) -> anyhow::Result<()> {
+    let mut names: Vec<_> = images.iter().map(|image| &image.name).collect();
+    names.sort_unstable();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        bail!("two mirrors are called {:?}: give one of them another name, as in NAME=URI", pair[0]);
+    }
+    Ok(())
+}
+
 impl Exports for Mirrors {
     async fn open(&mut self, registry: &Registry, workers: &Workers, listeners: &[Listener]) -> anyhow::Result<()> {
+        refuse_same_names(&self.images)?;
         for NamedUris { name, uris } in &self.images {
             refuse_self(uris, listeners)?;
-            let running = self.open_one(name, uris).await?;
+            let running = self.open_one(name, uris, workers).await?;
             let Share { size, resident, zero } = running.mirror.share();
             let upstream = running.remote.current();
             tracing::info!(name, %upstream, size, resident, zero, "mirroring, {} here", ByteSize(resident));
@@ -105,16 +134,10 @@ impl Exports for Mirrors {
 impl Running {
     async fn settle(&self, workers: &Workers) {
         let Self { name, mirror, remote } = self;
-        let (report, settled) = oneshot::channel();
         let settling = mirror.clone();
-        let settle = move || async move {
-            settling.settle().await;
-            // Whoever waited has given up.
-            let _ = report.send(());
-        };
-        workers.run(settle).await;
-        // It fails only if the worker died, which has been reported.
-        let _ = settled.await;
+        if workers.ask(move || async move { settling.settle().await }).await.is_none() {
+            tracing::error!(name, "cannot make everything durable: its worker died");
+        }
         let Share { resident, zero, .. } = mirror.share();
         let (stats, upstream) = (mirror.stats(), remote.stats());
         tracing::info!(

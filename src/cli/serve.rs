@@ -2,7 +2,6 @@
 
 use anyhow::{Context, ensure};
 use futures_util::future::join_all;
-use tokio::sync::oneshot;
 
 use super::args::{FormatArgument, NamedPath, Serve};
 use super::daemon::{self, Exports};
@@ -42,14 +41,8 @@ impl Exports for Images {
 
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
         let flushes = registry.all().into_iter().map(|(name, export)| async move {
-            let (report, result) = oneshot::channel();
-            let flush = move || async move {
-                let result = export.flush().await.map_err(|error| error.chain());
-                // Whoever waited has given up.
-                let _ = report.send(result);
-            };
-            workers.run(flush).await;
-            let result = result.await.context("the flush was cut off").and_then(|it| it.map_err(anyhow::Error::msg));
+            let result = workers.ask(move || async move { export.flush().await.map_err(|error| error.chain()) }).await;
+            let result = result.unwrap_or_else(|| Err("its worker died".into())).map_err(anyhow::Error::msg);
             result.with_context(|| format!("cannot flush {name:?}: writes may be lost"))
         });
         // All of them, also when one fails.

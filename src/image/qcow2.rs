@@ -4,8 +4,10 @@
 //! read by our own disk operations, compressed ones are decoded by it. Two caches in memory, both bounded: the
 //! layout of each window of the image, which never changes because nobody writes, and decoded clusters.
 //!
-//! Not served, with a clear error: zstd-compressed clusters, extended L2 entries, encryption, dirty or corrupt
-//! images, and backing files outside the directories that the operator named.
+//! Not served, with a clear error: zstd-compressed clusters, extended L2 entries, encryption, dirty, corrupt or
+//! truncated images, and backing files outside the directories that the operator named. `imago` reads zeroes behind
+//! the end of a file and serves what is encrypted as it is, so the header and the places of all tables are held
+//! against the file here before it is asked.
 
 use std::fs;
 use std::io;
@@ -77,13 +79,14 @@ enum Place {
 impl Qcow2Image {
     /// Opens the file at `path`; its backing files must lie in one of `directories`. Blocks.
     pub(super) fn open(path: &Path, directories: &[PathBuf]) -> io::Result<Self> {
+        let cluster = check(path)?;
         let gate = Gate { directories: directories.iter().map(fs::canonicalize).collect::<io::Result<_>>()? };
         let storage = Storage::open(StorageOpenOptions::new().filename(path))?;
         let qcow2 = Qcow2::<Storage>::builder(storage).write(false).open(gate)?;
         let lookup = Lookup {
             format: FormatAccess::new(qcow2),
             files: Vec::new(),
-            cluster: cluster_size(path)?,
+            cluster,
             windows: Cache::new(WINDOWS),
             decoded: Cache::builder()
                 .weigher(|_, cluster: &Bytes| u32::try_from(cluster.len()).unwrap_or(u32::MAX))
@@ -167,23 +170,38 @@ impl Lookup {
         let mut paths = Vec::new();
         collect_paths(&self.format, &mut paths);
         for path in paths {
+            // Backing files are what imago takes them for, which is qcow2 if they begin like it.
+            if super::begins_like_qcow2(&path)? {
+                check(&path)?;
+            }
             let file = Arc::new(File::open(&path, Access::ReadOnly)?);
             self.files.push((path, file));
         }
         Ok(self)
     }
 
+    /// Behind the end of a file that was cut short since it was opened, tables would read as zeroes.
+    fn check_lengths(&self) -> io::Result<()> {
+        for (path, file) in &self.files {
+            if fs::metadata(path).is_ok_and(|now| now.is_file() && now.len() < file.size()) {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file was cut short"));
+            }
+        }
+        Ok(())
+    }
+
     /// The mappings of one window, in order and without gaps.
     fn window(&self, window: u64) -> io::Result<Arc<[Mapped]>> {
         self.windows
             .try_get_with(window, || {
+                self.check_lengths()?;
                 let end = self.format.size().min((window + 1) * WINDOW);
                 let mut mapped = Vec::new();
                 let mut start = window * WINDOW;
                 while start < end {
                     let (mapping, length) = self.format.get_mapping(start, end - start)?;
                     let range = ByteRange::between(start, start + if length == 0 { end - start } else { length });
-                    push_mapped(&mut mapped, range, self.place(&mapping)?);
+                    push_mapped(&mut mapped, range, self.place(&mapping)?, self.cluster)?;
                     start = range.end();
                 }
                 Ok(mapped.into())
@@ -211,6 +229,7 @@ impl Lookup {
         let length = self.cluster.min(self.format.size() - start);
         self.decoded
             .try_get_with(number, || {
+                self.check_lengths()?;
                 let mut bytes = vec![0; to_usize(length)];
                 self.format.read(&mut bytes[..], start)?;
                 Ok(Bytes::from(bytes))
@@ -219,11 +238,15 @@ impl Lookup {
     }
 }
 
-/// Appends a mapping. What lies behind the end of its file reads as zeroes: the last cluster of a file need not be
-/// there in full.
-fn push_mapped(mapped: &mut Vec<Mapped>, range: ByteRange, place: Place) {
+/// Appends a mapping. The last cluster of a file need not be there in full: then its rest is zero.
+fn push_mapped(mapped: &mut Vec<Mapped>, range: ByteRange, place: Place, cluster: u64) -> io::Result<()> {
     let inside = match &place {
-        Place::File(file, offset) => range.length().min(file.size().saturating_sub(*offset)),
+        Place::File(file, offset) => {
+            if offset.saturating_add(range.length()) > file.size().next_multiple_of(cluster) {
+                return Err(truncated());
+            }
+            range.length().min(file.size().saturating_sub(*offset))
+        }
         Place::Zero | Place::Compressed => range.length(),
     };
     let edge = range.start() + inside;
@@ -231,6 +254,11 @@ fn push_mapped(mapped: &mut Vec<Mapped>, range: ByteRange, place: Place) {
         [(ByteRange::between(range.start(), edge), place), (ByteRange::between(edge, range.end()), Place::Zero)];
     mapped
         .extend(parts.into_iter().filter(|(range, _)| !range.is_empty()).map(|(range, place)| Mapped { range, place }));
+    Ok(())
+}
+
+fn truncated() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the file is truncated: it refers to data behind its end")
 }
 
 /// An error that several threads waited for.
@@ -258,14 +286,41 @@ fn collect_paths(format: &FormatAccess<Storage>, paths: &mut Vec<PathBuf>) {
     }
 }
 
-/// The size of a cluster: two to the power in bytes 20 to 23 of the header (QEMU's `docs/interop/qcow2.rst`).
-fn cluster_size(path: &Path) -> io::Result<u64> {
-    let mut bits = [0; 4];
-    fs::File::open(path)?.read_exact_at(&mut bits, 20)?;
-    match u32::from_be_bytes(bits) {
-        bits @ 9..=21 => Ok(1 << bits),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidData, "the cluster size is out of range")),
+/// Holds a header and its first table against the file and gives back the size of a cluster. Offsets are those of
+/// QEMU's `docs/interop/qcow2.rst`, "Header" and "L1 table".
+fn check(path: &Path) -> io::Result<u64> {
+    /// What QEMU allows as well.
+    const LONGEST_L1: u32 = 4 << 20;
+    const L2_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+    let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    let file = fs::File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut header = [0; 48];
+    file.read_exact_at(&mut header, 0)?;
+    let cluster = match u32_at(&header, 20) {
+        bits @ 9..=21 => 1u64 << bits,
+        _ => return bad("the cluster size is out of range"),
+    };
+    if u32_at(&header, 32) != 0 {
+        return bad("the image is encrypted");
     }
+    let (size, entries) = (u64_at(&header, 24), u32_at(&header, 36));
+    let covered = u128::from(entries) * u128::from(cluster / 8) * u128::from(cluster);
+    if entries > LONGEST_L1 || u128::from(size) > covered {
+        return bad("the size of the image and of its first table do not go together");
+    }
+    let mut table = vec![0; to_usize(8 * u64::from(entries))];
+    file.read_exact_at(&mut table, u64_at(&header, 40)).map_err(|_| truncated())?;
+    let is_inside = |entry: &[u8]| (u64_at(entry, 0) & L2_OFFSET) + cluster <= length || u64_at(entry, 0) == 0;
+    if table.chunks_exact(8).all(is_inside) { Ok(cluster) } else { Err(truncated()) }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes[at..at + 4].iter().fold(0, |value, byte| value << 8 | u32::from(*byte))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from(u32_at(bytes, at)) << 32 | u64::from(u32_at(bytes, at + 4))
 }
 
 /// Lets imago open what the image refers to if it lies in one of the directories, which are canonical.

@@ -14,10 +14,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
 
-use super::Inner;
 use super::chunks::{Chunk, Geometry, State, checksum, is_zero};
-use super::flight::{ChunkData, Flight};
+use super::flight::{ChunkData, Claim};
+use super::{EXTENTS_PATIENCE, Inner};
+use crate::clock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::Piece;
 use crate::ranges::ByteRange;
@@ -39,13 +41,6 @@ pub(super) enum Need {
     Fetch,
     /// Its bytes are in the data file and must be held against their checksum.
     Verify,
-}
-
-/// A chunk that somebody has claimed and nobody works on yet.
-#[derive(Debug)]
-pub(super) struct Claim {
-    pub(super) chunk: Chunk,
-    pub(super) flight: Arc<Flight>,
 }
 
 /// Claims on their way to being worked on.
@@ -94,6 +89,20 @@ impl Lane {
     }
 }
 
+/// Lets another task attend to a queue when the one that did so panics.
+struct Attended<'a> {
+    lane: &'a Lane,
+    number: usize,
+}
+
+impl Drop for Attended<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.lane.with_queue(self.number, |queue| queue.is_attended = false);
+        }
+    }
+}
+
 /// Neighbouring chunks with the same need.
 #[derive(Debug)]
 struct Run {
@@ -127,6 +136,7 @@ impl Inner {
 
     /// Turns claims into runs until there are none.
     async fn attend(self: Arc<Self>, need: Need, number: usize) {
+        let _attended = Attended { lane: self.queues.lane(need), number };
         loop {
             let claims = self.queues.lane(need).with_queue(number, |queue| {
                 queue.is_attended = !queue.claims.is_empty();
@@ -142,13 +152,18 @@ impl Inner {
         }
     }
 
-    /// The first claim and its neighbours, as far as the budget and the length of a run go.
+    /// The first claim and its neighbours, as far as the budget and the length of a run go. Claims whose time is
+    /// over before there is room for them fail.
     async fn next_run(&self, need: Need, waiting: &mut BTreeMap<Chunk, Claim>) -> Option<Run> {
-        let (_, first) = waiting.pop_first()?;
         let budget = &self.queues.lane(need).budget;
         let each = u32::try_from(self.geometry.chunk_size() / PERMIT).unwrap_or(u32::MAX).max(1);
-        let permit = Arc::clone(budget).acquire_many_owned(each).await;
-        let mut permit = permit.expect("the budget is never closed");
+        let (first, mut permit) = loop {
+            let (_, first) = waiting.pop_first()?;
+            match timeout_at(first.deadline, Arc::clone(budget).acquire_many_owned(each)).await {
+                Ok(permit) => break (first, permit.expect("the budget is never closed")),
+                Err(_) => self.fail(&first, &self.late()),
+            }
+        };
         let mut claims = vec![first];
         while to_u64(claims.len() + 1) * self.geometry.chunk_size() <= LONGEST_RUN
             && let Some(neighbour) = claims.last().and_then(|last| self.geometry.chunk(last.chunk.number() + 1))
@@ -179,6 +194,11 @@ impl Inner {
         let bytes = match self.store.data().read_exact_at(BytesMut::with_capacity(length), length, range.start()).await
         {
             Ok(bytes) => bytes.freeze(),
+            // One bad sector must not cost its neighbours.
+            Err(_) if claims.len() > 1 => {
+                let alone = claims.into_iter().map(|claim| Box::pin(self.verify(vec![claim])));
+                return join_all(alone).await.into_iter().flatten().collect();
+            }
             Err(error) => {
                 self.warn_of_disk("cannot read the cache: fetching instead", &error);
                 claims.iter().for_each(|claim| self.forget(claim.chunk));
@@ -215,6 +235,9 @@ impl Inner {
     /// Makes a chunk absent that is not what the map says.
     fn forget(&self, chunk: Chunk) {
         let _table = self.flights.lock();
+        if self.states.get(chunk) == State::Volatile {
+            self.pending.distrust();
+        }
         self.states.set(chunk, State::Absent);
         self.pending.changed(chunk, chunk);
     }
@@ -231,11 +254,9 @@ impl Inner {
 
     /// Brings neighbouring chunks over, lands them, stores them.
     async fn fetch(&self, claims: &[Claim]) {
-        let range = self.range_of(claims);
-        let marked = |range| self.note_zeroes(range);
-        if let Err(error) = self.chart.cover(range, &self.lower, &self.states, &self.flights, marked).await {
-            return claims.iter().for_each(|claim| self.fail(claim, &error));
-        }
+        let Some(deadline) = claims.iter().map(|claim| claim.deadline).min() else { return };
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.cover(self.range_of(claims), EXTENTS_PATIENCE.min(left / 2)).await;
         // The chart may have shown some to be zero.
         let (zero, data): (Vec<_>, Vec<_>) =
             claims.iter().partition(|claim| self.states.get(claim.chunk) == State::Zero);
@@ -244,23 +265,33 @@ impl Inner {
             self.flights.lock().remove(&claim.chunk);
         }
         let groups = data.chunk_by(|left, right| left.chunk.number() + 1 == right.chunk.number());
-        join_all(groups.map(|group| self.fetch_data(group))).await;
+        join_all(groups.map(|group| self.fetch_data(group, deadline))).await;
     }
 
-    async fn fetch_data(&self, claims: &[&Claim]) {
+    async fn fetch_data(&self, claims: &[&Claim], deadline: Instant) {
         let Some((first, last)) = claims.first().zip(claims.last()) else { return };
         let range = ByteRange::between(self.geometry.range(first.chunk).start(), self.geometry.range(last.chunk).end());
-        match self.lower.read(range).await {
+        let answer = timeout_at(deadline, self.lower.read(range)).await;
+        match answer.unwrap_or_else(|_| Err(self.late())) {
             Ok(pieces) => self.arrived(claims, range, &pieces).await,
             // One bad sector must not fail its neighbours. If nobody answers, asking more often does not help.
             Err(error) if claims.len() > 1 && error.kind() != ErrorKind::Unavailable => {
-                join_all(claims.iter().map(|claim| Box::pin(self.fetch_data(std::slice::from_ref(claim))))).await;
+                join_all(claims.iter().map(|claim| Box::pin(self.fetch_data(std::slice::from_ref(claim), deadline))))
+                    .await;
             }
             Err(error) => claims.iter().for_each(|claim| self.fail(claim, &error)),
         }
     }
 
+    fn late(&self) -> Error {
+        Error::new(ErrorKind::Unavailable, format!("no answer in {} s", self.patience.as_secs_f32()))
+    }
+
     fn fail(&self, claim: &Claim, error: &Error) {
+        if let Some(unsaid) = self.fetch_warnings.now(clock::now()) {
+            let (offset, error) = (self.geometry.range(claim.chunk).start(), error.chain());
+            tracing::warn!(image = self.name, offset, error, unsaid, "cannot fetch: clients get an I/O error");
+        }
         // Before the flight lands: whoever hears of the failure and asks again starts a new fetch.
         self.flights.lock().remove(&claim.chunk);
         // Whatever the upstream's reason, for a client of this mirror it is an error of the disk.
@@ -292,6 +323,7 @@ impl Inner {
     /// Writes chunks to the data file. If that fails they are absent: they have been answered, and that is all.
     async fn store_chunks(&self, write: Write<'_>) {
         let Write { arrivals, bytes, offset } = write;
+        let epoch = self.pending.epoch();
         let result = self.store.data().write_all_at(bytes, offset, false).await;
         let mut table = self.flights.lock();
         for arrival in arrivals {
@@ -305,7 +337,7 @@ impl Inner {
         match result {
             Ok(()) => {
                 for arrival in arrivals {
-                    self.pending.wrote(arrival.chunk, self.geometry.range(arrival.chunk).length());
+                    self.pending.wrote(arrival.chunk, self.geometry.range(arrival.chunk).length(), epoch);
                 }
             }
             Err(error) => {

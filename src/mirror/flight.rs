@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use super::chunks::Chunk;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// The bytes of one chunk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,6 +31,10 @@ pub(super) struct Flight {
 }
 
 impl Flight {
+    fn has_landed(&self) -> bool {
+        self.result.get().is_some()
+    }
+
     /// Gives everybody the result. Only the first call counts.
     pub(super) fn land(&self, result: Result<ChunkData>) {
         if self.result.set(result).is_ok() {
@@ -65,10 +70,48 @@ impl Flights {
     }
 }
 
+/// A chunk that somebody has claimed, and its flight. Whoever holds it sees to the landing; if it is dropped before
+/// (by a panic, or because its worker ends), all who wait get an error instead of waiting for ever.
+#[derive(Debug)]
+pub(super) struct Claim {
+    pub(super) chunk: Chunk,
+    pub(super) flight: Arc<Flight>,
+    /// When those who wait have waited long enough.
+    pub(super) deadline: Instant,
+    flights: Arc<Flights>,
+}
+
+impl Claim {
+    /// Begins a flight, for which `table`, the locked table of `flights`, has no entry yet.
+    pub(super) fn begin(
+        flights: &Arc<Flights>,
+        table: &mut HashMap<Chunk, Arc<Flight>>,
+        chunk: Chunk,
+        deadline: Instant,
+    ) -> Self {
+        let flight = Arc::new(Flight::default());
+        table.insert(chunk, Arc::clone(&flight));
+        Self { chunk, flight, deadline, flights: Arc::clone(flights) }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let mut table = self.flights.lock();
+        if table.get(&self.chunk).is_some_and(|flight| Arc::ptr_eq(flight, &self.flight)) {
+            table.remove(&self.chunk);
+        }
+        drop(table);
+        if !self.flight.has_landed() {
+            self.flight.land(Err(Error::new(ErrorKind::Io, "the fetch was given up")));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::{Error, ErrorKind};
+    use crate::mirror::chunks::Geometry;
     use futures_util::poll;
     use std::pin::pin;
 
@@ -96,6 +139,22 @@ mod tests {
         }
         flight.land(Ok(ChunkData::Zero));
         assert_eq!(stays.await.unwrap(), ChunkData::Zero);
+    }
+
+    #[tokio::test]
+    async fn a_claim_that_is_dropped_fails_who_waits_and_makes_way() {
+        let flights = Arc::new(Flights::default());
+        let chunk = Geometry::new(1, 4096).chunk(0).unwrap();
+        let begin = || Claim::begin(&flights, &mut flights.lock(), chunk, Instant::now());
+        let claim = begin();
+        let flight = Arc::clone(&claim.flight);
+        drop(claim);
+        assert_eq!(flight.wait().await.unwrap_err().to_string(), "the fetch was given up");
+        assert!(flights.lock().is_empty());
+        let (old, new) = (begin(), begin());
+        old.flight.land(Ok(ChunkData::Zero));
+        drop(old);
+        assert!(Arc::ptr_eq(&flights.lock()[&chunk], &new.flight), "only its own entry goes");
     }
 
     #[tokio::test]

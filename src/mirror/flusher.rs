@@ -2,10 +2,14 @@
 //!
 //! Order: the data file is synced; the chunks whose writes had completed before that are resident; the pages of the
 //! map that name them are written; the map is synced. A crash at any point leaves a map that names a subset of what is
-//! durable. If the data cannot be synced, the chunks of the group are forgotten: the file system may have dropped
-//! their bytes, so they are fetched again.
+//! durable.
+//!
+//! If the data cannot be synced, everything whose write had begun by then is forgotten and fetched again, not only the
+//! group: the file system tells of a failure once, and may have dropped any bytes that it had not written. That is
+//! what *epochs* are for: each failure begins a new one, and only chunks of the current one become resident.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,27 +30,26 @@ const BYTES: u64 = 64 << 20;
 #[derive(Debug, Default)]
 pub(super) struct Pending {
     group: Mutex<Group>,
-    /// Something has been added to an empty group.
+    /// Something has been added to the group.
     begun: Notify,
     /// A group is large enough.
     full: Notify,
     /// Held by whoever flushes.
     flushing: AsyncMutex<()>,
+    epoch: AtomicU64,
 }
+
+/// A time in which no write to the data file is known to have been lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Epoch(u64);
 
 #[derive(Debug, Default)]
 struct Group {
-    /// Chunks that have been written to the data file.
-    chunks: Vec<Chunk>,
+    /// Chunks that have been written to the data file, with the epoch in which their writes began.
+    chunks: Vec<(Chunk, Epoch)>,
     bytes: u64,
     /// Pages of the map that are to be written anyway: chunks became zero or absent.
     pages: BTreeSet<u64>,
-}
-
-impl Group {
-    fn is_empty(&self) -> bool {
-        self.chunks.is_empty() && self.pages.is_empty()
-    }
 }
 
 impl Pending {
@@ -55,10 +58,20 @@ impl Pending {
         self.group.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The current epoch. To be asked before a write begins.
+    pub(super) fn epoch(&self) -> Epoch {
+        Epoch(self.epoch.load(Ordering::SeqCst))
+    }
+
+    /// Something that was written has been lost: nothing that is not durable yet is to be trusted.
+    pub(super) fn distrust(&self) {
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+    }
+
     /// A chunk has been written to the data file, and its state says so.
-    pub(super) fn wrote(&self, chunk: Chunk, bytes: u64) {
+    pub(super) fn wrote(&self, chunk: Chunk, bytes: u64, epoch: Epoch) {
         self.change(|group| {
-            group.chunks.push(chunk);
+            group.chunks.push((chunk, epoch));
             group.bytes += bytes;
         });
     }
@@ -68,13 +81,16 @@ impl Pending {
         self.change(|group| group.pages.extend(page_of(first)..=page_of(last)));
     }
 
+    /// Waits until something has been added.
+    #[cfg(test)]
+    pub(super) async fn take_signal(&self) {
+        self.begun.notified().await;
+    }
+
     fn change(&self, change: impl FnOnce(&mut Group)) {
         let mut group = self.group();
-        let was_empty = group.is_empty();
         change(&mut group);
-        if was_empty && !group.is_empty() {
-            self.begun.notify_one();
-        }
+        self.begun.notify_one();
         if group.bytes >= BYTES {
             self.full.notify_one();
         }
@@ -98,11 +114,15 @@ impl Inner {
         let Group { chunks, mut pages, .. } = std::mem::take(&mut *self.pending.group());
         if !chunks.is_empty() {
             if let Err(error) = self.store.data().sync_data().await {
-                return self.forget_group(&chunks, pages, &error);
+                self.warn_of_disk("cannot make fetched chunks durable: they will be fetched again", &error);
+                self.pending.distrust();
             }
-            for chunk in chunks {
+            for (chunk, epoch) in chunks {
+                if epoch != self.pending.epoch() {
+                    let _table = self.flights.lock();
+                    self.states.change(chunk, State::Volatile, State::Absent);
                 // It may have been forgotten meanwhile; then it stays so.
-                if self.states.change(chunk, State::Volatile, State::Resident) {
+                } else if self.states.change(chunk, State::Volatile, State::Resident) {
                     pages.insert(page_of(chunk));
                 }
             }
@@ -114,18 +134,9 @@ impl Inner {
         if let Err(error) = self.store.write_pages(&self.states, &list).await {
             // What is marked in memory is durable, so nothing is wrong but that a restart would fetch it again.
             self.warn_of_disk("cannot write the map", &error);
-            self.pending.group().pages.extend(pages);
             // The next group takes them along; they do not begin one, or a broken disk would be asked for ever.
+            self.pending.group().pages.extend(pages);
         }
-    }
-
-    fn forget_group(&self, chunks: &[Chunk], pages: BTreeSet<u64>, error: &std::io::Error) {
-        self.warn_of_disk("cannot make fetched chunks durable: they will be fetched again", error);
-        let _table = self.flights.lock();
-        for chunk in chunks {
-            self.states.change(*chunk, State::Volatile, State::Absent);
-        }
-        self.pending.group().pages.extend(pages);
     }
 
     /// Warns of the cache disk, seldom.

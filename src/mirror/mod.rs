@@ -31,10 +31,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
+use tokio::time::Instant;
 
 use crate::disk::Inline;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::export::{
     Context, Export, Facts, ImageId, LocalFuture, NodeId, Piece, Residency, SharedExport, TryRead, push_extent,
     push_piece,
@@ -46,8 +47,8 @@ use crate::telemetry::{Counter, Seldom};
 use crate::units::{MIB, to_usize};
 use chart::Chart;
 use chunks::{Chunk, Geometry, State, States};
-use fetch::{Claim, Need, Queues};
-use flight::{ChunkData, Flight, Flights};
+use fetch::{Need, Queues};
+use flight::{ChunkData, Claim, Flight, Flights};
 use flusher::Pending;
 pub use map::{CHUNK_SIZES, Header};
 use store::Store;
@@ -63,8 +64,28 @@ const CACHE_WINDOW: u64 = 8 * MIB;
 const EXTENTS_CHUNKS: u64 = 128 << 10;
 /// How long a question for extents waits for the upstream before it is answered from what is known here.
 const EXTENTS_PATIENCE: Duration = Duration::from_secs(2);
-/// The disk's troubles are told at most this often.
-const DISK_WARNINGS: Duration = Duration::from_secs(10);
+/// The troubles of the disk, and those of the upstream, are told at most this often.
+const WARNINGS: Duration = Duration::from_secs(10);
+/// A chunk that cannot be read, is found right, and cannot be read again is given up after so many times.
+const READS_OF_A_CHUNK: usize = 3;
+/// How long the end of a mirror waits for what is on its way.
+const LAST_FETCHES: Duration = Duration::from_secs(3);
+
+/// What an operator may set.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Bytes of a chunk of a new cache; an old one is refused if it has another. Unset: the default, or what it has.
+    pub chunk_size: Option<u32>,
+    /// How long a read waits for what is not here before it fails.
+    pub patience: Duration,
+}
+
+impl Default for Settings {
+    /// Under the 30 seconds after which clients commonly give up.
+    fn default() -> Self {
+        Self { chunk_size: None, patience: Duration::from_secs(25) }
+    }
+}
 
 /// What happened in a mirror.
 #[derive(Debug, Default)]
@@ -96,13 +117,16 @@ struct Inner {
     header: Header,
     geometry: Geometry,
     states: States,
-    flights: Flights,
+    flights: Arc<Flights>,
     queues: Queues,
     chart: Chart,
     pending: Pending,
     store: Store,
     stats: Stats,
     disk_warnings: Seldom,
+    fetch_warnings: Seldom,
+    /// How long a read waits for what is not here.
+    patience: Duration,
 }
 
 impl fmt::Debug for Mirror {
@@ -112,14 +136,14 @@ impl fmt::Debug for Mirror {
 }
 
 impl Mirror {
-    /// The mirror `name` of `lower`, in `cache`. A new cache gets chunks of `chunk_size`, or of the default size; an
-    /// old one is refused if `chunk_size` is given and another, or if it was made for another image. Blocks.
+    /// The mirror `name` of `lower`, in `cache`, which is refused if it was made for another image. Blocks.
     pub fn open(
         name: impl Into<String>,
         cache: Cache,
         lower: SharedExport,
-        chunk_size: Option<u32>,
+        settings: &Settings,
     ) -> Result<Self, CacheError> {
+        let chunk_size = settings.chunk_size;
         let facts = lower.facts();
         let header = match cache.header() {
             Some(header) => {
@@ -146,13 +170,15 @@ impl Mirror {
             header,
             geometry,
             states,
-            flights: Flights::default(),
+            flights: Arc::default(),
             queues: Queues::new(),
             chart: Chart::new(geometry),
             pending: Pending::default(),
             store,
             stats: Stats::default(),
-            disk_warnings: Seldom::new(DISK_WARNINGS),
+            disk_warnings: Seldom::new(WARNINGS),
+            fetch_warnings: Seldom::new(WARNINGS),
+            patience: settings.patience,
         })))
     }
 
@@ -161,9 +187,13 @@ impl Mirror {
         self.0.run_flusher().await;
     }
 
-    /// Waits for what is being fetched, then makes everything durable that is stored and marks it.
+    /// Makes everything durable that is stored and marks it, also what is on its way and arrives soon.
     pub async fn settle(&self) {
-        self.0.stored().await;
+        // First of all what is here, should the rest take longer than we are given.
+        self.0.flush_group().await;
+        if tokio::time::timeout(LAST_FETCHES, self.0.stored()).await.is_err() {
+            tracing::debug!(image = self.0.name, "not waiting for an upstream that does not answer");
+        }
         self.0.flush_group().await;
     }
 
@@ -278,9 +308,9 @@ impl Inner {
             State::Resident => return Source::File,
             State::Zero => return Source::Zero,
         };
-        let flight = Arc::new(Flight::default());
-        table.insert(chunk, Arc::clone(&flight));
-        claims.push(Claim { chunk, flight: Arc::clone(&flight) });
+        let claim = Claim::begin(&self.flights, &mut table, chunk, Instant::now() + self.patience);
+        let flight = Arc::clone(&claim.flight);
+        claims.push(claim);
         Source::Flight(flight)
     }
 
@@ -309,45 +339,66 @@ impl Inner {
 
     /// Reads resident chunks. What the disk does not give is checked chunk by chunk, and fetched again.
     async fn read_file(self: &Arc<Self>, range: ByteRange, pieces: &mut Vec<Piece>) -> Result<()> {
+        if let Some(bytes) = self.read_resident(range).await {
+            push_piece(pieces, Piece::Data(bytes));
+            return Ok(());
+        }
+        for chunk in self.geometry.chunks(range) {
+            let part = self.geometry.range(chunk).intersect(range);
+            push_piece(pieces, self.read_chunk(chunk, part).await?);
+        }
+        Ok(())
+    }
+
+    /// `None`: some of the chunks are not resident, now at the latest.
+    async fn read_resident(&self, range: ByteRange) -> Option<Bytes> {
         let length = to_usize(range.length());
-        let buffer = BytesMut::with_capacity(length);
-        match self.store.data().read_exact_at(buffer, length, range.start()).await {
-            Ok(bytes) => push_piece(pieces, Piece::Data(bytes.freeze())),
+        match self.store.data().read_exact_at(BytesMut::with_capacity(length), length, range.start()).await {
+            // Still: a chunk that was found bad meanwhile may have been punched out before it was read.
+            Ok(bytes) => self.all_are(range, State::Resident).then(|| bytes.freeze()),
             Err(error) => {
                 self.warn_of_disk("cannot read the cache: fetching instead", &error);
                 for chunk in self.geometry.chunks(range) {
                     self.states.change(chunk, State::Resident, State::Unverified);
-                    let (mut fetch, mut verify) = (Vec::new(), Vec::new());
-                    let source = self.claim(chunk, &mut fetch, &mut verify);
-                    self.start(Need::Fetch, fetch);
-                    self.start(Need::Verify, verify);
-                    let part = self.geometry.range(chunk).intersect(range);
-                    match source {
-                        Source::Flight(flight) => push_piece(pieces, self.cut(flight.wait().await?, part)),
-                        Source::Zero => push_piece(pieces, Piece::Hole(part.length())),
-                        // Somebody else has just found it right.
-                        Source::File => {
-                            return Err(Error::from_io(format!("{}: the cache disk fails", self.name), error));
-                        }
+                }
+                None
+            }
+        }
+    }
+
+    /// Reads a part of one chunk, whatever becomes of it meanwhile.
+    async fn read_chunk(self: &Arc<Self>, chunk: Chunk, part: ByteRange) -> Result<Piece> {
+        for _ in 0..READS_OF_A_CHUNK {
+            let (mut fetch, mut verify) = (Vec::new(), Vec::new());
+            let source = self.claim(chunk, &mut fetch, &mut verify);
+            self.start(Need::Fetch, fetch);
+            self.start(Need::Verify, verify);
+            match source {
+                Source::Flight(flight) => return Ok(self.cut(flight.wait().await?, part)),
+                Source::Zero => return Ok(Piece::Hole(part.length())),
+                Source::File => {
+                    if let Some(bytes) = self.read_resident(part).await {
+                        return Ok(Piece::Data(bytes));
                     }
                 }
             }
         }
-        Ok(())
+        Err(Error::new(ErrorKind::Io, format!("{}: the cache disk fails", self.name)))
     }
 
     /// Brings over what is absent in `range`.
     async fn fill(self: &Arc<Self>, range: ByteRange) -> Result<()> {
         for window in range.pieces(CACHE_WINDOW) {
-            let (mut fetch, mut flights) = (Vec::new(), Vec::new());
+            let (mut fetch, mut verify, mut flights) = (Vec::new(), Vec::new(), Vec::new());
             for chunk in self.geometry.chunks(window) {
                 if self.states.get(chunk) == State::Absent
-                    && let Source::Flight(flight) = self.claim(chunk, &mut fetch, &mut Vec::new())
+                    && let Source::Flight(flight) = self.claim(chunk, &mut fetch, &mut verify)
                 {
                     flights.push(flight);
                 }
             }
             self.start(Need::Fetch, fetch);
+            self.start(Need::Verify, verify);
             for flight in flights {
                 flight.wait().await?;
             }
@@ -355,17 +406,17 @@ impl Inner {
         Ok(())
     }
 
+    /// Asks the upstream what of `range` is zero, unless that is known.
+    async fn cover(&self, range: ByteRange, limit: Duration) {
+        let marked = |range| self.note_zeroes(range);
+        self.chart.cover(range, limit, &self.lower, (&self.states, &self.flights), marked).await;
+    }
+
     async fn allocation(&self, range: ByteRange, limit: usize) -> Vec<Extent> {
         let range = self.describable(range);
         if self.geometry.chunks(range).any(|chunk| self.states.get(chunk) == State::Absent) {
-            let marked = |range| self.note_zeroes(range);
-            let cover = self.chart.cover(range, &self.lower, &self.states, &self.flights, marked);
             // Without the upstream's answer what is absent counts as data.
-            match tokio::time::timeout(EXTENTS_PATIENCE, cover).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(image = self.name, error = %error.chain(), "no word on zeroes"),
-                Err(_) => tracing::debug!(image = self.name, "no word on zeroes in time"),
-            }
+            self.cover(range, EXTENTS_PATIENCE).await;
         }
         self.describe(range, limit, |state| match state {
             State::Zero => Allocation::all().bits(),
@@ -418,8 +469,14 @@ impl Export for Mirror {
     fn try_read(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
         let Inner { store, .. } = &*self.0;
         if self.0.all_are(range, State::Resident) {
+            let start = output.len();
             return match store.data().try_read_at(output, to_usize(range.length()), range.start()) {
-                Inline::Done => TryRead::Data,
+                Inline::Done if self.0.all_are(range, State::Resident) => TryRead::Data,
+                // One was found bad, and perhaps punched out, while it was read.
+                Inline::Done => {
+                    output.truncate(start);
+                    TryRead::Wait
+                }
                 Inline::WouldBlock => TryRead::Wait,
             };
         }

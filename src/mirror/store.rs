@@ -121,6 +121,11 @@ impl Cache {
         Ok(Self { directory, lock, header })
     }
 
+    /// Whether the image `name` has a directory below `root` that a mirror has used.
+    pub fn exists(root: &Path, name: &str) -> bool {
+        directory_name(name).is_ok_and(|name| root.join(name).join("map").exists())
+    }
+
     /// What the cache was made for, if it is not new.
     pub const fn header(&self) -> Option<&Header> {
         self.header.as_ref()

@@ -45,7 +45,8 @@ impl Scratch {
     }
 
     fn try_open(&self, lower: SharedExport, chunk_size: Option<u32>) -> Result<Mirror, CacheError> {
-        Mirror::open("x", Cache::open(self.0.path(), "x")?, lower, chunk_size)
+        let settings = Settings { chunk_size, ..Settings::default() };
+        Mirror::open("x", Cache::open(self.0.path(), "x")?, lower, &settings)
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -271,6 +272,65 @@ fn the_flusher_settles_by_itself() {
         }
         flusher.abort();
         let _ = flusher.await;
+    });
+}
+
+#[test]
+fn what_was_written_before_a_failed_sync_is_fetched_again() {
+    on_both(|| async {
+        let contents = solid(8 << 14);
+        let scratch = Scratch::new();
+        let lower = recorded(&contents);
+        let mirror = scratch.open(lower.clone());
+        read(&mirror, 0, 4 * CHUNK).await.unwrap();
+        mirror.0.stored().await;
+        // As if the file system had told of a failure while more was written.
+        mirror.0.pending.distrust();
+        read(&mirror, 4 * CHUNK, 8 * CHUNK).await.unwrap();
+        mirror.settle().await;
+        assert_eq!(mirror.share().resident, 4 * CHUNK);
+        lower.take_reads();
+        assert!(read(&mirror, 0, 8 * CHUNK).await.unwrap() == contents);
+        assert_eq!(total(&lower.take_reads()), 4 * CHUNK);
+        mirror.settle().await;
+        assert_eq!(mirror.share().resident, 8 * CHUNK);
+    });
+}
+
+#[test]
+fn pages_that_could_not_be_written_do_not_keep_the_flusher_asleep() {
+    on_both(|| async {
+        let contents = solid(8 << 14);
+        let scratch = Scratch::new();
+        let mirror = scratch.open(recorded(&contents));
+        // As a failed writing of the map leaves it.
+        mirror.0.pending.changed(mirror.0.geometry.chunk(0).unwrap(), mirror.0.geometry.chunk(0).unwrap());
+        mirror.0.pending.take_signal().await;
+        let flusher = tokio::task::spawn_local(mirror.clone().run_flusher());
+        read(&mirror, 0, 8 * CHUNK).await.unwrap();
+        while mirror.share().resident < 8 * CHUNK {
+            tokio::task::yield_now().await;
+        }
+        flusher.abort();
+    });
+}
+
+#[test]
+fn misses_that_wait_for_room_fail_no_later_than_the_others() {
+    on_both(|| async {
+        // Twice as many of the largest chunks as may be fetched at once, and nobody who has them.
+        let size = 64 * u64::from(*CHUNK_SIZES.end());
+        let silent = Gate::new(Arc::new(Memory::holding(vec![0; to_usize(size)]).read_only()));
+        let lower = Arc::new(Record::new(Arc::new(silent)));
+        let scratch = Scratch::new();
+        let settings = Settings { chunk_size: Some(*CHUNK_SIZES.end()), patience: Duration::from_millis(300) };
+        let cache = Cache::open(scratch.0.path(), "x").unwrap();
+        let mirror = Mirror::open("x", cache, lower.clone(), &settings).unwrap();
+        let reads = (0..64).map(|chunk| read(&mirror, chunk << 22, (chunk << 22) + 1));
+        for result in join_all(reads).await {
+            assert_eq!(result.unwrap_err().kind(), ErrorKind::Unavailable);
+        }
+        assert_eq!(lower.take_reads().len(), 32, "what comes too late is not even asked for");
     });
 }
 

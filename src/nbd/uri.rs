@@ -70,6 +70,12 @@ pub enum ParseUriError {
     /// The export name is not what the protocol allows.
     #[error("the export name must be UTF-8 without NUL and at most {MAX_STRING} bytes")]
     Export,
+    /// An element of a list is empty.
+    #[error("a URI is missing before or behind a comma; a comma at the end of an export name is written %2C")]
+    Missing,
+    /// NBD URIs have no fragments.
+    #[error("{0:?} has a #: one that belongs to a name is written %23")]
+    Fragment(String),
     /// A query parameter that means nothing here.
     #[error("unknown parameter {0:?}")]
     Parameter(String),
@@ -87,13 +93,18 @@ impl Uri {
         let mut start = 0;
         for (comma, _) in text.match_indices(',') {
             if starts_with_scheme(&text[comma + 1..]) {
-                uris.push(text[start..comma].parse()?);
+                uris.push(parse_element(&text[start..comma])?);
                 start = comma + 1;
             }
         }
-        uris.push(text[start..].parse()?);
+        uris.push(parse_element(&text[start..])?);
         Ok(uris)
     }
+}
+
+/// One URI of a list, behind which another comma can only be a mistake.
+fn parse_element(text: &str) -> Result<Uri, ParseUriError> {
+    if text.ends_with(',') { Err(ParseUriError::Missing) } else { text.parse() }
 }
 
 fn starts_with_scheme(text: &str) -> bool {
@@ -113,6 +124,9 @@ impl FromStr for Uri {
             "nbds+unix" => (true, Security::Tls),
             _ => return Err(ParseUriError::Scheme(scheme)),
         };
+        if uri.fragment().is_some() {
+            return Err(ParseUriError::Fragment(text.to_owned()));
+        }
         let path = uri.path().as_str();
         let export = percent_decode_str(path.strip_prefix('/').unwrap_or(path))
             .decode_utf8()
@@ -270,6 +284,7 @@ mod tests {
             ("nbd+unix:///x?socket=", ParseUriError::NoSocket),
             ("nbd://h/%00", ParseUriError::Export),
             ("nbd://h/%ff", ParseUriError::Export),
+            ("nbd://h/x#y", ParseUriError::Fragment("nbd://h/x#y".into())),
             ("nbd://h/x?colour=red", ParseUriError::Parameter("colour".into())),
             ("nbd://h/x?socket=/a", ParseUriError::Parameter("socket".into())),
         ] {
@@ -295,6 +310,9 @@ mod tests {
             Ok(vec![tcp("a", 10809, "x"), unix("/s", "y"), tcp("b", 10809, "z")])
         );
         assert_eq!(Uri::parse_list("nbd://a/x,y"), Ok(vec![tcp("a", 10809, "x,y")]));
+        for text in ["nbd://a/x,", "nbd://a/x,,nbd://b/x"] {
+            assert_eq!(Uri::parse_list(text), Err(ParseUriError::Missing), "{text}");
+        }
         assert!(Uri::parse_list("").is_err());
     }
 

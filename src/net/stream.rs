@@ -180,16 +180,20 @@ impl Detached {
     }
 }
 
-/// Connects to a server. All addresses of a host name are tried in turn; the last failure is reported.
+/// Connects to a server. All addresses of a host name are tried in turn, each for its share of `limit`; the last
+/// failure is reported.
 ///
 /// Cancel safety: the attempt is given up.
-pub async fn connect(address: &Address) -> io::Result<Stream> {
+pub async fn connect(address: &Address, limit: Duration) -> io::Result<Stream> {
     match address {
         Address::Unix(path) => UnixStream::connect(path).await.map(Stream::Unix),
         Address::Tcp { host, port } => {
             let mut failure = None;
-            for address in lookup_host((host.as_str(), *port)).await? {
-                match TcpStream::connect(address).await {
+            let addresses: Vec<_> = lookup_host((host.as_str(), *port)).await?.collect();
+            let share = limit / u32::try_from(addresses.len().max(1)).unwrap_or(u32::MAX);
+            for address in addresses {
+                let attempt = tokio::time::timeout(share, TcpStream::connect(address)).await;
+                match attempt.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
                     Ok(socket) => return Stream::from_tcp(socket),
                     Err(error) => failure = Some(error),
                 }

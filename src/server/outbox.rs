@@ -20,6 +20,8 @@ const COPIED: usize = 4096;
 pub(super) const HIGH_WATER: usize = 1 << 20;
 /// Buffers in one send; the kernel takes 1024.
 const VECTOR: usize = 64;
+/// Shared data up to this size is copied when it has to wait.
+const LET_GO: usize = 64 << 10;
 /// Capacity that an idle connection may keep.
 const KEPT: usize = 64 << 10;
 
@@ -153,7 +155,10 @@ impl Outbox {
                     inner.advance(sent);
                     self.sendable.set(self.sendable.get() - sent);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    inner.let_go();
+                    break;
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -189,6 +194,14 @@ impl Inner {
             self.queue.push_back(self.tail.split().freeze());
         }
         self.queue.push_back(part);
+    }
+
+    /// Copies what is a small part of something larger (a fetch of many chunks), which would be kept in memory for as
+    /// long as the client does not read.
+    fn let_go(&mut self) {
+        for part in self.queue.iter_mut().filter(|part| part.len() <= LET_GO && !part.is_unique()) {
+            *part = Bytes::copy_from_slice(part);
+        }
     }
 
     fn slices<'a>(&'a self, slices: &mut [IoSlice<'a>; VECTOR]) -> usize {

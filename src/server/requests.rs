@@ -141,7 +141,6 @@ impl Session {
     }
 
     async fn read(&self, to: ReplyTo, range: ByteRange, fragments: Fragments) {
-        Counts::add(&self.counts.read_bytes, range.length());
         if range.is_empty() {
             let mut frame = Frame::default();
             reply::put_read_done(frame.header(), self.mode(), to);
@@ -181,6 +180,7 @@ impl Session {
     fn send_chunk(&self, to: ReplyTo, at: u64, piece: Piece, last: Last) {
         let mut frame = Frame::default();
         let length = piece.length();
+        Counts::add(&self.counts.read_bytes, length);
         match piece {
             Piece::Data(data) => {
                 reply::put_data_header(frame.header(), self.mode(), to, at, length, last);
@@ -195,6 +195,7 @@ impl Session {
     }
 
     fn send_whole(&self, to: ReplyTo, range: ByteRange, pieces: Vec<Piece>) {
+        Counts::add(&self.counts.read_bytes, range.length());
         let mut frame = Frame::default();
         reply::put_data_header(frame.header(), self.mode(), to, range.start(), range.length(), Last::Yes);
         pieces.into_iter().flat_map(spelled_out).for_each(|data| frame.data(data));
@@ -239,6 +240,7 @@ impl Session {
             }
         }
         drop(stream);
+        Counts::add(&self.counts.read_bytes, range.length());
         if self.mode().has_chunks() {
             let mut frame = Frame::default();
             reply::put_read_done(frame.header(), self.mode(), to);

@@ -18,7 +18,7 @@ use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Sleep;
 
-use super::{Expectation, OpenError, Stats};
+use super::{Expectation, Stats};
 use crate::clock;
 use crate::error::Error as RequestError;
 use crate::export::facts::NAMESPACE;
@@ -57,7 +57,7 @@ pub(super) fn position(context: Context) -> u32 {
 pub enum OpenFailure {
     /// It cannot be reached, or was lost while negotiating.
     #[error("cannot connect: {0}")]
-    Connect(#[from] io::Error),
+    Connect(io::Error),
     /// It took too long.
     #[error("no answer in time")]
     TimedOut,
@@ -89,6 +89,12 @@ pub enum OpenFailure {
     /// Its bytes come from us.
     #[error("it gets its bytes from this very mirror: a loop")]
     Loop,
+}
+
+impl From<io::Error> for OpenFailure {
+    fn from(error: io::Error) -> Self {
+        Self::Connect(error)
+    }
 }
 
 impl OpenFailure {
@@ -148,7 +154,7 @@ async fn open(uri: &Uri, ask: Ask, limit: Duration) -> Result<(Stream, BytesMut,
         return Err(OpenFailure::TlsNotSupported);
     }
     let attempt = async {
-        let stream = connect(&uri.address).await?;
+        let stream = connect(&uri.address, limit).await?;
         let mut handshake = ClientHandshake::new(ask);
         let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
         loop {
@@ -214,21 +220,6 @@ async fn open_export(
     }
 }
 
-/// Finds the first server that can be used, says goodbye, and tells what it offers.
-pub(super) async fn probe_any(uris: &[Uri], expectation: &Expectation, limit: Duration) -> Result<Agreed, OpenError> {
-    let mut failures = Vec::new();
-    for uri in uris {
-        match open_export(uri, expectation, limit).await {
-            Ok((stream, _, agreed)) => {
-                part(&stream, agreed.replies).await;
-                return Ok(agreed);
-            }
-            Err(failure) => failures.push((uri.clone(), failure)),
-        }
-    }
-    Err(OpenError { failures })
-}
-
 fn put_disconnect(output: &mut BytesMut, mode: ReplyMode) {
     let header = request::Header { flags: 0, command: command::DISC, cookie: 0, offset: 0, length: 0 };
     request::encode(output, mode, header);
@@ -246,6 +237,8 @@ struct Job {
 pub(super) struct Handle {
     jobs: mpsc::Sender<Job>,
     in_flight: Arc<AtomicUsize>,
+    /// The number of the server in its pool.
+    pub(super) server: usize,
     /// The worker that the connection lives on.
     pub(super) worker: Option<usize>,
     pub(super) agreed: Arc<Agreed>,
@@ -269,6 +262,11 @@ impl Drop for InFlightGuard<'_> {
 impl Handle {
     pub(super) fn is_alive(&self) -> bool {
         !self.jobs.is_closed()
+    }
+
+    /// Whether both are the same connection.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.jobs.same_channel(&other.jobs)
     }
 
     pub(super) fn in_flight(&self) -> usize {
@@ -299,8 +297,13 @@ pub(super) async fn start(
     let (stream, input, agreed) = open_export(uri, expectation, limit).await?;
     let (jobs, queue) = mpsc::channel(DEPTH);
     let agreed = Arc::new(agreed);
-    let handle =
-        Handle { jobs, in_flight: Arc::default(), worker: crate::worker::index(), agreed: Arc::clone(&agreed) };
+    let handle = Handle {
+        jobs,
+        in_flight: Arc::default(),
+        server: 0,
+        worker: crate::worker::index(),
+        agreed: Arc::clone(&agreed),
+    };
     let driver = Driver {
         in_flight: InFlight::new(agreed.replies),
         stream,

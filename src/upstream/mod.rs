@@ -118,15 +118,20 @@ pub struct Remote {
 
 /// Errors of the server after which the request is tried elsewhere, or again, before it fails.
 const REFUSALS: u32 = 4;
+/// Connections that a question for extents may cost. Reads get on without the answer, and share the connection.
+const LOSSES_BY_STATUS: u32 = 2;
 /// The longest compact request without a payload.
 const LONGEST_COMPACT: u64 = (1 << 32) - 4096;
 
 impl Remote {
-    /// Connects to the first of `uris` that can be used.
+    /// Connects to the first of `uris` that can be used. The connection lives on the thread that calls.
     pub async fn open(uris: Vec<Uri>, expectation: Expectation, settings: Settings) -> Result<Self, OpenError> {
-        let agreed = connection::probe_any(&uris, &expectation, settings.connect_timeout).await?;
-        let expectation = Expectation { size: Some(agreed.size), ..expectation };
-        Ok(Self::new(uris, connection::facts(&agreed), expectation, settings))
+        // Told by the server, as soon as there is one.
+        let facts = Facts::read_only(0, "");
+        let remote = Self::new(uris, facts, expectation, settings);
+        let size = Pool::open(&remote.pool).await?.agreed.size;
+        remote.pool.expect(|expectation| expectation.size = Some(size));
+        Ok(remote)
     }
 
     /// Takes the export's facts from elsewhere and connects when the first request comes.
@@ -167,18 +172,17 @@ impl Remote {
     /// Sends a request until it is answered or patience ends.
     async fn ask(&self, request: Request, data: Bytes) -> Result<Answer> {
         let deadline = Instant::now() + self.patience;
-        let mut tries = Tries::default();
+        let mut tries = Tries::of(request.command);
         loop {
-            let attempt = Pool::attempt(&self.pool, request, data.clone());
-            match tokio::time::timeout_at(deadline, attempt).await {
-                Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(attempt)) => tries.note(attempt, &self.pool)?,
-                Err(_) => return Err(self.gave_up(tries.last)),
+            match Pool::attempt(&self.pool, request, data.clone(), deadline).await {
+                Ok(answer) => return Ok(answer),
+                Err(attempt) => tries.note(attempt, &self.pool)?,
             }
-            self.pool.stats.retries.add(1);
-            if tokio::time::timeout_at(deadline, self.pool.pause(tries.count)).await.is_err() {
+            let pause = tokio::time::timeout_at(deadline, self.pool.pause(tries.count)).await;
+            if pause.is_err() || Instant::now() >= deadline {
                 return Err(self.gave_up(tries.last));
             }
+            self.pool.stats.retries.add(1);
         }
     }
 
@@ -251,7 +255,10 @@ impl Remote {
             };
         }
         let wide = self.widened(range);
-        let wide = ByteRange::between(wide.start(), wide.end().min(wide.start() + LONGEST_COMPACT));
+        let block = u64::from(self.facts_now().block_sizes.minimum);
+        // An odd end of the image lies beyond what may be asked; it is left out if there is something before it.
+        let end = wide.end().min(wide.start() + LONGEST_COMPACT) / block * block;
+        let wide = ByteRange::between(wide.start(), if end > wide.start() { end } else { wide.end() });
         let request = Request { command: command::BLOCK_STATUS, flags: CommandFlags::empty(), range: wide };
         let Answer::Status(contexts) = self.ask(request, Bytes::new()).await? else {
             return Err(Error::new(ErrorKind::Io, "a question for extents was answered without any"));
@@ -264,38 +271,57 @@ impl Remote {
 }
 
 /// What has been tried for one request.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Tries {
+    command: u16,
     count: u32,
+    losses: u32,
     refusals: u32,
     last: Option<String>,
 }
 
 impl Tries {
+    const fn of(command: u16) -> Self {
+        Self { command, count: 0, losses: 0, refusals: 0, last: None }
+    }
+
     /// Takes note of a failure. Fails when there is no point in trying again.
     fn note(&mut self, attempt: Attempt, pool: &Pool) -> Result<()> {
         self.count += 1;
         match attempt {
-            Attempt::Lost(reason) => self.last = Some(reason),
-            // The server is going away ("Terminating the transmission phase"): as good as a lost connection.
-            Attempt::Refused(error) if error.kind() == ErrorKind::Shutdown => {
-                self.last = Some(error.chain());
-                pool.fail_over(&error);
+            Attempt::Unreachable(reason) => self.last = Some(reason),
+            Attempt::Lost { server } => {
+                self.losses += 1;
+                if self.command == command::BLOCK_STATUS && self.losses >= LOSSES_BY_STATUS {
+                    return Err(Error::new(ErrorKind::Io, "the connection is lost whenever extents are asked for"));
+                }
+                self.turn(pool, server, format!("the connection to {} was lost", pool.uri(server)));
             }
-            Attempt::Refused(error) => {
+            Attempt::Slow { server } => self.turn(pool, server, format!("{} takes too long", pool.uri(server))),
+            // The server is going away ("Terminating the transmission phase"): as good as a lost connection.
+            Attempt::Refused { server, error } if error.kind() == ErrorKind::Shutdown => {
+                pool.fail_over(server, &error.chain());
+                self.last = Some(error.chain());
+            }
+            Attempt::Refused { server, error } => {
                 self.refusals += 1;
                 // An error of the disk may pass; others may be one server's alone.
                 let may_help = error.kind() == ErrorKind::Io || pool.has_alternatives();
                 if self.refusals >= REFUSALS || !may_help {
                     return Err(error);
                 }
-                self.last = Some(error.chain());
-                if pool.has_alternatives() {
-                    pool.fail_over(&error);
-                }
+                self.turn(pool, server, error.chain());
             }
         }
         Ok(())
+    }
+
+    /// Leaves the server if there is another one.
+    fn turn(&mut self, pool: &Pool, server: usize, reason: String) {
+        if pool.has_alternatives() {
+            pool.fail_over(server, &reason);
+        }
+        self.last = Some(reason);
     }
 }
 

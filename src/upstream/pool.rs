@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::Mutex as AsyncMutex;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use super::connection::{self, Handle, OpenFailure};
-use super::{Expectation, Settings, Stats};
+use super::{Expectation, OpenError, Settings, Stats};
 use crate::error::Error;
 use crate::export::Facts;
 use crate::nbd::Uri;
@@ -30,13 +30,17 @@ const NO_MORE_FOR: Duration = Duration::from_secs(30);
 /// Statistics that connections outliving the pool may still add to.
 pub(super) type SharedStats = Stats;
 
-/// How an attempt failed.
+/// How an attempt failed. `server` is the number of the server that it was made at.
 #[derive(Debug)]
 pub(super) enum Attempt {
-    /// The connection, or the attempt to have one.
-    Lost(String),
+    /// There is no connection to any server.
+    Unreachable(String),
+    /// The connection was lost while the request was under way.
+    Lost { server: usize },
+    /// The server took too long.
+    Slow { server: usize },
     /// The server answered with an error.
-    Refused(Error),
+    Refused { server: usize, error: Error },
 }
 
 /// Connections, and which server is current.
@@ -67,7 +71,15 @@ struct State {
 }
 
 impl Pool {
-    pub(super) fn new(uris: Vec<Uri>, expectation: Expectation, settings: Settings, facts: Arc<RwLock<Facts>>) -> Self {
+    pub(super) fn new(
+        uris: Vec<Uri>,
+        expectation: Expectation,
+        mut settings: Settings,
+        facts: Arc<RwLock<Facts>>,
+    ) -> Self {
+        // All servers are to be tried while a request waits, and the one that answers must have time to.
+        let share = settings.patience / u32::try_from(uris.len() + 1).unwrap_or(u32::MAX);
+        settings.connect_timeout = settings.connect_timeout.min(share);
         let state = State {
             expectation,
             current: 0,
@@ -96,12 +108,26 @@ impl Pool {
         self.state().failures == 0
     }
 
-    /// Tries a request once, on one connection.
-    pub(super) async fn attempt(pool: &Arc<Self>, request: Request, data: Bytes) -> Result<Answer, Attempt> {
-        let handle = Self::handle(pool).await.map_err(Attempt::Lost)?;
-        match handle.ask(request, data).await {
-            Some(result) => result.map_err(Attempt::Refused),
-            None => Err(Attempt::Lost(format!("the connection to {} was lost", pool.current()))),
+    /// Tries a request once, on one connection, until `deadline` or for as long as leaves time for another server.
+    pub(super) async fn attempt(
+        pool: &Arc<Self>,
+        request: Request,
+        data: Bytes,
+        deadline: Instant,
+    ) -> Result<Answer, Attempt> {
+        let handle = timeout_at(deadline, Self::handle(pool)).await;
+        let handle = handle.unwrap_or_else(|_| Err("no connection in time".into())).map_err(Attempt::Unreachable)?;
+        let limit =
+            if pool.has_alternatives() { deadline.min(Instant::now() + pool.settings.patience / 2) } else { deadline };
+        let server = handle.server;
+        match timeout_at(limit, handle.ask(request, data)).await {
+            Ok(Some(result)) => result.map_err(|error| Attempt::Refused { server, error }),
+            Ok(None) => Err(Attempt::Lost { server }),
+            Err(_) => {
+                // Whatever is wrong with this connection, the next request shall not depend on it.
+                pool.state().handles.retain(|other| !other.is_same(&handle));
+                Err(Attempt::Slow { server })
+            }
         }
     }
 
@@ -110,14 +136,22 @@ impl Pool {
         self.uris.len() > 1
     }
 
-    /// After an error of the current server, turns to the next one, or to new connections if there is no other.
-    pub(super) fn fail_over(&self, error: &Error) {
+    /// The server with this number.
+    pub(super) fn uri(&self, server: usize) -> &Uri {
+        &self.uris[server]
+    }
+
+    /// After a failure of `server`, turns to the next one, or to new connections if there is no other. Many requests
+    /// may find the same failure: only the first of them turns.
+    pub(super) fn fail_over(&self, server: usize, reason: &str) {
         let mut state = self.state();
-        let from = &self.uris[state.current];
-        state.current = (state.current + 1) % self.uris.len();
-        tracing::warn!(%from, to = %self.uris[state.current], error = %error.chain(), "turning to another server");
         // Requests in flight on the old connections end there; the connections close after the last of them.
-        state.handles.clear();
+        state.handles.retain(|handle| handle.server != server);
+        if state.current == server && self.has_alternatives() {
+            state.current = (server + 1) % self.uris.len();
+            let (from, to) = (&self.uris[server], &self.uris[state.current]);
+            tracing::warn!(%from, %to, reason, "turning to another server");
+        }
     }
 
     /// Waits before the attempt that follows `tries` others: as long as all servers have failed, or a little after
@@ -150,7 +184,15 @@ impl Pool {
         {
             return Err(reason.clone());
         }
-        Self::open(pool).await
+        let before = pool.state().failed.as_ref().map(|(_, reason)| reason.clone());
+        Self::open(pool).await.map_err(|error| {
+            let reason = error.to_string();
+            // The first failure and every change of it; not each repetition.
+            if before.is_none_or(|before| before != reason) {
+                tracing::warn!(reason, "no upstream can be used: waiting for one");
+            }
+            reason
+        })
     }
 
     /// The connection with least to do: of this worker, or of another as long as this one has none.
@@ -193,8 +235,8 @@ impl Pool {
     }
 
     /// Opens a connection to the current server, or to the next that can be used.
-    async fn open(pool: &Arc<Self>) -> Result<Handle, String> {
-        let mut reasons = Vec::new();
+    pub(super) async fn open(pool: &Arc<Self>) -> Result<Handle, OpenError> {
+        let mut failures = Vec::new();
         let first = pool.state().current;
         for index in (0..pool.uris.len()).map(|step| (first + step) % pool.uris.len()) {
             let uri = &pool.uris[index];
@@ -204,22 +246,22 @@ impl Pool {
                     if index != state.current || state.failures > 0 {
                         tracing::info!(%uri, "connected to the upstream");
                     }
-                    (state.current, state.failures, state.failed) = (index, 0, None);
-                    state.handles.push(handle.clone());
+                    (state.failures, state.failed) = (0, None);
+                    // Unless somebody has turned away from that server while it was connected to.
+                    if state.current == first {
+                        state.current = index;
+                        state.handles.push(handle.clone());
+                    }
                     return Ok(handle);
                 }
-                Err(failure) => reasons.push(format!("{uri}: {failure}")),
+                Err(failure) => failures.push((uri.clone(), failure)),
             }
         }
-        let reason = reasons.join("; ");
+        let error = OpenError { failures };
         let mut state = pool.state();
-        // The first failure and every change of it; not each repetition.
-        if state.failed.as_ref().is_none_or(|(_, last)| *last != reason) {
-            tracing::warn!(reason, "no upstream can be used: waiting for one");
-        }
         state.failures = state.failures.saturating_add(1);
-        state.failed = Some((Instant::now(), reason.clone()));
-        Err(reason)
+        state.failed = Some((Instant::now(), error.to_string()));
+        Err(error)
     }
 
     async fn open_at(pool: &Arc<Self>, index: usize) -> Result<Handle, OpenFailure> {
@@ -229,7 +271,8 @@ impl Pool {
         let stats = Arc::clone(&pool.stats);
         let lost_uri = uri.clone();
         let ended = move |reason: String| tracing::warn!(uri = %lost_uri, reason, "lost a connection to the upstream");
-        let handle = connection::start(&uri, &expectation, connect_timeout, stall_timeout, stats, ended).await?;
+        let mut handle = connection::start(&uri, &expectation, connect_timeout, stall_timeout, stats, ended).await?;
+        handle.server = index;
         pool.stats.connections.add(1);
         *pool.facts.write().unwrap_or_else(PoisonError::into_inner) = connection::facts(&handle.agreed);
         Ok(handle)

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::disk;
 
@@ -81,6 +81,24 @@ impl Workers {
         let load = |index: &usize| self.workers[*index].busy.load(Ordering::Relaxed);
         let idlest = (0..self.workers.len()).min_by_key(load).unwrap_or(0);
         self.run_on(idlest, make).await;
+    }
+
+    /// Runs what `make` makes on the worker that has least to do, and waits for what comes of it; `None` if the worker
+    /// ends before.
+    ///
+    /// Cancel safety: the work goes on, if it was handed over.
+    pub async fn ask<T: Send + 'static, F: Future<Output = T> + 'static>(
+        &self,
+        make: impl FnOnce() -> F + Send + 'static,
+    ) -> Option<T> {
+        let (report, result) = oneshot::channel();
+        let work = move || {
+            let work = make();
+            // Whoever asked may have given up.
+            async move { drop(report.send(work.await)) }
+        };
+        self.run(work).await;
+        result.await.ok()
     }
 
     /// Stops the workers: what still runs on them is dropped where it waits, then their threads end. Blocks.

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
+use headwater::error::ErrorKind;
 use headwater::nbd::wire::{CommandFlags, command};
 
 use crate::support::client::Client;
@@ -210,7 +211,7 @@ fn qcow2_files_are_served_as_their_contents() {
         assert!(client.read(290 * MIB + 13, 1000) == text[13..1013]);
         let hole = client.ask(command::READ, 100 * MIB, MIB);
         assert!(hole.content.iter().all(|(_, piece)| piece.is_err()), "a hole was carried");
-        assert_eq!(client.write(0, b"x"), Some(headwater::error::ErrorKind::Permission));
+        assert_eq!(client.write(0, b"x"), Some(ErrorKind::Permission));
         let map = run(Command::new("nbdinfo").args(["--map", "--totals", server.uri()]));
         assert!(map.contains("hole,zero"), "{map}");
     }
@@ -236,6 +237,23 @@ fn qcow2_that_cannot_be_served_is_refused_with_advice() {
     let mut client = Client::open(server.uri());
     assert!(client.read(0, 65_536) == noise(1 << 20, 5)[..65_536]);
     assert_eq!(client.read(65_536, 4096), [7; 4096]);
+    let sound = fs::read(convert(&scratch, &raw, "sound.qcow2", &["-O", "qcow2"])).unwrap();
+    for (at, bytes, reason) in [
+        (32, &[0u8, 0, 0, 1][..], "the image is encrypted"),
+        (24, &[0x40, 0, 0, 0, 0, 0, 0, 0], "the size of the image and of its first table do not go together"),
+        (40, &[0, 0, 0, 1, 0, 0, 0, 0], "the file is truncated"),
+    ] {
+        let mut lie = sound.clone();
+        lie[at..at + bytes.len()].copy_from_slice(bytes);
+        let complaint = attempt(&scratch.file("lie.qcow2", &lie));
+        assert!(complaint.contains(reason), "{complaint}");
+    }
+    let cut = scratch.file("cut.qcow2", &sound[..sound.len() - (512 << 10)]);
+    let fresh = Scratch::new();
+    let server = Daemon::serve(&fresh, &cut, &[]);
+    let mut client = Client::open(server.uri());
+    assert_eq!(client.ask(command::READ, 1000 << 10, 4096).error, Some(ErrorKind::Io), "not zeroes");
+    drop(server);
     let zstd = convert(&scratch, &raw, "zstd.qcow2", &["-O", "qcow2", "-c", "-o", "compression_type=zstd"]);
     let complaint = attempt(&zstd);
     assert!(complaint.contains("convert it (qemu-img convert -O raw)"), "{complaint}");

@@ -200,9 +200,8 @@ fn many_requests_in_one_packet_are_all_answered() {
     let bytes = noise(3 << 20, 4);
     let server = Daemon::serve(&scratch, &scratch.file("image.raw", &bytes), &[]);
     for mut client in of_every_age(server.uri()) {
-        for cookie in 0..700 {
-            client.send(command::READ, CommandFlags::empty(), cookie, cookie * 4096, 4096, &[]);
-        }
+        let read = |cookie| Header { flags: 0, command: command::READ, cookie, offset: cookie * 4096, length: 4096 };
+        client.send_together((0..700).map(read));
         let mut seen = [false; 700];
         for _ in 0..700 {
             let reply = client.receive();

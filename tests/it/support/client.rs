@@ -196,6 +196,19 @@ impl Client {
         self.socket.write_all(&output).unwrap();
     }
 
+    /// Sends requests without payload by one call. (A client that goes on writing without reading may at last wait
+    /// for itself.)
+    pub(crate) fn send_together(&mut self, headers: impl Iterator<Item = Header>) {
+        let mut output = BytesMut::new();
+        for header in headers {
+            request::encode(&mut output, self.mode(), header);
+            if header.command == command::READ {
+                self.reads.insert(header.cookie, usize::try_from(header.length).unwrap());
+            }
+        }
+        self.socket.write_all(&output).unwrap();
+    }
+
     /// Receives the next whole reply, in whatever order they come. Chunks of several replies must not mix.
     pub(crate) fn receive(&mut self) -> Reply {
         self.try_receive().unwrap()

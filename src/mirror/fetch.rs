@@ -256,6 +256,9 @@ impl Inner {
     async fn fetch(&self, claims: &[Claim]) {
         let Some(deadline) = claims.iter().map(|claim| claim.deadline).min() else { return };
         let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return claims.iter().for_each(|claim| self.fail(claim, &self.late()));
+        }
         self.cover(self.range_of(claims), EXTENTS_PATIENCE.min(left / 2)).await;
         // The chart may have shown some to be zero.
         let (zero, data): (Vec<_>, Vec<_>) =

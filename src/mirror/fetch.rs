@@ -256,7 +256,8 @@ impl Inner {
     async fn fetch(&self, claims: &[Claim]) {
         let Some(deadline) = claims.iter().map(|claim| claim.deadline).min() else { return };
         let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        // Too little to be answered in.
+        if left < self.patience / 100 {
             return claims.iter().for_each(|claim| self.fail(claim, &self.late()));
         }
         self.cover(self.range_of(claims), EXTENTS_PATIENCE.min(left / 2)).await;

@@ -15,6 +15,9 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
         arguments.backing.is_empty() || matches!(arguments.format, FormatArgument::Qcow2),
         "--backing needs --format qcow2: a raw image whose guest writes a qcow2 header into it must not become one"
     );
+    for directory in &arguments.backing {
+        ensure!(directory.is_dir(), "--backing {}: there is no such directory", directory.display());
+    }
     let options = Options {
         read_only: arguments.read_only,
         format: arguments.format.into(),

@@ -164,10 +164,12 @@ impl Inner {
                 Err(_) => self.fail(&first, &self.late()),
             }
         };
+        // Who has just begun to wait must not fail with those who have waited long.
+        let last_call = first.deadline + self.patience / 10;
         let mut claims = vec![first];
         while to_u64(claims.len() + 1) * self.geometry.chunk_size() <= LONGEST_RUN
             && let Some(neighbour) = claims.last().and_then(|last| self.geometry.chunk(last.chunk.number() + 1))
-            && waiting.contains_key(&neighbour)
+            && waiting.get(&neighbour).is_some_and(|claim| claim.deadline <= last_call)
             && let Ok(more) = Arc::clone(budget).try_acquire_many_owned(each)
         {
             permit.merge(more);

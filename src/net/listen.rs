@@ -21,6 +21,9 @@ use crate::nbd::wire::DEFAULT_PORT;
 /// Connections that may wait to be accepted; the system may allow fewer (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
 
+/// Bytes of the longest path in a unix socket's address (`unix(7)`).
+const LONGEST_PATH: usize = 107;
+
 /// Where to listen, as the operator wrote it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ListenAddress {
@@ -89,6 +92,9 @@ pub enum BindError {
     /// There is something else at the path of the unix socket.
     #[error("cannot listen on {0}: there is a file that is not a socket")]
     NotASocket(PathBuf),
+    /// The kernel has no room for the path.
+    #[error("cannot listen on {}: the path of a unix socket can have {LONGEST_PATH} bytes, and this has {}", .0.display(), .0.as_os_str().len())]
+    PathTooLong(PathBuf),
 }
 
 /// A socket that listens in this thread's runtime.
@@ -252,6 +258,9 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
 }
 
 fn bind_unix(path: &Path) -> Result<Listener, BindError> {
+    if path.as_os_str().len() > LONGEST_PATH {
+        return Err(BindError::PathTooLong(path.to_owned()));
+    }
     let failed = |source| BindError::System { address: path.display().to_string(), source };
     let bind = || -> io::Result<UnixListener> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking().cloexec(), None)?;
@@ -320,6 +329,8 @@ mod tests {
         fs::write(&path, "data").unwrap();
         assert!(matches!(Listener::bind(&address), Err(BindError::NotASocket(_))));
         assert_eq!(fs::read(&path).unwrap(), b"data");
+        let long = directory.path().join("x".repeat(100));
+        assert!(matches!(Listener::bind(&ListenAddress::Unix(long)), Err(BindError::PathTooLong(_))));
     }
 
     #[tokio::test]

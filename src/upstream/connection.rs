@@ -291,7 +291,7 @@ pub(super) async fn start(
     expectation: &Expectation,
     limit: Duration,
     stall: Duration,
-    stats: Arc<super::pool::SharedStats>,
+    stats: Arc<Stats>,
     ended: impl FnOnce(String) + 'static,
 ) -> Result<Handle, OpenFailure> {
     let (stream, input, agreed) = open_export(uri, expectation, limit).await?;
@@ -347,7 +347,7 @@ struct Driver {
     input: BytesMut,
     output: Output,
     stall: Stall,
-    stats: Arc<super::pool::SharedStats>,
+    stats: Arc<Stats>,
 }
 
 /// What is to be sent: requests, and the payloads of writes as they are.

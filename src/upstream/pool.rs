@@ -27,9 +27,6 @@ const BUSY: usize = 1;
 /// After a further connection was refused, none is tried for this long.
 const NO_MORE_FOR: Duration = Duration::from_secs(30);
 
-/// Statistics that connections outliving the pool may still add to.
-pub(super) type SharedStats = Stats;
-
 /// How an attempt failed. `server` is the number of the server that it was made at.
 #[derive(Debug)]
 pub(super) enum Attempt {
@@ -48,7 +45,8 @@ pub(super) enum Attempt {
 pub(super) struct Pool {
     uris: Vec<Uri>,
     settings: Settings,
-    pub(super) stats: Arc<SharedStats>,
+    /// Connections that outlive the pool may still add to them.
+    pub(super) stats: Arc<Stats>,
     facts: Arc<RwLock<Facts>>,
     /// Never held across an await.
     state: Mutex<State>,

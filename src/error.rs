@@ -55,6 +55,11 @@ impl Error {
         Self { kind: kind_of(&source), message: message.into(), source: Some(Arc::new(source)) }
     }
 
+    /// The kind that [`Error::from_io`] gives to an error of the operating system.
+    pub fn kind_of(error: &io::Error) -> ErrorKind {
+        kind_of(error)
+    }
+
     /// What the caller should do.
     pub const fn kind(&self) -> ErrorKind {
         self.kind

@@ -55,6 +55,8 @@ struct Lookup {
     /// The file and its backing files, as imago names them.
     files: Vec<(PathBuf, Arc<File>)>,
     cluster: u64,
+    /// Of all files, backing files included.
+    largest_cluster: u64,
     windows: Cache<u64, Arc<[Mapped]>>,
     decoded: Cache<u64, Bytes>,
 }
@@ -87,6 +89,7 @@ impl Qcow2Image {
             format: FormatAccess::new(qcow2),
             files: Vec::new(),
             cluster,
+            largest_cluster: cluster,
             windows: Cache::new(WINDOWS),
             decoded: Cache::builder()
                 .weigher(|_, cluster: &Bytes| u32::try_from(cluster.len()).unwrap_or(u32::MAX))
@@ -172,7 +175,7 @@ impl Lookup {
         for path in paths {
             // Backing files are what imago takes them for, which is qcow2 if they begin like it.
             if super::begins_like_qcow2(&path)? {
-                check(&path)?;
+                self.largest_cluster = self.largest_cluster.max(check(&path)?);
             }
             let file = Arc::new(File::open(&path, Access::ReadOnly)?);
             self.files.push((path, file));
@@ -201,7 +204,7 @@ impl Lookup {
                 while start < end {
                     let (mapping, length) = self.format.get_mapping(start, end - start)?;
                     let range = ByteRange::between(start, start + if length == 0 { end - start } else { length });
-                    push_mapped(&mut mapped, range, self.place(&mapping)?, self.cluster)?;
+                    push_mapped(&mut mapped, range, self.place(&mapping)?, self.largest_cluster)?;
                     start = range.end();
                 }
                 Ok(mapped.into())
@@ -293,8 +296,9 @@ fn check(path: &Path) -> io::Result<u64> {
     const LONGEST_L1: u32 = 4 << 20;
     const L2_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
     let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    // A device too: its metadata have no length.
+    let length = File::open(path, Access::ReadOnly)?.size();
     let file = fs::File::open(path)?;
-    let length = file.metadata()?.len();
     let mut header = [0; 48];
     file.read_exact_at(&mut header, 0)?;
     let cluster = match u32_at(&header, 20) {

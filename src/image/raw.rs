@@ -48,7 +48,7 @@ pub struct RawImage {
     can_zero: AtomicBool,
     /// Changes of the file under way. Meanwhile the file system may keep whoever asks for its layout waiting.
     changes: AtomicUsize,
-    syncs: Syncs,
+    syncs: Arc<Syncs>,
 }
 
 /// What an image can do.
@@ -67,6 +67,40 @@ struct Syncs {
     done: AtomicU64,
     /// One has failed; see the head of this file.
     is_tainted: AtomicBool,
+}
+
+impl Syncs {
+    async fn sync(&self, file: &File) -> Result<()> {
+        let arrived = self.begun.load(Ordering::Acquire);
+        let _turn = self.turn.lock().await;
+        // One that began after we came has done our work too.
+        if self.done.load(Ordering::Acquire) <= arrived {
+            self.begun.fetch_add(1, Ordering::AcqRel);
+            let result = file.sync_data().await;
+            self.done.store(self.begun.load(Ordering::Acquire), Ordering::Release);
+            if let Err(error) = result {
+                self.taint(file, &error);
+                return Err(Error::from_io("cannot make writes durable", error));
+            }
+        }
+        if self.is_tainted.load(Ordering::Relaxed) {
+            return Err(Error::new(ErrorKind::Io, "an earlier flush failed, writes may be lost"));
+        }
+        Ok(())
+    }
+
+    /// Notes that the system has told of a failed write-back, which it does once.
+    fn taint(&self, file: &File, error: &io::Error) {
+        self.is_tainted.store(true, Ordering::Relaxed);
+        let path = file.path().display();
+        tracing::error!(%path, %error, "writes may be lost: all flushes fail until the server is restarted");
+    }
+}
+
+/// Does `work` to its end also when nobody waits for it any more: what the system says of lost writes, it says once.
+async fn unstoppable<T: 'static>(work: impl Future<Output = Result<T>> + 'static) -> Result<T> {
+    let work = tokio::task::spawn_local(work).await;
+    work.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the server ended before it was done")))
 }
 
 /// A change of the file under way.
@@ -102,7 +136,7 @@ impl RawImage {
             can_punch: AtomicBool::new(can_punch),
             can_zero: AtomicBool::new(writable),
             changes: AtomicUsize::new(0),
-            syncs: Syncs::default(),
+            syncs: Arc::default(),
         }
     }
 
@@ -193,31 +227,24 @@ impl RawImage {
     }
 
     async fn sync(&self) -> Result<()> {
-        let Syncs { turn, begun, done, is_tainted } = &self.syncs;
-        let arrived = begun.load(Ordering::Acquire);
-        let _turn = turn.lock().await;
-        // One that began after we came has done our work too.
-        if done.load(Ordering::Acquire) <= arrived {
-            begun.fetch_add(1, Ordering::AcqRel);
-            let result = self.file.sync_data().await;
-            done.store(begun.load(Ordering::Acquire), Ordering::Release);
-            result.map_err(|error| {
-                let error = Error::from_io("cannot make writes durable", error);
-                self.taint(&error);
-                error
-            })?;
-        }
-        if is_tainted.load(Ordering::Relaxed) {
-            return Err(Error::new(ErrorKind::Io, "an earlier flush failed, writes may be lost"));
-        }
-        Ok(())
+        let (file, syncs) = (Arc::clone(&self.file), Arc::clone(&self.syncs));
+        unstoppable(async move { syncs.sync(&file).await }).await
     }
 
-    /// Notes that the system has told of a failed write-back, which it does once.
-    fn taint(&self, error: &Error) {
-        self.syncs.is_tainted.store(true, Ordering::Relaxed);
-        let (path, error) = (self.file.path().display(), error.chain());
-        tracing::error!(%path, error, "writes may be lost: all flushes fail until the server is restarted");
+    /// Writes to stable storage.
+    async fn write_through(&self, data: Bytes, offset: u64) -> io::Result<()> {
+        let (file, syncs) = (Arc::clone(&self.file), Arc::clone(&self.syncs));
+        let write = async move {
+            let result = file.write_all_at(data, offset, true).await;
+            if let Err(error) = &result
+                && Error::kind_of(error) == ErrorKind::Io
+            {
+                // It may be about an earlier write by another client, which then would never hear of it.
+                syncs.taint(&file, error);
+            }
+            Ok(result)
+        };
+        unstoppable(write).await.map_err(io::Error::other)?
     }
 
     /// Zeroes `range` by the file system. `Ok(false)`: it cannot, and nothing has changed that matters.
@@ -373,17 +400,12 @@ impl Export for RawImage {
         let range = ByteRange::between(offset, offset + crate::units::to_u64(data.len()));
         Box::pin(async move {
             self.check_writable()?;
-            let stable = durability == Durability::Stable;
             let _change = Change::begin(&self.changes);
-            let result = self.file.write_all_at(data, offset, stable).await;
-            result.map_err(|error| {
-                let error = self.failed("write", range, error);
-                if stable && error.kind() == ErrorKind::Io {
-                    // It may be about an earlier write by another client, which then would never hear of it.
-                    self.taint(&error);
-                }
-                error
-            })
+            let result = match durability {
+                Durability::Stable => self.write_through(data, offset).await,
+                Durability::Volatile => self.file.write_all_at(data, offset, false).await,
+            };
+            result.map_err(|error| self.failed("write", range, error))
         })
     }
 

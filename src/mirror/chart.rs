@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Mutex as AsyncMutex;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 
 use super::chunks::{Geometry, State, States};
 use super::flight::Flights;
@@ -39,19 +39,23 @@ pub(super) struct Chart {
 struct Region {
     is_known: AtomicBool,
     /// Held by whoever asks.
-    asking: AsyncMutex<Silence>,
+    asking: AsyncMutex<Asking>,
 }
 
-/// How often there was no answer, and since when.
+/// How far the answers to one region go.
 #[derive(Debug, Default)]
-struct Silence {
-    times: u32,
-    last: Option<Instant>,
+struct Asking {
+    /// Bytes from the start of the region that are known.
+    reached: u64,
+    /// How often there was no answer, and the last time.
+    silences: u32,
+    silent: Option<Instant>,
 }
 
-impl Silence {
-    fn lasts(&self) -> bool {
-        self.last.is_some_and(|last| last.elapsed() < PAUSE * (1 << self.times.min(6)))
+impl Asking {
+    fn has_to_pause(&self) -> bool {
+        let doubled = self.silences.saturating_sub(1).min(6);
+        self.silent.is_some_and(|last| last.elapsed() < PAUSE * (1 << doubled))
     }
 }
 
@@ -61,14 +65,14 @@ impl Chart {
         Self { geometry, regions }
     }
 
-    /// Marks what the upstream says is zero in all regions that `range` touches, as far as it says so within `limit`
-    /// for each. `marked` is told of each range with a chunk that was marked.
+    /// Marks what the upstream says is zero in all regions that `range` touches, as far as it says so until
+    /// `deadline`. `marked` is told of each range with a chunk that was marked.
     ///
-    /// Cancel safety: whoever comes next asks again.
+    /// Cancel safety: whoever comes next asks for the rest.
     pub(super) async fn cover(
         &self,
         range: ByteRange,
-        limit: Duration,
+        deadline: Instant,
         lower: &SharedExport,
         (states, flights): (&States, &Flights),
         marked: impl Fn(ByteRange),
@@ -78,12 +82,13 @@ impl Chart {
             if region.is_known.load(Ordering::Acquire) {
                 continue;
             }
-            let Ok(mut silence) = timeout(limit, region.asking.lock()).await else { continue };
-            if region.is_known.load(Ordering::Acquire) || silence.lasts() {
+            let Ok(mut asking) = timeout_at(deadline, region.asking.lock()).await else { return };
+            if region.is_known.load(Ordering::Acquire) || asking.has_to_pause() {
                 continue;
             }
             let whole = ByteRange::between(number * REGION, self.geometry.size().min((number + 1) * REGION));
-            match timeout(limit, self.ask(whole, lower, (states, flights), &marked)).await {
+            let ask = self.ask(whole, &mut asking.reached, lower, (states, flights), &marked);
+            match timeout_at(deadline, ask).await {
                 Ok(Ok(())) => region.is_known.store(true, Ordering::Release),
                 // It has answered, and will not say.
                 Ok(Err(error)) if error.kind() != ErrorKind::Unavailable => {
@@ -92,7 +97,8 @@ impl Chart {
                 }
                 Ok(Err(_)) | Err(_) => {
                     tracing::debug!(region = whole.start(), "no answer in time to what is zero");
-                    *silence = Silence { times: silence.times + 1, last: Some(Instant::now()) };
+                    asking.silences += 1;
+                    asking.silent = Some(Instant::now());
                 }
             }
         }
@@ -101,6 +107,7 @@ impl Chart {
     async fn ask(
         &self,
         region: ByteRange,
+        reached: &mut u64,
         lower: &SharedExport,
         (states, flights): (&States, &Flights),
         marked: &impl Fn(ByteRange),
@@ -108,8 +115,8 @@ impl Chart {
         if !lower.facts().contexts.contains(&Context::Allocation) {
             return Ok(());
         }
-        let mut start = region.start();
         for _ in 0..ANSWERS {
+            let mut start = region.start() + *reached;
             if start >= region.end() {
                 break;
             }
@@ -122,6 +129,7 @@ impl Chart {
                 }
                 start = range.end();
             }
+            *reached = start - region.start();
         }
         Ok(())
     }

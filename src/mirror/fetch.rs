@@ -157,19 +157,30 @@ impl Inner {
     async fn next_run(&self, need: Need, waiting: &mut BTreeMap<Chunk, Claim>) -> Option<Run> {
         let budget = &self.queues.lane(need).budget;
         let each = u32::try_from(self.geometry.chunk_size() / PERMIT).unwrap_or(u32::MAX).max(1);
-        let (first, mut permit) = loop {
-            let (_, first) = waiting.pop_first()?;
-            match timeout_at(first.deadline, Arc::clone(budget).acquire_many_owned(each)).await {
-                Ok(permit) => break (first, permit.expect("the budget is never closed")),
-                Err(_) => self.fail(&first, &self.late()),
+        let mut permit = loop {
+            if let Ok(permit) = Arc::clone(budget).try_acquire_many_owned(each) {
+                break permit;
             }
+            let first_call = waiting.values().map(|claim| claim.deadline).min()?;
+            if let Ok(permit) = timeout_at(first_call, Arc::clone(budget).acquire_many_owned(each)).await {
+                break permit.expect("the budget is never closed");
+            }
+            waiting.retain(|_, claim| {
+                let is_in_time = claim.deadline > first_call;
+                if !is_in_time {
+                    self.fail(claim, &self.late());
+                }
+                is_in_time
+            });
         };
+        let (_, first) = waiting.pop_first()?;
         // Who has just begun to wait must not fail with those who have waited long.
-        let last_call = first.deadline + self.patience / 10;
+        let age = first.deadline;
+        let is_as_old = |claim: &Claim| claim.deadline.max(age) - claim.deadline.min(age) <= self.patience / 10;
         let mut claims = vec![first];
         while to_u64(claims.len() + 1) * self.geometry.chunk_size() <= LONGEST_RUN
             && let Some(neighbour) = claims.last().and_then(|last| self.geometry.chunk(last.chunk.number() + 1))
-            && waiting.get(&neighbour).is_some_and(|claim| claim.deadline <= last_call)
+            && waiting.get(&neighbour).is_some_and(is_as_old)
             && let Ok(more) = Arc::clone(budget).try_acquire_many_owned(each)
         {
             permit.merge(more);
@@ -257,12 +268,13 @@ impl Inner {
     /// Brings neighbouring chunks over, lands them, stores them.
     async fn fetch(&self, claims: &[Claim]) {
         let Some(deadline) = claims.iter().map(|claim| claim.deadline).min() else { return };
-        let left = deadline.saturating_duration_since(Instant::now());
+        let now = Instant::now();
+        let left = deadline.saturating_duration_since(now);
         // Too little to be answered in.
         if left < self.patience / 100 {
             return claims.iter().for_each(|claim| self.fail(claim, &self.late()));
         }
-        self.cover(self.range_of(claims), EXTENTS_PATIENCE.min(left / 2)).await;
+        self.cover(self.range_of(claims), now + EXTENTS_PATIENCE.min(left / 2)).await;
         // The chart may have shown some to be zero.
         let (zero, data): (Vec<_>, Vec<_>) =
             claims.iter().partition(|claim| self.states.get(claim.chunk) == State::Zero);

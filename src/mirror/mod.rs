@@ -407,16 +407,16 @@ impl Inner {
     }
 
     /// Asks the upstream what of `range` is zero, unless that is known.
-    async fn cover(&self, range: ByteRange, limit: Duration) {
+    async fn cover(&self, range: ByteRange, deadline: Instant) {
         let marked = |range| self.note_zeroes(range);
-        self.chart.cover(range, limit, &self.lower, (&self.states, &self.flights), marked).await;
+        self.chart.cover(range, deadline, &self.lower, (&self.states, &self.flights), marked).await;
     }
 
     async fn allocation(&self, range: ByteRange, limit: usize) -> Vec<Extent> {
         let range = self.describable(range);
         if self.geometry.chunks(range).any(|chunk| self.states.get(chunk) == State::Absent) {
             // Without the upstream's answer what is absent counts as data.
-            self.cover(range, EXTENTS_PATIENCE).await;
+            self.cover(range, Instant::now() + EXTENTS_PATIENCE).await;
         }
         self.describe(range, limit, |state| match state {
             State::Zero => Allocation::all().bits(),

@@ -9,7 +9,7 @@ use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, Instant};
 
@@ -237,6 +237,7 @@ struct Job {
 pub(super) struct Handle {
     jobs: mpsc::Sender<Job>,
     in_flight: Arc<AtomicUsize>,
+    received: Arc<AtomicU64>,
     /// The number of the server in its pool.
     pub(super) server: usize,
     /// The worker that the connection lives on.
@@ -262,6 +263,11 @@ impl Drop for InFlightGuard<'_> {
 impl Handle {
     pub(super) fn is_alive(&self) -> bool {
         !self.jobs.is_closed()
+    }
+
+    /// Bytes that have come over.
+    pub(super) fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
     }
 
     /// Whether both are the same connection.
@@ -300,6 +306,7 @@ pub(super) async fn start(
     let handle = Handle {
         jobs,
         in_flight: Arc::default(),
+        received: Arc::default(),
         server: 0,
         worker: crate::worker::index(),
         agreed: Arc::clone(&agreed),
@@ -309,7 +316,7 @@ pub(super) async fn start(
         stream,
         agreed,
         queue,
-        is_closing: false,
+        received: Arc::clone(&handle.received),
         input,
         output: Output::default(),
         stall: Stall::new(stall),
@@ -341,8 +348,8 @@ struct Driver {
     stream: Stream,
     agreed: Arc<Agreed>,
     queue: mpsc::Receiver<Job>,
-    /// No handle is left.
-    is_closing: bool,
+    /// Bytes that have come over, for the handles.
+    received: Arc<AtomicU64>,
     in_flight: InFlight<oneshot::Sender<Result<Answer, RequestError>>>,
     input: BytesMut,
     output: Output,
@@ -437,9 +444,6 @@ impl Driver {
     async fn run(mut self) -> Result<(), Lost> {
         loop {
             self.output.flush(&self.stream)?;
-            if self.is_closing && self.in_flight.is_empty() {
-                return self.say_goodbye().await;
-            }
             match poll_fn(|context| self.poll_event(context)).await {
                 Event::Job(job) => {
                     self.submit(job);
@@ -456,7 +460,8 @@ impl Driver {
                     }
                 }
                 Event::Writable => {}
-                Event::NoHandles => self.is_closing = true,
+                // Whoever waits for a reply has a handle: nobody does.
+                Event::NoHandles => return self.say_goodbye().await,
                 Event::Stalled => return Err(Lost::Stalled(self.stall.limit.as_secs())),
             }
         }
@@ -466,7 +471,7 @@ impl Driver {
         if self.stream.poll_readable(context).is_ready() {
             return Poll::Ready(Event::Readable);
         }
-        if !self.is_closing && self.in_flight.len() < DEPTH {
+        if self.in_flight.len() < DEPTH {
             match self.queue.poll_recv(context) {
                 Poll::Ready(Some(job)) => return Poll::Ready(Event::Job(job)),
                 Poll::Ready(None) => return Poll::Ready(Event::NoHandles),
@@ -510,6 +515,7 @@ impl Driver {
                 Ok(0) => return Err(Lost::Closed),
                 Ok(count) => {
                     taken += count;
+                    self.received.fetch_add(to_u64(count), Ordering::Relaxed);
                     self.stall.progress();
                     if straight && let Some(completion) = self.in_flight.filled(count)? {
                         self.complete(completion);

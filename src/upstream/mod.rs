@@ -297,7 +297,8 @@ impl Tries {
                 }
                 self.turn(pool, server, format!("the connection to {} was lost", pool.uri(server)));
             }
-            Attempt::Slow { server } => self.turn(pool, server, format!("{} takes too long", pool.uri(server))),
+            Attempt::Silent { server } => self.turn(pool, server, format!("{} does not answer", pool.uri(server))),
+            Attempt::Late => {}
             // The server is going away ("Terminating the transmission phase"): as good as a lost connection.
             Attempt::Refused { server, error } if error.kind() == ErrorKind::Shutdown => {
                 pool.fail_over(server, &error.chain());

@@ -34,8 +34,10 @@ pub(super) enum Attempt {
     Unreachable(String),
     /// The connection was lost while the request was under way.
     Lost { server: usize },
-    /// The server took too long.
-    Slow { server: usize },
+    /// The server took too long, and its connection brought nothing at all meanwhile.
+    Silent { server: usize },
+    /// There was not enough time left.
+    Late,
     /// The server answered with an error.
     Refused { server: usize, error: Error },
 }
@@ -115,17 +117,19 @@ impl Pool {
     ) -> Result<Answer, Attempt> {
         let handle = timeout_at(deadline, Self::handle(pool)).await;
         let handle = handle.unwrap_or_else(|_| Err("no connection in time".into())).map_err(Attempt::Unreachable)?;
-        let limit =
-            if pool.has_alternatives() { deadline.min(Instant::now() + pool.settings.patience / 2) } else { deadline };
-        let server = handle.server;
+        let (server, before) = (handle.server, handle.received());
+        // Time enough for a verdict, and the rest for another server.
+        let verdict = Instant::now() + pool.settings.patience / 2;
+        let limit = if pool.has_alternatives() { deadline.min(verdict) } else { deadline };
         match timeout_at(limit, handle.ask(request, data)).await {
             Ok(Some(result)) => result.map_err(|error| Attempt::Refused { server, error }),
             Ok(None) => Err(Attempt::Lost { server }),
-            Err(_) => {
+            Err(_) if Instant::now() >= verdict && handle.received() == before => {
                 // Whatever is wrong with this connection, the next request shall not depend on it.
                 pool.state().handles.retain(|other| !other.is_same(&handle));
-                Err(Attempt::Slow { server })
+                Err(Attempt::Silent { server })
             }
+            Err(_) => Err(Attempt::Late),
         }
     }
 

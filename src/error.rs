@@ -52,12 +52,20 @@ impl Error {
 
     /// An I/O error of the operating system, with what was attempted.
     pub fn from_io(message: impl Into<Cow<'static, str>>, source: io::Error) -> Self {
-        Self { kind: kind_of(&source), message: message.into(), source: Some(Arc::new(source)) }
+        Self { kind: Self::kind_of(&source), message: message.into(), source: Some(Arc::new(source)) }
     }
 
-    /// The kind that [`Error::from_io`] gives to an error of the operating system.
+    /// The kind of an error of the operating system. `EDQUOT` and `EFBIG` count as a full disk (NBD protocol, "Error
+    /// values").
     pub fn kind_of(error: &io::Error) -> ErrorKind {
-        kind_of(error)
+        match error.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES | libc::EROFS) => ErrorKind::Permission,
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => ErrorKind::NoSpace,
+            Some(libc::ENOMEM) => ErrorKind::NoMemory,
+            Some(libc::EOPNOTSUPP | libc::ENOSYS) => ErrorKind::Unsupported,
+            _ if error.kind() == io::ErrorKind::Unsupported => ErrorKind::Unsupported,
+            _ => ErrorKind::Io,
+        }
     }
 
     /// What the caller should do.
@@ -87,19 +95,6 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.source.as_ref().map(|source| &**source as _)
-    }
-}
-
-/// One table for all errors of the operating system. `EDQUOT` and `EFBIG` count as a full disk
-/// (NBD protocol, "Error values").
-fn kind_of(error: &io::Error) -> ErrorKind {
-    match error.raw_os_error() {
-        Some(libc::EPERM | libc::EACCES | libc::EROFS) => ErrorKind::Permission,
-        Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => ErrorKind::NoSpace,
-        Some(libc::ENOMEM) => ErrorKind::NoMemory,
-        Some(libc::EOPNOTSUPP | libc::ENOSYS) => ErrorKind::Unsupported,
-        _ if error.kind() == io::ErrorKind::Unsupported => ErrorKind::Unsupported,
-        _ => ErrorKind::Io,
     }
 }
 

@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 
 use super::args::{self, NamedUris};
 use super::daemon::{self, Exports};
-use crate::export::{Facts, Registry};
+use crate::export::{DuplicateName, Facts, Registry};
 use crate::mirror::{self, Cache, Header, Mirror, Share};
 use crate::nbd::Uri;
 use crate::net::Listener;
@@ -103,7 +103,7 @@ fn refuse_same_names(images: &[NamedUris]) -> anyhow::Result<()> {
     let mut names: Vec<_> = images.iter().map(|image| &image.name).collect();
     names.sort_unstable();
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        bail!("two mirrors are called {:?}: give one of them another name, as in NAME=URI", pair[0]);
+        bail!(DuplicateName(pair[0].clone()));
     }
     Ok(())
 }

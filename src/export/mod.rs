@@ -24,7 +24,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 
 pub use facts::{Context, Facts, ImageId, NodeId, Residency};
-pub use registry::Registry;
+pub use registry::{DuplicateName, Registry};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::Extent;

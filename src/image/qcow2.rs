@@ -10,12 +10,12 @@
 //! against the file here before it is asked.
 
 use std::fs;
-use std::io;
+use std::io::{self, Seek};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use imago::file::File as Storage;
 use imago::format::builder::FormatDriverBuilder;
 use imago::format::gate::ImplicitOpenGate;
@@ -296,35 +296,30 @@ fn check(path: &Path) -> io::Result<u64> {
     const LONGEST_L1: u32 = 4 << 20;
     const L2_OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
     let bad = |what| Err(io::Error::new(io::ErrorKind::InvalidData, what));
-    // A device too: its metadata have no length.
-    let length = File::open(path, Access::ReadOnly)?.size();
-    let file = fs::File::open(path)?;
+    let mut file = fs::File::open(path)?;
+    // A device's metadata have no length.
+    let length = file.seek(io::SeekFrom::End(0))?;
     let mut header = [0; 48];
     file.read_exact_at(&mut header, 0)?;
-    let cluster = match u32_at(&header, 20) {
+    let cluster = match (&header[20..]).get_u32() {
         bits @ 9..=21 => 1u64 << bits,
         _ => return bad("the cluster size is out of range"),
     };
-    if u32_at(&header, 32) != 0 {
+    if (&header[32..]).get_u32() != 0 {
         return bad("the image is encrypted");
     }
-    let (size, entries) = (u64_at(&header, 24), u32_at(&header, 36));
+    let (size, entries) = ((&header[24..]).get_u64(), (&header[36..]).get_u32());
     let covered = u128::from(entries) * u128::from(cluster / 8) * u128::from(cluster);
     if entries > LONGEST_L1 || u128::from(size) > covered {
         return bad("the size of the image and of its first table do not go together");
     }
     let mut table = vec![0; to_usize(8 * u64::from(entries))];
-    file.read_exact_at(&mut table, u64_at(&header, 40)).map_err(|_| truncated())?;
-    let is_inside = |entry: &[u8]| (u64_at(entry, 0) & L2_OFFSET) + cluster <= length || u64_at(entry, 0) == 0;
+    file.read_exact_at(&mut table, (&header[40..]).get_u64()).map_err(|_| truncated())?;
+    let is_inside = |mut entry: &[u8]| match entry.get_u64() {
+        0 => true,
+        entry => (entry & L2_OFFSET) + cluster <= length,
+    };
     if table.chunks_exact(8).all(is_inside) { Ok(cluster) } else { Err(truncated()) }
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes[at..at + 4].iter().fold(0, |value, byte| value << 8 | u32::from(*byte))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) << 32 | u64::from(u32_at(bytes, at + 4))
 }
 
 /// Lets imago open what the image refers to if it lies in one of the directories, which are canonical.

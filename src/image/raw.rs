@@ -98,9 +98,8 @@ impl Syncs {
 }
 
 /// Does `work` to its end also when nobody waits for it any more: what the system says of lost writes, it says once.
-async fn unstoppable<T: 'static>(work: impl Future<Output = Result<T>> + 'static) -> Result<T> {
-    let work = tokio::task::spawn_local(work).await;
-    work.unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "the server ended before it was done")))
+async fn unstoppable<T: 'static>(work: impl Future<Output = T> + 'static) -> io::Result<T> {
+    tokio::task::spawn_local(work).await.map_err(io::Error::other)
 }
 
 /// A change of the file under way.
@@ -228,7 +227,8 @@ impl RawImage {
 
     async fn sync(&self) -> Result<()> {
         let (file, syncs) = (Arc::clone(&self.file), Arc::clone(&self.syncs));
-        unstoppable(async move { syncs.sync(&file).await }).await
+        let sync = unstoppable(async move { syncs.sync(&file).await });
+        sync.await.map_err(|error| Error::from_io("the server ended before it was done", error))?
     }
 
     /// Writes to stable storage.
@@ -242,9 +242,9 @@ impl RawImage {
                 // It may be about an earlier write by another client, which then would never hear of it.
                 syncs.taint(&file, error);
             }
-            Ok(result)
+            result
         };
-        unstoppable(write).await.map_err(io::Error::other)?
+        unstoppable(write).await?
     }
 
     /// Zeroes `range` by the file system. `Ok(false)`: it cannot, and nothing has changed that matters.

@@ -36,11 +36,18 @@ const QUEUES: usize = 64;
 
 /// What has to be done to a claimed chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Need {
+enum Need {
     /// Its bytes are not here.
     Fetch,
     /// Its bytes are in the data file and must be held against their checksum.
     Verify,
+}
+
+/// Claims that were made together, by what has to be done.
+#[derive(Debug, Default)]
+pub(super) struct Claims {
+    pub(super) fetch: Vec<Claim>,
+    pub(super) verify: Vec<Claim>,
 }
 
 /// Claims on their way to being worked on.
@@ -112,8 +119,13 @@ struct Run {
 }
 
 impl Inner {
-    /// Has claimed chunks, all with the same need, worked on by this worker.
-    pub(super) fn start(self: &Arc<Self>, need: Need, claims: Vec<Claim>) {
+    /// Has claimed chunks worked on by this worker.
+    pub(super) fn launch(self: &Arc<Self>, claims: Claims) {
+        self.start(Need::Fetch, claims.fetch);
+        self.start(Need::Verify, claims.verify);
+    }
+
+    fn start(self: &Arc<Self>, need: Need, claims: Vec<Claim>) {
         if claims.is_empty() {
             return;
         }
@@ -225,8 +237,8 @@ impl Inner {
             let bytes = bytes.slice(start..start + to_usize(part.length()));
             if checksum(&bytes) == self.states.checksum(claim.chunk) {
                 self.states.change(claim.chunk, State::Unverified, State::Resident);
+                // The flight leaves the table with its claim, here.
                 claim.flight.land(Ok(ChunkData::Bytes(bytes)));
-                self.flights.lock().remove(&claim.chunk);
                 continue;
             }
             tracing::warn!(

@@ -47,7 +47,7 @@ use crate::telemetry::{Counter, Seldom};
 use crate::units::{MIB, to_usize};
 use chart::Chart;
 use chunks::{Chunk, Geometry, State, States};
-use fetch::{Need, Queues};
+use fetch::{Claims, Queues};
 use flight::{ChunkData, Claim, Flight, Flights};
 use flusher::Pending;
 pub use map::{CHUNK_SIZES, Header};
@@ -274,13 +274,13 @@ impl Inner {
     /// Finds out where the bytes of `range` come from, and starts whatever has to be done for them.
     fn plan(self: &Arc<Self>, range: ByteRange) -> Vec<Part> {
         let mut parts: Vec<Part> = Vec::new();
-        let (mut fetch, mut verify) = (Vec::new(), Vec::new());
+        let mut claims = Claims::default();
         for chunk in self.geometry.chunks(range) {
             let part = self.geometry.range(chunk).intersect(range);
             let source = match self.states.get(chunk) {
                 State::Resident => Source::File,
                 State::Zero => Source::Zero,
-                State::Absent | State::Volatile | State::Unverified => self.claim(chunk, &mut fetch, &mut verify),
+                State::Absent | State::Volatile | State::Unverified => self.claim(chunk, &mut claims),
             };
             match (parts.last_mut(), &source) {
                 (Some(Part { range, source: Source::File }), Source::File)
@@ -290,27 +290,26 @@ impl Inner {
                 _ => parts.push(Part { range: part, source }),
             }
         }
-        self.start(Need::Fetch, fetch);
-        self.start(Need::Verify, verify);
+        self.launch(claims);
         parts
     }
 
     /// Joins the flight of a chunk, or begins one.
-    fn claim(&self, chunk: Chunk, fetch: &mut Vec<Claim>, verify: &mut Vec<Claim>) -> Source {
+    fn claim(&self, chunk: Chunk, claims: &mut Claims) -> Source {
         let mut table = self.flights.lock();
         if let Some(flight) = table.get(&chunk) {
             return Source::Flight(Arc::clone(flight));
         }
-        let claims = match self.states.get(chunk) {
-            State::Absent => fetch,
-            State::Volatile | State::Unverified => verify,
+        let lane = match self.states.get(chunk) {
+            State::Absent => &mut claims.fetch,
+            State::Volatile | State::Unverified => &mut claims.verify,
             // It landed since we looked.
             State::Resident => return Source::File,
             State::Zero => return Source::Zero,
         };
         let claim = Claim::begin(&self.flights, &mut table, chunk, Instant::now() + self.patience);
         let flight = Arc::clone(&claim.flight);
-        claims.push(claim);
+        lane.push(claim);
         Source::Flight(flight)
     }
 
@@ -369,10 +368,9 @@ impl Inner {
     /// Reads a part of one chunk, whatever becomes of it meanwhile.
     async fn read_chunk(self: &Arc<Self>, chunk: Chunk, part: ByteRange) -> Result<Piece> {
         for _ in 0..READS_OF_A_CHUNK {
-            let (mut fetch, mut verify) = (Vec::new(), Vec::new());
-            let source = self.claim(chunk, &mut fetch, &mut verify);
-            self.start(Need::Fetch, fetch);
-            self.start(Need::Verify, verify);
+            let mut claims = Claims::default();
+            let source = self.claim(chunk, &mut claims);
+            self.launch(claims);
             match source {
                 Source::Flight(flight) => return Ok(self.cut(flight.wait().await?, part)),
                 Source::Zero => return Ok(Piece::Hole(part.length())),
@@ -389,16 +387,15 @@ impl Inner {
     /// Brings over what is absent in `range`.
     async fn fill(self: &Arc<Self>, range: ByteRange) -> Result<()> {
         for window in range.pieces(CACHE_WINDOW) {
-            let (mut fetch, mut verify, mut flights) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut claims, mut flights) = (Claims::default(), Vec::new());
             for chunk in self.geometry.chunks(window) {
                 if self.states.get(chunk) == State::Absent
-                    && let Source::Flight(flight) = self.claim(chunk, &mut fetch, &mut verify)
+                    && let Source::Flight(flight) = self.claim(chunk, &mut claims)
                 {
                     flights.push(flight);
                 }
             }
-            self.start(Need::Fetch, fetch);
-            self.start(Need::Verify, verify);
+            self.launch(claims);
             for flight in flights {
                 flight.wait().await?;
             }

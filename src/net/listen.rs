@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
@@ -234,13 +235,11 @@ impl Drop for Listener {
 /// An address in the abstract namespace, as the path that [`Address::Unix`] has for it.
 fn abstract_path(address: &std::os::unix::net::SocketAddr) -> Option<PathBuf> {
     use std::os::linux::net::SocketAddrExt;
-    use std::os::unix::ffi::OsStrExt;
     let name = [b"\0", address.as_abstract_name()?].concat();
     Some(PathBuf::from(std::ffi::OsStr::from_bytes(&name)))
 }
 
 fn is_abstract(path: &Path) -> bool {
-    use std::os::unix::ffi::OsStrExt;
     path.as_os_str().as_bytes().first() == Some(&0)
 }
 

@@ -135,7 +135,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
         session: Rc<Session>,
         budget: ConnectionBudget,
         input: BytesMut,
-        drain: D,
+        drain: Pin<Box<D>>,
     ) -> Self {
         Self {
             stream,
@@ -146,7 +146,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             work: FuturesUnordered::new(),
             phase: Phase::Open,
             wants_input: true,
-            drain: Box::pin(drain),
+            drain,
         }
     }
 
@@ -166,11 +166,11 @@ impl<D: Future<Output = ()>> Transmission<D> {
             // Not a byte more: it would be taken for the rest of the reply that was cut short.
             return Err(End::Broken);
         }
-        let is_over = self.take_requests()?;
+        let turn = self.take_requests()?;
         let used = self.used();
         self.session.outbox.flush(&self.stream)?;
         self.budget.settle(self.used());
-        if is_over == Turn::Others {
+        if turn == Turn::Others {
             tokio::task::yield_now().await;
             return Ok(None);
         }

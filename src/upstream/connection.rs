@@ -91,6 +91,7 @@ pub enum OpenFailure {
     Loop,
 }
 
+// By hand: the message has the reason already, and as a source it would be told twice.
 impl From<io::Error> for OpenFailure {
     fn from(error: io::Error) -> Self {
         Self::Connect(error)

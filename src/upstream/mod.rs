@@ -247,7 +247,8 @@ impl Remote {
     }
 
     async fn status(&self, range: ByteRange, context: Context, limit: usize) -> Result<Vec<Extent>> {
-        if !self.facts_now().contexts.contains(&context) {
+        let facts = self.facts_now();
+        if !facts.contexts.contains(&context) {
             return match context {
                 // A server that cannot say is taken to have everything.
                 Context::Allocation => Ok(vec![Extent { length: range.length(), status: 0 }]),
@@ -255,7 +256,7 @@ impl Remote {
             };
         }
         let wide = self.widened(range);
-        let block = u64::from(self.facts_now().block_sizes.minimum);
+        let block = u64::from(facts.block_sizes.minimum);
         // An odd end of the image lies beyond what may be asked; it is left out if there is something before it.
         let end = wide.end().min(wide.start() + LONGEST_COMPACT) / block * block;
         let wide = ByteRange::between(wide.start(), if end > wide.start() { end } else { wide.end() });

@@ -2,7 +2,10 @@
 //!
 //! Each worker prefers connections of its own, so that requests do not cross threads. The first request opens the
 //! first connection; more are opened in the background, by workers that have none and while requests overlap, up to
-//! the limit and only if the server says that its connections see one view (multi-conn). One server is current. When it cannot be used the next in the list becomes current, in a circle, and stays so until it fails.
+//! the limit and only if the server says that its connections see one view (multi-conn).
+//!
+//! One server is current. When it cannot be used the next in the list becomes current, in a circle, and stays so until
+//! it fails.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;

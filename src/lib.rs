@@ -14,7 +14,7 @@
 //! | 0 | [`clock`] | the monotonic clock |
 //! | 0 | [`error`] | what can go wrong with a request |
 //! | 1 | [`nbd`] | the protocol without I/O, both roles |
-//! | 1 | [`disk`] | files by io_uring; the only unsafe code |
+//! | 1 | [`disk`] | files by io_uring; nearly all unsafe code |
 //! | 1 | [`telemetry`] | logs and counters |
 //! | 2 | [`net`] | sockets |
 //! | 2 | [`worker`] | one thread per core |

@@ -143,8 +143,9 @@ fn the_protocol_knows_no_io() {
 }
 
 #[test]
-fn unsafe_code_is_in_the_disk_room_only() {
-    for source in sources().into_iter().filter(|source| source.room != "disk") {
+fn unsafe_code_is_where_the_system_calls_are() {
+    let allowed = |source: &Source| source.room == "disk" || source.path.ends_with("net/socket.rs");
+    for source in sources().into_iter().filter(|source| !allowed(source)) {
         assert!(!source.code.contains("unsafe"), "{}", source.path.display());
     }
 }

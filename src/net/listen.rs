@@ -15,7 +15,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use thiserror::Error;
 use tokio::net::{TcpListener, UnixListener};
 
-use super::stream::Stream;
+use super::stream::Detached;
 use crate::nbd::uri::{Address, Uri};
 use crate::nbd::wire::DEFAULT_PORT;
 
@@ -164,10 +164,10 @@ impl Listener {
     /// Waits for the next connection.
     ///
     /// Cancel safety: no connection is lost.
-    pub async fn accept(&self) -> io::Result<Stream> {
+    pub async fn accept(&self) -> io::Result<Detached> {
         match &self.kind {
-            Kind::Tcp(socket) => Stream::from_tcp(socket.accept().await?.0),
-            Kind::Unix { socket, .. } => Ok(Stream::Unix(socket.accept().await?.0)),
+            Kind::Tcp(socket) => Detached::from_tcp(socket.accept().await?.0.into_std()?),
+            Kind::Unix { socket, .. } => Detached::from_unix(socket.accept().await?.0.into_std()?),
         }
     }
 

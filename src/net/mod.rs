@@ -4,7 +4,8 @@
 //! that is said over them.
 
 mod listen;
+mod socket;
 mod stream;
 
 pub use listen::{BindError, ListenAddress, Listener, ParseListenError};
-pub use stream::{Detached, Stream, connect};
+pub use stream::{Detached, Family, Stream, connect};

@@ -1,122 +1,222 @@
 //! A connection, of either family.
+//!
+//! The runtime is asked to watch for input only. Watching for room to write as well would wake this thread each time
+//! the peer takes a reply from a unix socket. A second descriptor watches for that, from the first time that the
+//! socket is full until it has not been for a while.
 
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::TcpStream as StdTcpStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio::task::coop::consume_budget;
 
+use super::socket::{receive, watch};
+use crate::disk::File;
 use crate::nbd::uri::Address;
+use crate::units::to_usize;
+
+/// A connected socket, of no thread's runtime.
+#[derive(Debug)]
+pub struct Detached {
+    socket: OwnedFd,
+    family: Family,
+}
+
+/// What kind of socket it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// TCP.
+    Tcp,
+    /// Unix.
+    Unix,
+}
 
 /// A connected socket of this thread's runtime.
 #[derive(Debug)]
-pub enum Stream {
-    /// TCP.
-    Tcp(TcpStream),
-    /// Unix.
-    Unix(UnixStream),
+pub struct Stream {
+    socket: AsyncFd<OwnedFd>,
+    family: Family,
+    /// Watches for room to write.
+    room: RefCell<Option<AsyncFd<OwnedFd>>>,
+    /// Sends since the last one that was not taken whole.
+    roomy: Cell<u32>,
 }
+
+/// After so many sends that were taken whole, room to write is not watched for any more.
+const ROOMY: u32 = 64;
 
 /// A peer that has vanished without a word (power loss, cut cable) is found out after two minutes of silence.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 6;
 
-/// Calls the same method of whichever socket there is.
-macro_rules! either {
-    ($stream:expr, $socket:ident => $call:expr) => {
-        match $stream {
-            Stream::Tcp($socket) => $call,
-            Stream::Unix($socket) => $call,
-        }
-    };
-}
-
-impl Stream {
+impl Detached {
     /// Takes a connected TCP socket, setting its options.
     ///
     /// Small replies must not wait for more to come ("Protocol phases" asks both sides to disable Nagle).
-    pub fn from_tcp(socket: TcpStream) -> io::Result<Self> {
+    pub fn from_tcp(socket: StdTcpStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
         let keepalive = TcpKeepalive::new()
             .with_time(KEEPALIVE_IDLE)
             .with_interval(KEEPALIVE_INTERVAL)
             .with_retries(KEEPALIVE_RETRIES);
         SockRef::from(&socket).set_tcp_keepalive(&keepalive)?;
-        Ok(Self::Tcp(socket))
+        Ok(Self { socket: socket.into(), family: Family::Tcp })
     }
 
-    /// Leaves this thread's runtime, so that another can take the socket.
-    pub fn detach(self) -> io::Result<Detached> {
-        Ok(match self {
-            Self::Tcp(socket) => Detached::Tcp(socket.into_std()?),
-            Self::Unix(socket) => Detached::Unix(socket.into_std()?),
-        })
+    /// Takes a connected unix socket.
+    pub fn from_unix(socket: StdUnixStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket: socket.into(), family: Family::Unix })
+    }
+
+    /// Joins the runtime of this thread.
+    pub fn attach(self) -> io::Result<Stream> {
+        let socket = watch(self.socket, Interest::READABLE)?;
+        Ok(Stream { socket, family: self.family, room: RefCell::default(), roomy: Cell::default() })
     }
 
     /// Who is at the other end, for logs.
     pub fn peer(&self) -> String {
-        match self {
-            Self::Tcp(socket) => socket.peer_addr().map_or_else(|_| "tcp".into(), |address| address.to_string()),
-            Self::Unix(socket) => match socket.peer_cred().ok().and_then(|cred| cred.pid()) {
-                Some(pid) => format!("unix:pid={pid}"),
-                None => "unix".into(),
+        match self.family {
+            Family::Tcp => {
+                let address = SockRef::from(&self.socket).peer_addr().ok().and_then(|address| address.as_socket());
+                address.map_or_else(|| "tcp".into(), |address| address.to_string())
+            }
+            Family::Unix => match rustix::net::sockopt::socket_peercred(&self.socket) {
+                Ok(credentials) => format!("unix:pid={}", credentials.pid.as_raw_nonzero()),
+                Err(_) => "unix".into(),
             },
         }
     }
+}
 
-    /// Appends what has arrived to `buffer`, up to its room; `Ok(0)` is the end.
+fn full() -> io::Error {
+    io::ErrorKind::WouldBlock.into()
+}
+
+impl Stream {
+    /// What kind of socket it is.
+    pub const fn family(&self) -> Family {
+        self.family
+    }
+
+    /// Appends what has arrived to the room that `buffer` has; `Ok(0)` is the end.
     pub fn try_read_buf(&self, buffer: &mut impl BufMut) -> io::Result<usize> {
-        either!(self, socket => socket.try_read_buf(buffer))
+        let (received, is_all_room) =
+            self.socket.try_io(Interest::READABLE, |socket| receive(socket.as_fd(), buffer))?;
+        if received > 0 && !is_all_room {
+            self.is_drained();
+        }
+        Ok(received)
     }
 
     /// Puts what has arrived into `buffer`; `Ok(0)` is the end.
-    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        either!(self, socket => socket.try_read(buffer))
+    pub fn try_read(&self, mut buffer: &mut [u8]) -> io::Result<usize> {
+        self.try_read_buf(&mut buffer)
+    }
+
+    /// Fewer bytes came than there was room for, so there are none left, and asking would only be told so ("epoll(7)",
+    /// questions and answers, 9). The runtime hears of the next ones by themselves.
+    fn is_drained(&self) {
+        // The runtime takes it for the answer of a system call.
+        let _ = self.socket.try_io(Interest::READABLE, |_| Err::<(), _>(full()));
     }
 
     /// How many bytes have arrived and were not received yet.
     pub fn queued(&self) -> io::Result<usize> {
-        Ok(crate::units::to_usize(rustix::io::ioctl_fionread(self)?))
+        Ok(to_usize(rustix::io::ioctl_fionread(self)?))
     }
 
     /// Puts what has arrived into `buffer`, asking the socket itself: the runtime may not have heard of it yet.
     pub fn receive_queued(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::net::recv(self, buffer, rustix::net::RecvFlags::DONTWAIT)?.0)
+        Ok(rustix::net::recv(self, buffer, RecvFlags::DONTWAIT)?.0)
     }
 
-    /// Sends as much as the socket takes.
-    pub fn try_write_vectored(&self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
-        either!(self, socket => socket.try_write_vectored(buffers))
+    /// Sends as much as the socket takes. With `more`, something is to follow at once.
+    pub fn try_write_vectored(&self, buffers: &[IoSlice<'_>], more: bool) -> io::Result<usize> {
+        let mut flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        flags.set(SendFlags::MORE, more);
+        let length = buffers.iter().map(|buffer| buffer.len()).sum();
+        self.try_send(length, |socket| {
+            Ok(match buffers {
+                [only] => rustix::net::send(socket, only, flags)?,
+                _ => rustix::net::sendmsg(socket, buffers, &mut SendAncillaryBuffer::default(), flags)?,
+            })
+        })
+    }
+
+    /// Sends `length` bytes of a file from `offset` on, or as much of them as the socket takes, without copying them.
+    /// `Ok(0)`: the file ends before that.
+    ///
+    /// Waits for the disk if they are not in memory.
+    pub fn try_send_file(&self, file: &File, mut offset: u64, length: usize) -> io::Result<usize> {
+        self.try_send(length, |socket| Ok(rustix::fs::sendfile(socket, file, Some(&mut offset), length)?))
+    }
+
+    fn try_send(&self, length: usize, send: impl FnOnce(BorrowedFd<'_>) -> io::Result<usize>) -> io::Result<usize> {
+        let mut room = self.room.borrow_mut();
+        let result = match &*room {
+            Some(room) => room.try_io(Interest::WRITABLE, |_| send(self.as_fd())),
+            None => send(self.as_fd()),
+        };
+        let is_full = match &result {
+            Ok(sent) => *sent < length,
+            Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+        };
+        match &*room {
+            _ if !is_full => {
+                self.roomy.set(self.roomy.get().saturating_add(1));
+                if self.roomy.get() > ROOMY {
+                    *room = None;
+                }
+                return result;
+            }
+            // If it took a part of it, the runtime has not been told yet that it is full.
+            Some(room) => drop(room.try_io(Interest::WRITABLE, |_| Err::<(), _>(full()))),
+            None => *room = Some(watch(self.as_fd().try_clone_to_owned()?, Interest::WRITABLE)?),
+        }
+        self.roomy.set(0);
+        result
     }
 
     /// Waits until there is something to read, or the end.
     pub fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(self, socket => socket.poll_read_ready(context))
+        self.socket.poll_read_ready(context).map_ok(drop)
     }
 
-    /// Waits until there is room to write.
+    /// Waits until there may be room to write.
     pub fn poll_writable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(self, socket => socket.poll_write_ready(context))
+        match &*self.room.borrow() {
+            Some(room) => room.poll_write_ready(context).map_ok(drop),
+            None => Poll::Ready(Ok(())),
+        }
     }
 
     /// Waits until there is something to read, or the end.
     ///
     /// Cancel safety: nothing is lost.
     pub async fn readable(&self) -> io::Result<()> {
-        either!(self, socket => socket.ready(Interest::READABLE).await.map(drop))
+        self.socket.readable().await.map(drop)
     }
 
-    /// Waits until there is room to write.
+    /// Waits until there may be room to write.
     ///
     /// Cancel safety: nothing is lost.
     pub async fn writable(&self) -> io::Result<()> {
-        either!(self, socket => socket.ready(Interest::WRITABLE).await.map(drop))
+        poll_fn(|context| self.poll_writable(context)).await
     }
 
     /// Sends all of `buffer`, which is emptied as it goes.
@@ -126,7 +226,7 @@ impl Stream {
         while !buffer.is_empty() {
             // Others on this thread, time-outs among them, get their turn also while the peer is quick.
             consume_budget().await;
-            match self.try_write_vectored(&[IoSlice::new(buffer)]) {
+            match self.try_write_vectored(&[IoSlice::new(buffer)], false) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(sent) => bytes::Buf::advance(buffer, sent),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable().await?,
@@ -157,26 +257,7 @@ impl Stream {
 
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        either!(self, socket => socket.as_fd())
-    }
-}
-
-/// A connected socket on its way to another thread's runtime.
-#[derive(Debug)]
-pub enum Detached {
-    /// TCP.
-    Tcp(std::net::TcpStream),
-    /// Unix.
-    Unix(std::os::unix::net::UnixStream),
-}
-
-impl Detached {
-    /// Joins the runtime of this thread.
-    pub fn attach(self) -> io::Result<Stream> {
-        match self {
-            Self::Tcp(socket) => TcpStream::from_std(socket).map(Stream::Tcp),
-            Self::Unix(socket) => UnixStream::from_std(socket).map(Stream::Unix),
-        }
+        self.socket.as_fd()
     }
 }
 
@@ -186,7 +267,7 @@ impl Detached {
 /// Cancel safety: the attempt is given up.
 pub async fn connect(address: &Address, limit: Duration) -> io::Result<Stream> {
     match address {
-        Address::Unix(path) => UnixStream::connect(path).await.map(Stream::Unix),
+        Address::Unix(path) => Detached::from_unix(UnixStream::connect(path).await?.into_std()?)?.attach(),
         Address::Tcp { host, port } => {
             let mut failure = None;
             let addresses: Vec<_> = lookup_host((host.as_str(), *port)).await?.collect();
@@ -194,7 +275,7 @@ pub async fn connect(address: &Address, limit: Duration) -> io::Result<Stream> {
             for address in addresses {
                 let attempt = tokio::time::timeout(share, TcpStream::connect(address)).await;
                 match attempt.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-                    Ok(socket) => return Stream::from_tcp(socket),
+                    Ok(socket) => return Detached::from_tcp(socket.into_std()?)?.attach(),
                     Err(error) => failure = Some(error),
                 }
             }

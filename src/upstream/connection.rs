@@ -381,7 +381,7 @@ impl Output {
         while !self.is_empty() {
             let part = self.parts.front().map_or(&self.tail[..], |part| &part[..]);
             let second = if self.parts.len() > 1 { &self.parts[1][..] } else { &[] };
-            match stream.try_write_vectored(&[IoSlice::new(part), IoSlice::new(second)]) {
+            match stream.try_write_vectored(&[IoSlice::new(part), IoSlice::new(second)], false) {
                 Ok(sent) => self.advance(sent),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error),

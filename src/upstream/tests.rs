@@ -105,7 +105,7 @@ impl Fake {
     }
 
     async fn serve(self: Rc<Self>, socket: UnixStream) {
-        let stream = crate::net::Stream::Unix(socket);
+        let stream = crate::net::Detached::from_unix(socket.into_std().unwrap()).unwrap().attach().unwrap();
         let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
         let mut handshake = ServerHandshake::new(&mut output);
         let negotiated = loop {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::OpenOptions;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,9 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
 use super::engine;
+use super::inline_writes::InlineWrites;
 use super::op::{Op, Task, check};
+use crate::clock;
 use crate::ranges::ByteRange;
 use crate::units::to_u64;
 
@@ -66,6 +68,9 @@ pub struct File {
     size: u64,
     /// Whether inline reads are worth trying; cleared for good when the file system does not know them.
     inline: AtomicBool,
+    /// Whether the kernel says what is in memory; cleared for good when it does not.
+    residency: AtomicBool,
+    writes: InlineWrites,
 }
 
 impl File {
@@ -89,7 +94,16 @@ impl File {
             Kind::Regular => metadata.size(),
             Kind::BlockDevice => rustix::fs::seek(&fd, SeekFrom::End(0))?,
         };
-        Ok(Self { fd: Arc::new(fd), path: path.to_owned(), kind, size, inline: AtomicBool::new(inline_reads_work()) })
+        let inline = AtomicBool::new(inline_reads_work());
+        Ok(Self {
+            fd: Arc::new(fd),
+            path: path.to_owned(),
+            kind,
+            size,
+            inline,
+            residency: AtomicBool::new(true),
+            writes: InlineWrites::default(),
+        })
     }
 
     /// The path that it was opened by.
@@ -155,6 +169,47 @@ impl File {
             }
             Ok(_) | Err(_) => Inline::WouldBlock,
         }
+    }
+
+    /// Writes `parts` at `offset`, one behind the other, if the page cache takes them without waiting for the disk. If
+    /// not, some of them may have been written. An error of the disk counts as waiting: the write that follows will
+    /// report it.
+    pub fn try_write_at(&self, parts: &[IoSlice<'_>], offset: u64) -> Inline {
+        let Ok(position) = i64::try_from(offset) else { return Inline::WouldBlock };
+        let length = parts.iter().map(|part| part.len()).sum();
+        let began = clock::now();
+        let range = ByteRange::between(offset, offset + to_u64(length));
+        let Some(flags) = self.writes.admit(self, range, began) else { return Inline::WouldBlock };
+        let count = libc::c_int::try_from(parts.len()).unwrap_or(libc::c_int::MAX);
+        // SAFETY: `IoSlice` has the layout of `iovec`, and the slices live through the call, which only reads them.
+        let written =
+            check(unsafe { libc::pwritev2(self.fd.as_raw_fd(), parts.as_ptr().cast(), count, position, flags) });
+        self.writes.note(flags, &written, began, clock::now());
+        if written.is_ok_and(|written| written == length) { Inline::Done } else { Inline::WouldBlock }
+    }
+
+    /// Whether all of the range is in memory now ("cachestat(2)", Linux 6.5). Where that cannot be asked, and on a
+    /// file of somebody else's that we must not write to, the answer is no.
+    pub fn is_in_memory(&self, range: ByteRange) -> bool {
+        /// The same on all architectures.
+        const SYS_CACHESTAT: libc::c_long = 451;
+        if range.is_empty() || !self.residency.load(Ordering::Relaxed) {
+            return range.is_empty();
+        }
+        let asked = [range.start(), range.length()];
+        // The pages there are, and four figures that do not matter here.
+        let mut counts = [0_u64; 5];
+        let fd = self.fd.as_raw_fd();
+        // SAFETY: both arrays have the shape of the structures that the call reads and writes, and outlive it.
+        let result = unsafe { libc::syscall(SYS_CACHESTAT, fd, asked.as_ptr(), counts.as_mut_ptr(), 0) };
+        if result != 0 {
+            let error = io::Error::last_os_error();
+            tracing::debug!(path = %self.path.display(), %error, "cannot ask what is in memory");
+            self.residency.store(false, Ordering::Relaxed);
+            return false;
+        }
+        let page = to_u64(rustix::param::page_size());
+        counts[0] == range.end().div_ceil(page) - range.start() / page
     }
 
     /// Appends `length` bytes from `offset` to `buffer` and gives it back. A file that ends before that is an

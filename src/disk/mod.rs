@@ -5,9 +5,10 @@
 //! | `op` | one operation and all memory that it needs |
 //! | `ring` | io_uring: the table of operations, one submit per batch, completions |
 //! | `engine` | which way the current thread does its operations: its ring, or a pool of blocking threads |
+//! | `inline_writes` | when a worker may write to the page cache by itself |
 //! | `file` | [`File`]: read, write, sync, punch, zero, extents; inline reads of what is in the page cache |
 //!
-//! Owns: every system call on image and cache files, and all `unsafe` code of the crate. Does not own: what is in
+//! Owns: every system call on image and cache files, and all `unsafe` code of the crate but that of `net/socket.rs`. Does not own: what is in
 //! the files.
 //!
 //! **Ownership rule.** Memory that the kernel may touch belongs to the operation's entry in the ring's table until
@@ -19,6 +20,7 @@
 
 mod engine;
 mod file;
+mod inline_writes;
 mod op;
 mod ring;
 

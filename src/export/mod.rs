@@ -18,6 +18,7 @@ pub mod registry;
 pub mod wrappers;
 
 use std::fmt;
+use std::io::IoSlice;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -26,6 +27,7 @@ use bytes::{Bytes, BytesMut};
 pub use facts::{Context, Facts, ImageId, NodeId, Residency};
 pub use registry::{DuplicateName, Registry};
 
+use crate::disk::File;
 use crate::error::{Error, ErrorKind, Result};
 use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
@@ -56,6 +58,15 @@ impl Piece {
     }
 }
 
+/// A stretch of a file that holds a part of an export.
+#[derive(Debug, Clone)]
+pub struct FileRange {
+    /// The file.
+    pub file: Arc<File>,
+    /// Where in the file; never empty.
+    pub range: ByteRange,
+}
+
 /// How [`Export::try_read`] ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TryRead {
@@ -64,6 +75,15 @@ pub enum TryRead {
     /// The whole range reads as zeroes; nothing was appended.
     Hole,
     /// It would have to wait, or the range is mixed; nothing was appended. Use [`Export::read`].
+    Wait,
+}
+
+/// How [`Export::try_write`] ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TryWrite {
+    /// All bytes have been written.
+    Done,
+    /// It would have to wait, or has failed; some bytes may have been written. Use [`Export::write`] for all of them.
     Wait,
 }
 
@@ -99,8 +119,25 @@ pub trait Export: fmt::Debug + Send + Sync {
         TryRead::Wait
     }
 
+    /// Where `range`, which is not empty, lies in a file and can be sent from without waiting: its bytes are in memory
+    /// now. `None`: read it.
+    ///
+    /// A socket takes such bytes when its peer does, which may be long after the call. An export whose file changes
+    /// otherwise than by its clients' own writes must see to it that these bytes stay right until then.
+    fn in_file(&self, range: ByteRange) -> Option<FileRange> {
+        let _ = range;
+        None
+    }
+
     /// Reads `range`: pieces in order that add up to it.
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>>;
+
+    /// Replaces the bytes from `offset` on by `parts`, one behind the other, if that needs no waiting. Like
+    /// [`Self::write`] without durability.
+    fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {
+        let _ = (offset, parts);
+        TryWrite::Wait
+    }
 
     /// Replaces the bytes from `offset` on by `data`.
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> LocalFuture<'_, Result<()>> {

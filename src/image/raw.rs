@@ -4,7 +4,7 @@
 //! failed nobody can say which writes were lost (Linux reports a failed write-back once and then calls the pages
 //! clean), so every later flush of the image fails too, until the server is started again.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
@@ -14,7 +14,9 @@ use tokio::sync::Mutex as AsyncMutex;
 use super::layout::{Layout, WINDOW};
 use crate::disk::{Access, File, Inline, Kind, Span};
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::{Context, Export, Facts, LocalFuture, Piece, TryRead, push_extent, push_piece};
+use crate::export::{
+    Context, Export, Facts, FileRange, LocalFuture, Piece, TryRead, TryWrite, push_extent, push_piece,
+};
 use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::nbd::wire::Allocation;
@@ -392,8 +394,24 @@ impl Export for RawImage {
         }
     }
 
+    fn in_file(&self, range: ByteRange) -> Option<FileRange> {
+        let is_data = self.file.kind() == Kind::BlockDevice || self.layout.is_data(range);
+        (is_data && self.file.is_in_memory(range)).then(|| FileRange { file: Arc::clone(&self.file), range })
+    }
+
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         Box::pin(async move { self.read_pieces(range).await.map_err(|error| self.failed("read", range, error)) })
+    }
+
+    fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {
+        if !self.writable {
+            return TryWrite::Wait;
+        }
+        let _change = Change::begin(&self.changes);
+        match self.file.try_write_at(parts, offset) {
+            Inline::Done => TryWrite::Done,
+            Inline::WouldBlock => TryWrite::Wait,
+        }
     }
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> LocalFuture<'_, Result<()>> {

@@ -37,8 +37,8 @@ use tokio::time::Instant;
 use crate::disk::Inline;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{
-    Context, Export, Facts, ImageId, LocalFuture, NodeId, Piece, Residency, SharedExport, TryRead, push_extent,
-    push_piece,
+    Context, Export, Facts, FileRange, ImageId, LocalFuture, NodeId, Piece, Residency, SharedExport, TryRead,
+    push_extent, push_piece,
 };
 use crate::nbd::Extent;
 use crate::nbd::wire::Allocation;
@@ -478,6 +478,12 @@ impl Export for Mirror {
             };
         }
         if self.0.all_are(range, State::Zero) { TryRead::Hole } else { TryRead::Wait }
+    }
+
+    fn in_file(&self, range: ByteRange) -> Option<FileRange> {
+        let file = self.0.store.data();
+        (self.0.all_are(range, State::Resident) && file.is_in_memory(range))
+            .then(|| FileRange { file: Arc::clone(file), range })
     }
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {

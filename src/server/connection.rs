@@ -11,7 +11,6 @@ use thiserror::Error;
 use super::Shared;
 use super::directory::Exports;
 use super::limits::ConnectionBudget;
-use super::outbox::Outbox;
 use super::requests::{Counts, Session};
 use super::transmission::{End, Transmission};
 use crate::clock;
@@ -107,7 +106,7 @@ fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>) -> Session {
             has_contexts: !contexts.is_empty(),
         },
         contexts,
-        outbox: Outbox::default(),
+        outbox: Rc::default(),
         executing: Cell::new(0),
         is_broken: Cell::new(false),
         counts: Counts::default(),

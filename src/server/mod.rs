@@ -7,7 +7,9 @@
 //! | `connection` | one connection from its first byte to its last |
 //! | `transmission` | its transmission phase: batches of requests in, batches of replies out |
 //! | `requests` | what a request does that cannot be answered at once |
+//! | `long_reads` | long reads that need no waiting: one segment at a time |
 //! | `outbox` | replies on their way to the socket |
+//! | `buffers` | memory for both directions, shared by the connections of a worker |
 //! | `limits` | how much one connection, and all together, may have in flight |
 //!
 //! A connection lives and dies on one worker. All requests that have arrived together are parsed together; what can
@@ -15,9 +17,11 @@
 //! future of that connection. A slow reader stalls itself only: the connection stops taking requests while replies
 //! pile up.
 
+mod buffers;
 mod connection;
 mod directory;
 mod limits;
+mod long_reads;
 mod outbox;
 mod requests;
 mod transmission;
@@ -119,15 +123,15 @@ struct Acceptor {
 impl Acceptor {
     async fn run(self, listener: Listener) {
         loop {
-            match listener.accept().await.and_then(|stream| Ok((stream.peer(), stream.detach()?))) {
-                Ok((peer, socket)) => {
+            match listener.accept().await {
+                Ok(socket) => {
                     // After accepting: an idle listener must not keep a place that another one's client could have.
                     if self.slots.available_permits() == 0 {
                         let limit = self.shared.settings.max_connections;
                         tracing::warn!(limit, "too many connections: newcomers wait");
                     }
                     let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { return };
-                    self.hand_over(peer, socket, slot).await;
+                    self.hand_over(socket, slot).await;
                 }
                 Err(error) => {
                     tracing::warn!(%listener, %error, "cannot accept a connection");
@@ -137,8 +141,8 @@ impl Acceptor {
         }
     }
 
-    async fn hand_over(&self, peer: String, socket: Detached, slot: OwnedSemaphorePermit) {
-        let shared = Arc::clone(&self.shared);
+    async fn hand_over(&self, socket: Detached, slot: OwnedSemaphorePermit) {
+        let (peer, shared) = (socket.peer(), Arc::clone(&self.shared));
         let serve = move || async move {
             let _slot = slot;
             match socket.attach() {

@@ -1,18 +1,24 @@
 //! Replies on their way to the socket.
 //!
 //! Small things (headers, short reads) are copied into one buffer; large ones are queued as they are and leave by the
-//! same vectored send. A reply that is one frame on the wire but too large to hold is streamed by an exclusive
-//! writer; whatever others want to send meanwhile is held back until it has finished.
+//! same vectored send; parts of files go to the socket without passing through here. A reply that is one frame on the
+//! wire but too large to hold is streamed by an exclusive writer; whatever others want to send meanwhile is held back
+//! until it has finished.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
+use std::rc::Rc;
 use std::task::{Poll, Waker};
 
 use bytes::{Buf, Bytes, BytesMut};
 
+use super::buffers;
+use crate::export::FileRange;
 use crate::net::Stream;
+use crate::ranges::ByteRange;
+use crate::units::{to_u64, to_usize};
 
 /// Data up to this size is copied behind its header instead of being queued by itself.
 const COPIED: usize = 4096;
@@ -22,8 +28,6 @@ pub(super) const HIGH_WATER: usize = 1 << 20;
 const VECTOR: usize = 64;
 /// Shared data up to this size is copied when it has to wait.
 const LET_GO: usize = 64 << 10;
-/// Capacity that an idle connection may keep.
-const KEPT: usize = 64 << 10;
 
 /// What is to be sent on one connection.
 #[derive(Debug, Default)]
@@ -37,13 +41,39 @@ pub(super) struct Outbox {
 
 #[derive(Debug, Default)]
 struct Inner {
-    queue: VecDeque<Bytes>,
+    queue: VecDeque<Part>,
     /// Comes after everything in the queue.
     tail: BytesMut,
     /// What others want to send while somebody streams; `None` when nobody does.
-    held: Option<Vec<Bytes>>,
+    held: Option<Vec<Part>>,
     /// Streams that wait for room, or for the stream before them to end.
     waiting: Vec<Waker>,
+    /// The front of the queue is being read from disk.
+    is_thawing: bool,
+}
+
+/// Something that is sent as it is.
+#[derive(Debug)]
+enum Part {
+    Bytes(Bytes),
+    File(FilePart),
+}
+
+/// A stretch of a file.
+#[derive(Debug)]
+struct FilePart {
+    place: FileRange,
+    /// Whether it was in memory a moment ago. The disk must not keep a whole worker waiting.
+    is_warm: bool,
+}
+
+impl Part {
+    fn len(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.len(),
+            Self::File(part) => to_usize(part.place.range.length()),
+        }
+    }
 }
 
 /// A whole reply, or a whole chunk of one: nothing else may come between its parts.
@@ -82,13 +112,25 @@ impl Outbox {
         self.sendable.get() + self.held.get()
     }
 
+    /// Whether all has been sent that can be sent.
+    pub(super) fn is_clear(&self) -> bool {
+        self.inner.borrow().is_empty()
+    }
+
+    /// Whether somebody streams a frame.
+    pub(super) fn is_streaming(&self) -> bool {
+        self.inner.borrow().held.is_some()
+    }
+
     /// Lets `write` append to what is sent next, if nobody streams. `write` says whether what it appended shall
     /// stay; if not, it is taken back.
     pub(super) fn append(&self, write: impl FnOnce(&mut BytesMut) -> bool) -> bool {
+        !self.is_streaming() && self.append_now(write)
+    }
+
+    fn append_now(&self, write: impl FnOnce(&mut BytesMut) -> bool) -> bool {
         let inner = &mut *self.inner.borrow_mut();
-        if inner.held.is_some() {
-            return false;
-        }
+        buffers::lend(&mut inner.tail);
         let before = inner.tail.len();
         let stays = write(&mut inner.tail);
         if !stays {
@@ -98,6 +140,23 @@ impl Outbox {
         stays
     }
 
+    /// Queues a stretch of a file behind what was appended before.
+    fn push_file(&self, place: FileRange) {
+        let part = Part::File(FilePart { place, is_warm: true });
+        add(&self.sendable, part.len());
+        self.inner.borrow_mut().push(part);
+    }
+
+    /// Queues a frame: what `header` writes, and a stretch of a file that is in memory now. Not while somebody streams.
+    pub(super) fn send_file(&self, header: impl FnOnce(&mut BytesMut), place: FileRange) {
+        let appended = self.append(|tail| {
+            header(tail);
+            true
+        });
+        assert!(appended, "a stream must not be interrupted");
+        self.push_file(place);
+    }
+
     /// Queues a frame.
     pub(super) fn send(&self, frame: Frame) {
         let inner = &mut *self.inner.borrow_mut();
@@ -105,11 +164,11 @@ impl Outbox {
             match &mut inner.held {
                 Some(held) => {
                     add(&self.held, part.len());
-                    held.push(part);
+                    held.push(Part::Bytes(part));
                 }
                 None => {
                     add(&self.sendable, part.len());
-                    inner.push(part);
+                    inner.push(Part::Bytes(part));
                 }
             }
         }
@@ -133,27 +192,37 @@ impl Outbox {
     }
 
     /// Waits for its turn and begins to stream one frame. Everybody else is held back until the stream is dropped.
-    pub(super) async fn stream(&self) -> Streaming<'_> {
-        self.wait_until(|| self.inner.borrow().held.is_none()).await;
-        self.inner.borrow_mut().held = Some(Vec::new());
-        Streaming { outbox: self }
+    pub(super) async fn stream(self: &Rc<Self>) -> Streaming {
+        self.wait_until(|| !self.is_streaming()).await;
+        self.begin_stream()
     }
 
-    /// Sends as much as the socket takes now.
-    pub(super) fn flush(&self, socket: &Stream) -> io::Result<()> {
+    /// Begins to stream one frame, if nobody else does.
+    pub(super) fn try_stream(self: &Rc<Self>) -> Option<Streaming> {
+        (!self.is_streaming()).then(|| self.begin_stream())
+    }
+
+    fn begin_stream(self: &Rc<Self>) -> Streaming {
+        self.inner.borrow_mut().held = Some(Vec::new());
+        Streaming { outbox: Rc::clone(self) }
+    }
+
+    /// Sends as much as the socket takes now. What comes back must be read first: it has left the memory since it was
+    /// queued. Give it to [`Self::thaw`].
+    pub(super) fn flush(&self, socket: &Stream) -> io::Result<Option<FileRange>> {
         let mut inner = self.inner.borrow_mut();
         let before = self.sendable.get();
-        while !inner.is_empty() {
-            let sent = {
-                let mut slices = [IoSlice::new(&[]); VECTOR];
-                let count = inner.slices(&mut slices);
-                socket.try_write_vectored(&slices[..count])
-            };
-            match sent {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(sent) => {
+        let mut frozen = None;
+        while !inner.is_empty() && !inner.is_thawing {
+            match inner.send_front(socket) {
+                Ok(Sent::Bytes(0)) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(Sent::Bytes(sent)) => {
                     inner.advance(sent);
                     self.sendable.set(self.sendable.get() - sent);
+                }
+                Ok(Sent::NotInMemory(place)) => {
+                    inner.is_thawing = true;
+                    frozen = Some(place);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     inner.let_go();
@@ -162,18 +231,29 @@ impl Outbox {
                 Err(error) => return Err(error),
             }
         }
-        if self.queued() == 0 && inner.tail.capacity() > KEPT {
-            inner.tail = BytesMut::new();
+        if inner.is_empty() {
+            buffers::give_back(&mut inner.tail);
         }
         let waiting = if self.sendable.get() < before { std::mem::take(&mut inner.waiting) } else { Vec::new() };
         drop(inner);
         waiting.into_iter().for_each(Waker::wake);
-        Ok(())
+        Ok(frozen)
+    }
+
+    /// Replaces the stretch of a file at the front by its bytes.
+    pub(super) fn thaw(&self, bytes: Bytes) {
+        let mut inner = self.inner.borrow_mut();
+        inner.is_thawing = false;
+        if let Some(front) = inner.queue.front_mut() {
+            debug_assert_eq!(front.len(), bytes.len());
+            *front = Part::Bytes(bytes);
+        }
     }
 
     /// Whether the socket could take something now. While somebody streams, what is held back does not count.
     pub(super) fn has_something_to_send(&self) -> bool {
-        !self.inner.borrow().is_empty()
+        let inner = self.inner.borrow();
+        !inner.is_empty() && !inner.is_thawing
     }
 }
 
@@ -181,73 +261,118 @@ fn add(counter: &Cell<usize>, bytes: usize) {
     counter.set(counter.get() + bytes);
 }
 
+/// What came of sending the front of the queue.
+enum Sent {
+    Bytes(usize),
+    NotInMemory(FileRange),
+}
+
 impl Inner {
     fn is_empty(&self) -> bool {
         self.queue.is_empty() && self.tail.is_empty()
     }
 
-    fn push(&mut self, part: Bytes) {
-        if part.len() <= COPIED {
-            return self.tail.extend_from_slice(&part);
+    fn push(&mut self, part: Part) {
+        match part {
+            Part::Bytes(bytes) if bytes.len() <= COPIED => {
+                buffers::lend(&mut self.tail);
+                self.tail.extend_from_slice(&bytes);
+            }
+            part => {
+                if !self.tail.is_empty() {
+                    self.queue.push_back(Part::Bytes(self.tail.split().freeze()));
+                }
+                self.queue.push_back(part);
+            }
         }
-        if !self.tail.is_empty() {
-            self.queue.push_back(self.tail.split().freeze());
-        }
-        self.queue.push_back(part);
     }
 
     /// Copies what is a small part of something larger (a fetch of many chunks), which would be kept in memory for as
     /// long as the client does not read.
     fn let_go(&mut self) {
-        for part in self.queue.iter_mut().filter(|part| part.len() <= LET_GO && !part.is_unique()) {
-            *part = Bytes::copy_from_slice(part);
+        for part in &mut self.queue {
+            if let Part::Bytes(bytes) = part
+                && bytes.len() <= LET_GO
+                && !bytes.is_unique()
+            {
+                *bytes = Bytes::copy_from_slice(bytes);
+            }
         }
     }
 
-    fn slices<'a>(&'a self, slices: &mut [IoSlice<'a>; VECTOR]) -> usize {
-        let parts = self.queue.iter().map(|part| &part[..]).chain((!self.tail.is_empty()).then_some(&self.tail[..]));
+    fn send_front(&mut self, socket: &Stream) -> io::Result<Sent> {
+        let Some(Part::File(part)) = self.queue.front_mut() else {
+            let mut slices = [IoSlice::new(&[]); VECTOR];
+            let (count, more) = self.slices(&mut slices);
+            return socket.try_write_vectored(&slices[..count], more).map(Sent::Bytes);
+        };
+        let FileRange { file, range } = &part.place;
+        if !std::mem::take(&mut part.is_warm) && !file.is_in_memory(*range) {
+            return Ok(Sent::NotInMemory(part.place.clone()));
+        }
+        socket.try_send_file(file, range.start(), to_usize(range.length())).map(Sent::Bytes)
+    }
+
+    /// What one send can take from the front on, and whether a file follows.
+    fn slices<'a>(&'a self, slices: &mut [IoSlice<'a>; VECTOR]) -> (usize, bool) {
         let mut count = 0;
-        for (slice, part) in slices.iter_mut().zip(parts) {
-            *slice = IoSlice::new(part);
+        for (slice, part) in slices.iter_mut().zip(&self.queue) {
+            let Part::Bytes(bytes) = part else { return (count, true) };
+            *slice = IoSlice::new(bytes);
             count += 1;
         }
-        count
+        if count < VECTOR && !self.tail.is_empty() {
+            slices[count] = IoSlice::new(&self.tail);
+            count += 1;
+        }
+        (count, false)
     }
 
     fn advance(&mut self, mut sent: usize) {
         while let Some(part) = self.queue.front_mut() {
             if part.len() > sent {
-                return part.advance(sent);
+                match part {
+                    Part::Bytes(bytes) => bytes.advance(sent),
+                    Part::File(FilePart { place: FileRange { range, .. }, .. }) => {
+                        *range = ByteRange::between(range.start() + to_u64(sent), range.end());
+                    }
+                }
+                return;
             }
             sent -= part.len();
             self.queue.pop_front();
         }
-        if sent == self.tail.len() {
-            // Keeps the capacity for the next batch.
-            self.tail.clear();
-        } else {
-            self.tail.advance(sent);
-        }
+        self.tail.advance(sent);
     }
 }
 
 /// The right to send one frame in parts.
 #[derive(Debug)]
-pub(super) struct Streaming<'a> {
-    outbox: &'a Outbox,
+pub(super) struct Streaming {
+    outbox: Rc<Outbox>,
 }
 
-impl Streaming<'_> {
+impl Streaming {
     /// Queues a part, waiting for room first.
     pub(super) async fn send(&self, part: Bytes) {
         // What is held back waits for this stream, so this stream must not wait for it.
         self.outbox.wait_until(|| self.outbox.sendable.get() < HIGH_WATER).await;
         add(&self.outbox.sendable, part.len());
-        self.outbox.inner.borrow_mut().push(part);
+        self.outbox.inner.borrow_mut().push(Part::Bytes(part));
+    }
+
+    /// Lets `write` append, as [`Outbox::append`] does.
+    pub(super) fn append(&self, write: impl FnOnce(&mut BytesMut) -> bool) -> bool {
+        self.outbox.append_now(write)
+    }
+
+    /// Queues a stretch of a file that is in memory now.
+    pub(super) fn send_file(&self, place: FileRange) {
+        self.outbox.push_file(place);
     }
 }
 
-impl Drop for Streaming<'_> {
+impl Drop for Streaming {
     fn drop(&mut self) {
         let mut inner = self.outbox.inner.borrow_mut();
         for part in inner.held.take().unwrap_or_default() {
@@ -269,7 +394,11 @@ mod tests {
     /// What would be sent, in order.
     fn contents(outbox: &Outbox) -> Vec<u8> {
         let inner = outbox.inner.borrow();
-        inner.queue.iter().flat_map(|part| part.iter().copied()).chain(inner.tail.iter().copied()).collect()
+        let bytes = inner.queue.iter().flat_map(|part| match part {
+            Part::Bytes(bytes) => bytes.to_vec(),
+            Part::File(part) => panic!("{part:?}"),
+        });
+        bytes.chain(inner.tail.iter().copied()).collect()
     }
 
     fn frame(header: &[u8], data: Bytes) -> Frame {
@@ -281,7 +410,7 @@ mod tests {
 
     #[test]
     fn order_is_kept_across_copied_and_queued_parts() {
-        let outbox = Outbox::default();
+        let outbox = Rc::new(Outbox::default());
         let large = Bytes::from(vec![b'L'; COPIED + 1]);
         assert!(outbox.append(|tail| {
             tail.extend_from_slice(b"a");
@@ -305,7 +434,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stream_is_not_interrupted_and_nobody_is_forgotten() {
-        let outbox = Outbox::default();
+        let outbox = Rc::new(Outbox::default());
         let stream = outbox.stream().await;
         stream.send(Bytes::from_static(b"one ")).await;
         outbox.send(frame(b"other", Bytes::new()));
@@ -321,7 +450,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stream_does_not_wait_for_what_waits_for_it() {
-        let outbox = Outbox::default();
+        let outbox = Rc::new(Outbox::default());
         let stream = outbox.stream().await;
         outbox.send(frame(b"held", Bytes::from(vec![0; HIGH_WATER])));
         let mut room = pin!(outbox.room());
@@ -331,7 +460,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stream_waits_for_room() {
-        let outbox = Outbox::default();
+        let outbox = Rc::new(Outbox::default());
         let stream = outbox.stream().await;
         stream.send(Bytes::from(vec![0; HIGH_WATER])).await;
         let mut next = pin!(stream.send(Bytes::from_static(b"x")));

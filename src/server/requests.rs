@@ -7,12 +7,13 @@
 //! "NBD_CMD_READ" has it.
 
 use std::cell::{Cell, RefCell};
+use std::pin::pin;
 use std::rc::Rc;
 
-use bytes::Bytes;
-use futures_util::stream::{self, StreamExt};
+use bytes::{Bytes, BytesMut};
+use futures_util::stream::{self, Stream, StreamExt};
 
-use super::outbox::{Frame, Outbox};
+use super::outbox::{Frame, Outbox, Streaming};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{Context, Piece, SharedExport};
 use crate::nbd::handshake::ReplyMode;
@@ -29,7 +30,7 @@ const WINDOW: usize = 8;
 /// The longest read that is one frame and not streamed.
 const WHOLE: u64 = MIB;
 /// Bytes that a long read holds at most.
-const STREAMED: u64 = SEGMENT * WINDOW as u64;
+pub(super) const STREAMED: u64 = SEGMENT * WINDOW as u64;
 /// Extents in one reply to BLOCK_STATUS, per context. A client asks again for the rest.
 const EXTENTS: usize = 4096;
 /// The most bytes of those on the wire, per context.
@@ -46,7 +47,7 @@ pub(super) struct Session {
     pub(super) rules: Rules,
     /// Selected metadata contexts with their ids on the wire.
     pub(super) contexts: Vec<(u32, Context)>,
-    pub(super) outbox: Outbox,
+    pub(super) outbox: Rc<Outbox>,
     /// Bytes that running requests hold.
     pub(super) executing: Cell<usize>,
     /// A reply was cut short: nothing that is sent after it can be understood.
@@ -120,12 +121,19 @@ impl Session {
 
     /// Sends the reply to anything but a read.
     pub(super) fn finish(&self, to: ReplyTo, result: Result<()>) {
-        let mut frame = Frame::default();
-        match result {
-            Ok(()) => reply::put_done(frame.header(), self.mode(), to),
-            Err(error) => return self.fail(to, &error, None),
+        if let Err(error) = result {
+            return self.fail(to, &error, None);
         }
-        self.outbox.send(frame);
+        let put = |output: &mut BytesMut| reply::put_done(output, self.mode(), to);
+        let appended = self.outbox.append(|tail| {
+            put(tail);
+            true
+        });
+        if !appended {
+            let mut frame = Frame::default();
+            put(frame.header());
+            self.outbox.send(frame);
+        }
     }
 
     /// Sends an error.
@@ -140,7 +148,7 @@ impl Session {
         self.outbox.send(frame);
     }
 
-    async fn read(&self, to: ReplyTo, range: ByteRange, fragments: Fragments) {
+    pub(super) async fn read(&self, to: ReplyTo, range: ByteRange, fragments: Fragments) {
         if range.is_empty() {
             let mut frame = Frame::default();
             reply::put_read_done(frame.header(), self.mode(), to);
@@ -204,7 +212,8 @@ impl Session {
 
     async fn stream_whole(&self, to: ReplyTo, range: ByteRange) {
         let segments = stream::iter(range.pieces(SEGMENT));
-        let mut reads = segments.map(async |part| (part, self.export.read(part).await)).buffered(WINDOW);
+        let reads = segments.map(async |part| (part, self.export.read(part).await)).buffered(WINDOW);
+        let mut reads = pin!(reads);
         // An error in the first segment, which is where most are found, can still be told.
         let first = match reads.next().await {
             Some((_, Ok(pieces))) => pieces,
@@ -213,12 +222,32 @@ impl Session {
         };
         let stream = self.outbox.stream().await;
         // With chunks, an error may come behind the data, so the data is not called the last of the reply.
-        let mut header = bytes::BytesMut::with_capacity(reply::MAX_DATA_HEADER);
+        let mut header = BytesMut::with_capacity(reply::MAX_DATA_HEADER);
         reply::put_data_header(&mut header, self.mode(), to, range.start(), range.length(), Last::No);
         stream.send(header.freeze()).await;
         for data in first.into_iter().flat_map(spelled_out) {
             stream.send(data).await;
         }
+        self.stream_reads(stream, to, range.end(), reads).await;
+        Counts::add(&self.counts.read_bytes, range.length());
+    }
+
+    /// Streams `range`, the rest of a frame of which a part has been sent, and ends the reply.
+    pub(super) async fn stream_rest(&self, stream: Streaming, to: ReplyTo, range: ByteRange) {
+        let segments = stream::iter(range.pieces(SEGMENT));
+        let reads = segments.map(async |part| (part, self.export.read(part).await)).buffered(WINDOW);
+        self.stream_reads(stream, to, range.end(), pin!(reads)).await;
+        Counts::add(&self.counts.read_bytes, range.length());
+    }
+
+    /// Streams what `reads` bring, up to `end`, where the frame ends, and ends the reply.
+    async fn stream_reads(
+        &self,
+        stream: Streaming,
+        to: ReplyTo,
+        end: u64,
+        mut reads: impl Stream<Item = (ByteRange, Result<Vec<Piece>>)> + Unpin,
+    ) {
         while let Some((part, result)) = reads.next().await {
             match result {
                 Ok(pieces) => {
@@ -231,7 +260,7 @@ impl Session {
                     return self.is_broken.set(true);
                 }
                 Err(error) => {
-                    for data in spelled_out(Piece::Hole(range.end() - part.start())) {
+                    for data in spelled_out(Piece::Hole(end - part.start())) {
                         stream.send(data).await;
                     }
                     drop(stream);
@@ -240,7 +269,11 @@ impl Session {
             }
         }
         drop(stream);
-        Counts::add(&self.counts.read_bytes, range.length());
+        self.end_of_frame(to);
+    }
+
+    /// Ends a reply whose data was one frame, which did not say that it was the last.
+    pub(super) fn end_of_frame(&self, to: ReplyTo) {
         if self.mode().has_chunks() {
             let mut frame = Frame::default();
             reply::put_read_done(frame.header(), self.mode(), to);
@@ -316,6 +349,10 @@ impl WriteJob {
             *self.failure.borrow_mut() = Some(error);
         }
         self.one_done();
+    }
+
+    pub(super) const fn durability(&self) -> Durability {
+        self.durability
     }
 
     /// Notes that one more segment is under way.

@@ -5,7 +5,7 @@
 //! waits, so that nothing is cut in half by a future that is dropped.
 
 use std::future::poll_fn;
-use std::io;
+use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll};
@@ -14,28 +14,32 @@ use bytes::{Buf, BufMut, BytesMut};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use thiserror::Error;
 
+use super::buffers;
 use super::limits::{ConnectionBudget, REQUESTS};
+use super::long_reads::{self, LongReads, SHORT, Step, first_segment, is_long};
 use super::outbox::HIGH_WATER;
-use super::requests::{Counts, Held, Session, WriteJob, cost, perform, refusal};
+use super::requests::{Counts, Held, STREAMED, Session, WriteJob, cost, perform, refusal};
 use crate::error::ErrorKind;
-use crate::export::TryRead;
-use crate::nbd::handshake::ReplyMode;
-use crate::nbd::reply::{self, Last, ReplyTo};
+use crate::export::{FileRange, TryWrite};
+use crate::nbd::reply::{Last, ReplyTo};
 use crate::nbd::request::{self, Checked, Command, Durability, Fragments, Header, Violation, header_length};
-use crate::net::Stream;
+use crate::net::{Family, Stream};
 use crate::ranges::ByteRange;
-use crate::units::{KIB, to_u64, to_usize};
+use crate::units::{to_u64, to_usize};
 
-/// Input is taken in pieces of this size: room for two thousand request headers.
-const INPUT: usize = 64 << 10;
+/// Input is taken in pieces of this size: room for eight thousand request headers, and for payload to be written while
+/// it is still in the second-level cache.
+const INPUT: usize = 256 << 10;
 /// Payload that is still to come is received straight into its place when it is at least this long.
 const STRAIGHT: usize = 16 << 10;
-/// Reads up to this length are tried inline.
-const INLINE: u64 = 256 * KIB;
 /// Replies are sent when this much has gathered, also in the middle of a batch.
 const BATCH: usize = 256 << 10;
-/// Bytes read for one connection before others on its worker get their turn: some 200 microseconds' worth.
+/// Bytes read and written for one connection before others on its worker get their turn: some 200 microseconds' worth.
 const TURN: u64 = 1 << 20;
+/// Writes that are made together at most.
+const RUN: usize = 64;
+/// The page of the page cache: a write of a part of one may have to read the rest from disk first.
+const PAGE: u64 = 4096;
 /// A write's payload is written in segments of this size as it arrives.
 const WRITE_SEGMENT: u64 = 1 << 20;
 
@@ -98,7 +102,7 @@ impl Segment {
 }
 
 /// What comes after requests have been taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Turn {
     /// All that could be done has been done.
     Done,
@@ -114,6 +118,37 @@ enum Event {
 
 type Work = Pin<Box<dyn Future<Output = ()>>>;
 
+/// Reads what has left the memory while it waited to be sent.
+async fn thaw(session: Rc<Session>, place: FileRange) {
+    let length = to_usize(place.range.length());
+    match place.file.read_exact_at(BytesMut::new(), length, place.range.start()).await {
+        Ok(bytes) => session.outbox.thaw(bytes.freeze()),
+        Err(error) => {
+            // The header has gone, with the promise that data follows.
+            tracing::warn!(%error, "a read failed in the middle: closing the connection");
+            session.is_broken.set(true);
+        }
+    }
+}
+
+/// The write at the front of `input`, if there is one that goes on at `offset` and promises no durability.
+fn following(input: &[u8], rules: &request::Rules, offset: u64) -> Option<(ReplyTo, ByteRange)> {
+    let header = request::decode(input, rules.mode).ok()??;
+    match request::check(&header, rules) {
+        Ok(Checked::Accepted(Command::Write(range, Durability::Volatile))) if range.start() == offset => {
+            Some((ReplyTo { cookie: header.cookie, offset: header.offset }, range))
+        }
+        _ => None,
+    }
+}
+
+/// How much of `rest` can be written with `here` bytes of it: all, or whole pages.
+fn whole_pages(rest: ByteRange, here: usize) -> ByteRange {
+    let end = (rest.start() + to_u64(here)).min(rest.end());
+    let end = if end == rest.end() { end } else { end / PAGE * PAGE };
+    ByteRange::between(rest.start(), end.max(rest.start()))
+}
+
 /// A connection in its transmission phase.
 pub(super) struct Transmission<D> {
     stream: Stream,
@@ -122,6 +157,7 @@ pub(super) struct Transmission<D> {
     input: BytesMut,
     payload: Option<Payload>,
     work: FuturesUnordered<Work>,
+    long_reads: LongReads,
     phase: Phase,
     /// Whether taking more requests waits for input, and not for something in flight to end.
     wants_input: bool,
@@ -144,6 +180,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             input,
             payload: None,
             work: FuturesUnordered::new(),
+            long_reads: LongReads::default(),
             phase: Phase::Open,
             wants_input: true,
             drain,
@@ -168,7 +205,8 @@ impl<D: Future<Output = ()>> Transmission<D> {
         }
         let turn = self.take_requests()?;
         let used = self.used();
-        self.session.outbox.flush(&self.stream)?;
+        self.flush()?;
+        let turn = turn.max(self.answer_long_reads()?);
         self.budget.settle(self.used());
         if turn == Turn::Others {
             tokio::task::yield_now().await;
@@ -180,7 +218,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             tokio::task::coop::consume_budget().await;
             return Ok(None);
         }
-        if matches!(self.phase, Phase::Closing(_)) && self.work.is_empty() && self.session.outbox.queued() == 0 {
+        if matches!(self.phase, Phase::Closing(_)) && self.is_idle() {
             let Phase::Closing(end) = std::mem::replace(&mut self.phase, Phase::Open) else { return Ok(None) };
             return Ok(Some(end));
         }
@@ -189,6 +227,10 @@ impl<D: Future<Output = ()>> Transmission<D> {
         {
             self.phase = self.receive_queued(queued)?;
             return Ok(None);
+        }
+        if self.input.is_empty() {
+            // Idle connections, of which there may be thousands, keep no buffer.
+            buffers::give_back(&mut self.input);
         }
         match poll_fn(|context| self.poll_event(context)).await {
             Event::Progress => {}
@@ -230,10 +272,11 @@ impl<D: Future<Output = ()>> Transmission<D> {
                 self.stream.try_read_buf(&mut (&mut segment.bytes).limit(missing))
             }
             _ => {
-                if self.input.capacity() - self.input.len() < header_length(ReplyMode::Extended) {
+                buffers::lend(&mut self.input);
+                if self.input.capacity() - self.input.len() < INPUT {
                     self.input.reserve(INPUT);
                 }
-                self.stream.try_read_buf(&mut self.input)
+                self.stream.try_read_buf(&mut (&mut self.input).limit(INPUT))
             }
         };
         match received {
@@ -242,13 +285,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
                 Ok(())
             }
             Ok(_) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if self.input.is_empty() && self.work.is_empty() {
-                    // Idle connections, of which there may be thousands, keep no buffer.
-                    self.input = BytesMut::new();
-                }
-                Ok(())
-            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
@@ -271,18 +308,85 @@ impl<D: Future<Output = ()>> Transmission<D> {
         self.session.executing.get() + self.session.outbox.queued()
     }
 
+    /// Whether every request has been answered and the answers have been sent.
+    fn is_idle(&self) -> bool {
+        self.work.is_empty() && self.long_reads.is_empty() && self.session.outbox.queued() == 0
+    }
+
+    /// Sends as much as the socket takes.
+    fn flush(&self) -> Result<(), End> {
+        if let Some(place) = self.session.outbox.flush(&self.stream)? {
+            self.work.push(Box::pin(thaw(Rc::clone(&self.session), place)));
+        }
+        Ok(())
+    }
+
+    /// Answers segments of long reads, each when all that came before it has left, up to a turn's worth. Short reads
+    /// come first, and next.
+    fn answer_long_reads(&mut self) -> Result<Turn, End> {
+        let moved_before = self.moved();
+        let is_over = |this: &Self| this.moved() - moved_before >= TURN;
+        let mut has_answered = false;
+        while !is_over(self) && self.answer_segment()? {
+            has_answered = true;
+        }
+        let may_go_on = is_over(self) && self.session.outbox.is_clear() && !self.long_reads.is_empty();
+        // Requests that waited for fewer to be in flight must be looked at again.
+        Ok(if may_go_on || (has_answered && !self.wants_input) { Turn::Others } else { Turn::Done })
+    }
+
+    /// Answers one segment, or has the first long read wait for its bytes. `false`: neither can be done now.
+    fn answer_segment(&mut self) -> Result<bool, End> {
+        if !self.session.outbox.is_clear() {
+            return Ok(false);
+        }
+        match self.long_reads.step(&self.session, self.stream.family()) {
+            Step::Nothing => return Ok(false),
+            Step::Sent => self.flush()?,
+            Step::MustWait => {
+                let rest = self.long_reads.first().map_or(0, |read| read.rest.length());
+                let cost = to_usize(rest.min(STREAMED));
+                if !self.budget.admit(self.used(), cost) {
+                    return Ok(false);
+                }
+                if let Some(read) = self.long_reads.pop() {
+                    self.start(cost, long_reads::finish(Rc::clone(&self.session), read));
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Lets `work`, which holds up to `cost` bytes, go on by itself.
+    fn start(&self, cost: usize, work: impl Future<Output = ()> + 'static) {
+        let held = Held::new(&self.session, cost);
+        self.work.push(Box::pin(async move {
+            work.await;
+            drop(held);
+        }));
+    }
+
+    /// Bytes read and written so far.
+    fn moved(&self) -> u64 {
+        self.session.counts.read_bytes.get() + self.session.counts.written_bytes.get()
+    }
+
     /// Takes all requests that are whole and may start now, up to a turn's worth.
     fn take_requests(&mut self) -> Result<Turn, End> {
         self.wants_input = true;
-        let read_before = self.session.counts.read_bytes.get();
+        let moved_before = self.moved();
         while !matches!(self.phase, Phase::Closing(_)) {
+            if self.moved() - moved_before >= TURN {
+                return Ok(Turn::Others);
+            }
             if self.payload.is_some() {
                 if !self.take_payload() {
                     return Ok(Turn::Done);
                 }
                 continue;
             }
-            if self.work.len() >= REQUESTS || self.session.outbox.queued() >= HIGH_WATER {
+            let in_flight = self.work.len() + self.long_reads.len();
+            if in_flight >= REQUESTS || self.session.outbox.queued() >= HIGH_WATER {
                 self.wants_input = false;
                 return Ok(Turn::Done);
             }
@@ -292,10 +396,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
                 return Ok(Turn::Done);
             }
             if self.session.outbox.queued() >= BATCH {
-                self.session.outbox.flush(&self.stream)?;
-            }
-            if self.session.counts.read_bytes.get() - read_before >= TURN {
-                return Ok(Turn::Others);
+                self.flush()?;
             }
         }
         Ok(Turn::Done)
@@ -319,52 +420,77 @@ impl<D: Future<Output = ()>> Transmission<D> {
             }
             Checked::Accepted(Command::Disconnect) => self.phase = Phase::Closing(End::Disconnected),
             Checked::Accepted(Command::Write(range, durability)) => self.take_write(to, range, durability),
-            Checked::Accepted(Command::Read(range, fragments)) if self.read_inline(to, range, fragments) => {}
+            Checked::Accepted(Command::Read(range, fragments)) if self.read_at_once(to, range, fragments) => {}
             Checked::Accepted(command) => {
-                let held = Held::new(&self.session, cost(&command, self.session.contexts.len()));
-                let work = perform(Rc::clone(&self.session), to, command);
-                self.work.push(Box::pin(async move {
-                    work.await;
-                    drop(held);
-                }));
+                let cost = cost(&command, self.session.contexts.len());
+                self.start(cost, perform(Rc::clone(&self.session), to, command));
             }
         }
         Ok(true)
     }
 
+    /// Answers a read without waiting, if that is possible, or has it answered in segments.
+    fn read_at_once(&mut self, to: ReplyTo, range: ByteRange, fragments: Fragments) -> bool {
+        let (session, family) = (&*self.session, self.stream.family());
+        if range.is_empty() {
+            return false;
+        }
+        if is_long(range.length(), family) {
+            let first = first_segment(range, family);
+            // What has to be fetched is asked for now, whatever is being sent.
+            let is_here = session.export.in_file(first).is_some();
+            if is_here {
+                self.long_reads.push(to, range, fragments);
+            }
+            return is_here || (range.length() <= SHORT && self.read_inline(to, range, fragments));
+        }
+        self.read_inline(to, range, fragments)
+    }
+
+    fn read_inline(&self, to: ReplyTo, range: ByteRange, fragments: Fragments) -> bool {
+        // With a copy: many short replies leave in one send.
+        let answered = long_reads::send_chunk(&self.session, to, range, fragments, Last::Yes, Family::Tcp);
+        if answered {
+            Counts::add(&self.session.counts.read_bytes, range.length());
+        }
+        answered
+    }
+
     fn take_write(&mut self, to: ReplyTo, rest: ByteRange, durability: Durability) {
+        if durability == Durability::Volatile && self.write_run(to, rest) {
+            return;
+        }
         let job = WriteJob::new(&self.session, to, durability);
         self.payload = Some(Payload::Write { job, rest, segment: None });
     }
 
-    /// Answers a read without waiting, if that is possible.
-    fn read_inline(&self, to: ReplyTo, range: ByteRange, fragments: Fragments) -> bool {
-        if range.length() > INLINE || range.is_empty() {
+    /// Makes a write whose payload is here, if that needs no waiting, together with those that follow it both in the
+    /// input and in the image.
+    fn write_run(&mut self, to: ReplyTo, range: ByteRange) -> bool {
+        let session = &*self.session;
+        let header = header_length(session.rules.mode);
+        let mut slices = [IoSlice::new(&[]); RUN];
+        let mut answers = [to; RUN];
+        let (mut count, mut next, mut used) = (0, Some((to, range)), 0);
+        let mut end = range.start();
+        while count < RUN
+            && let Some((to, part)) = next
+            && let Some(payload) = self.input.get(used..used + to_usize(part.length()))
+        {
+            (slices[count], answers[count]) = (IoSlice::new(payload), to);
+            (count, end, used) = (count + 1, part.end(), used + payload.len());
+            next = following(&self.input[used..], &session.rules, end);
+            used += header;
+        }
+        if count == 0 || session.export.try_write(range.start(), &slices[..count]) == TryWrite::Wait {
             return false;
         }
-        let Session { export, rules, outbox, counts, .. } = &*self.session;
-        let answered = outbox.append(|tail| {
-            let start = tail.len();
-            reply::put_data_header(tail, rules.mode, to, range.start(), range.length(), Last::Yes);
-            match export.try_read(range, tail) {
-                TryRead::Data => true,
-                TryRead::Hole if rules.mode.has_chunks() && fragments == Fragments::Allowed => {
-                    tail.truncate(start);
-                    let length = u32::try_from(range.length()).expect("inline reads are short");
-                    reply::put_hole(tail, rules.mode, to, range.start(), length, Last::Yes);
-                    true
-                }
-                TryRead::Hole => {
-                    tail.put_bytes(0, to_usize(range.length()));
-                    true
-                }
-                TryRead::Wait => false,
-            }
-        });
-        if answered {
-            Counts::add(&counts.read_bytes, range.length());
-        }
-        answered
+        // The header of the first is gone already, and there is none behind the last.
+        self.input.advance(used - header);
+        Counts::add(&session.counts.requests, to_u64(count - 1));
+        Counts::add(&session.counts.written_bytes, end - range.start());
+        answers[..count].iter().for_each(|to| session.finish(*to, Ok(())));
+        true
     }
 
     /// Takes payload from the input. `false`: it needs more input, or must wait.
@@ -390,6 +516,21 @@ impl<D: Future<Output = ()>> Transmission<D> {
         if rest.is_empty() {
             job.one_done();
             return true;
+        }
+        if segment.is_none() && job.durability() == Durability::Volatile {
+            let here = whole_pages(rest, self.input.len());
+            if here.is_empty() {
+                self.payload = Some(Payload::Write { job, rest, segment: None });
+                return false;
+            }
+            let payload = &self.input[..to_usize(here.length())];
+            if self.session.export.try_write(here.start(), &[IoSlice::new(payload)]) == TryWrite::Done {
+                self.input.advance(payload.len());
+                Counts::add(&self.session.counts.written_bytes, here.length());
+                let rest = ByteRange::between(here.end(), rest.end());
+                self.payload = Some(Payload::Write { job, rest, segment: None });
+                return true;
+            }
         }
         let length = to_usize(rest.length().min(WRITE_SEGMENT));
         let mut segment = match segment {

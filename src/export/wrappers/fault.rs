@@ -1,11 +1,12 @@
 //! Fails operations as a plan says.
 
+use std::io::IoSlice;
 use std::sync::{Mutex, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 
 use crate::error::{Error, Result};
-use crate::export::{Context, Export, Facts, LocalFuture, Piece, SharedExport, TryRead};
+use crate::export::{Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite};
 use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::ranges::ByteRange;
@@ -53,8 +54,16 @@ impl Export for Fault {
         TryRead::Wait
     }
 
+    fn in_file(&self, _: ByteRange) -> Option<FileRange> {
+        None
+    }
+
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         self.check(range, || self.below.read(range))
+    }
+
+    fn try_write(&self, _: u64, _: &[IoSlice<'_>]) -> TryWrite {
+        TryWrite::Wait
     }
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> LocalFuture<'_, Result<()>> {

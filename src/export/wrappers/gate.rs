@@ -1,10 +1,12 @@
 //! Holds reads back until the gate is opened, which is how a test makes "slow" exact.
 
+use std::io::IoSlice;
+
 use bytes::{Bytes, BytesMut};
 use tokio::sync::Semaphore;
 
 use crate::error::Result;
-use crate::export::{Context, Export, Facts, LocalFuture, Piece, SharedExport, TryRead};
+use crate::export::{Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite};
 use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::ranges::ByteRange;
@@ -51,6 +53,10 @@ impl Export for Gate {
         if self.passes.is_closed() { self.below.try_read(range, output) } else { TryRead::Wait }
     }
 
+    fn in_file(&self, range: ByteRange) -> Option<FileRange> {
+        if self.passes.is_closed() { self.below.in_file(range) } else { None }
+    }
+
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         Box::pin(async move {
             self.waiting.send_modify(|arrived| *arrived += 1);
@@ -59,6 +65,10 @@ impl Export for Gate {
             }
             self.below.read(range).await
         })
+    }
+
+    fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {
+        if self.passes.is_closed() { self.below.try_write(offset, parts) } else { TryWrite::Wait }
     }
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> LocalFuture<'_, Result<()>> {

@@ -1,11 +1,12 @@
 //! Remembers what was asked of an export.
 
+use std::io::IoSlice;
 use std::sync::{Mutex, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 
 use crate::error::Result;
-use crate::export::{Context, Export, Facts, LocalFuture, Piece, SharedExport, TryRead};
+use crate::export::{Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite};
 use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::ranges::ByteRange;
@@ -68,9 +69,26 @@ impl Export for Record {
         result
     }
 
+    fn in_file(&self, range: ByteRange) -> Option<FileRange> {
+        let place = self.below.in_file(range);
+        if place.is_some() {
+            self.note(Recorded::Read(range));
+        }
+        place
+    }
+
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         self.note(Recorded::Read(range));
         self.below.read(range)
+    }
+
+    fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {
+        let result = self.below.try_write(offset, parts);
+        if result == TryWrite::Done {
+            let length: usize = parts.iter().map(|part| part.len()).sum();
+            self.note(Recorded::Write(ByteRange::between(offset, offset + crate::units::to_u64(length))));
+        }
+        result
     }
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> LocalFuture<'_, Result<()>> {

@@ -126,6 +126,8 @@ pub struct ClientHandshake {
     ask: Ask,
     state: State,
     no_zeroes: bool,
+    /// The most capable form of replies that is asked for.
+    at_most: ReplyMode,
     replies: ReplyMode,
     contexts: Vec<(u32, String)>,
     listed: Vec<String>,
@@ -145,6 +147,7 @@ impl ClientHandshake {
             ask,
             state: State::Greeting,
             no_zeroes: false,
+            at_most: ReplyMode::Extended,
             replies: ReplyMode::Simple,
             contexts: Vec::new(),
             listed: Vec::new(),
@@ -155,6 +158,13 @@ impl ClientHandshake {
             description: None,
             seen: 0,
         }
+    }
+
+    /// Asks for no more capable form of replies than `mode`: what measures a server speaks to it as others do.
+    #[must_use]
+    pub const fn at_most(mut self, mode: ReplyMode) -> Self {
+        self.at_most = mode;
+        self
     }
 
     /// Takes all whole messages from `input`, appending what the server must be told to `output`. `None` means
@@ -206,7 +216,12 @@ impl ClientHandshake {
         } else if matches!(self.ask, Ask::List) {
             self.send(option::LIST, &[], output);
         } else {
-            self.send(option::EXTENDED_HEADERS, &[], output);
+            match self.at_most {
+                ReplyMode::Extended => self.send(option::EXTENDED_HEADERS, &[], output),
+                ReplyMode::Structured => self.send(option::STRUCTURED_REPLY, &[], output),
+                // What is not asked for is as good as refused.
+                ReplyMode::Simple => drop(self.next_option(option::STRUCTURED_REPLY, false, output)?),
+            }
         }
         Ok(true)
     }
@@ -473,8 +488,11 @@ mod tests {
 
     /// Lets a client and a server of ours negotiate; options that the server shall not know are renamed on the way.
     fn negotiate(ask: Ask, server: &Server) -> Result<Outcome, Refusal> {
+        negotiate_as(ClientHandshake::new(ask), server)
+    }
+
+    fn negotiate_as(mut client: ClientHandshake, server: &Server) -> Result<Outcome, Refusal> {
         let (mut to_client, mut to_server) = (BytesMut::new(), BytesMut::new());
-        let mut client = ClientHandshake::new(ask);
         let mut serving = ServerHandshake::new(&mut to_client);
         for _ in 0..100 {
             if let Some(outcome) = client.advance(&mut to_client, &mut to_server)? {
@@ -535,6 +553,17 @@ mod tests {
         assert_eq!(ancient.block_sizes, BlockSizes::DEFAULT);
         let no_contexts = agreed(&[option::SET_META_CONTEXT, option::LIST_META_CONTEXT]);
         assert!(no_contexts.contexts.is_empty() && no_contexts.listed.is_empty());
+    }
+
+    #[test]
+    fn no_more_is_agreed_than_was_asked_for() {
+        for mode in [ReplyMode::Simple, ReplyMode::Structured, ReplyMode::Extended] {
+            let client = ClientHandshake::new(open("debian12")).at_most(mode);
+            let Ok(Outcome::Opened(agreed)) = negotiate_as(client, &Server { unknown: vec![] }) else {
+                panic!("not opened");
+            };
+            assert_eq!((agreed.replies, agreed.contexts.is_empty()), (mode, !mode.has_chunks()));
+        }
     }
 
     #[test]

@@ -97,10 +97,13 @@ impl Sample {
             let used = task.nanoseconds.zip(before.nanoseconds).map(|(now, before)| now.saturating_sub(before));
             nanoseconds = nanoseconds.zip(used).map(|(sum, used)| sum + used);
         }
-        // A thread that has ended took its nanoseconds with it, but its ticks are still in the process's.
-        let all_live = earlier.tasks.keys().all(|id| self.tasks.contains_key(id));
-        if let Some(nanoseconds) = nanoseconds.filter(|_| all_live) {
-            usage.cpu_seconds = to_f64(nanoseconds) / 1e9;
+        // A thread that has ended took its nanoseconds with it, but its ticks are still in the process's: then these
+        // say clearly more. (Both may be a tick off.)
+        let clearly_more = seconds(2);
+        if let Some(precise) = nanoseconds.map(|sum| to_f64(sum) / 1e9)
+            && precise + clearly_more >= usage.cpu_seconds
+        {
+            usage.cpu_seconds = precise;
         }
         usage
     }
@@ -232,6 +235,20 @@ mod tests {
         let usage = Sample::take(me).unwrap().since(&before);
         assert!(usage.cpu_seconds > 0.0, "{usage:?}");
         assert!((0.0..=1.0).contains(&usage.user_share), "{usage:?}");
+    }
+
+    #[test]
+    fn threads_that_have_ended_count_too() {
+        let sample = |user, nanoseconds: &[u64]| {
+            let task = |nanoseconds: &u64| Task { nanoseconds: Some(*nanoseconds), ..Task::NEW };
+            Sample { user, system: 0, tasks: (0..).zip(nanoseconds.iter().map(task)).collect() }
+        };
+        let per_second = rustix::param::clock_ticks_per_second();
+        let begin = sample(0, &[0]);
+        let fine = sample(per_second, &[1_003_000_000]).since(&begin).cpu_seconds;
+        assert!((fine - 1.003).abs() < 1e-9, "{fine}");
+        let with_an_ended_one = sample(per_second, &[3_000_000]).since(&begin).cpu_seconds;
+        assert!((with_an_ended_one - 1.0).abs() < 1e-9, "{with_an_ended_one}");
     }
 
     #[test]

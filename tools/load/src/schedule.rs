@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn what_was_due_can_be_counted() {
         let (start, schedule) = open(1000.0, 0, 1);
-        for milliseconds in [0, 1, 2, 10, 1000, 3600_000] {
+        for milliseconds in [0, 1, 2, 10, 1000, 3_600_000] {
             assert_eq!(schedule.due_before(start + Duration::from_millis(milliseconds)), milliseconds);
         }
         assert_eq!(Schedule::Closed.due_before(start), 0);

@@ -204,10 +204,14 @@ impl Case {
     /// Everything that takes part.
     pub(crate) fn subjects(&self, peers: &[Server]) -> Vec<(Subject, Role)> {
         match self.work {
-            Work::Serve { .. } => {
+            Work::Serve { image, .. } => {
+                // Only where replies are long does it make a difference how they are sent.
+                let long = self.unit == Unit::Megabytes && image == Image::Read;
+                let limits = [Server::Limit, Server::LimitSendfile].into_iter().take(if long { 2 } else { 1 });
+                let marks = limits.map(|limit| (Subject::Server(limit), Role::Mark));
                 let peers = peers.iter().map(|peer| (Subject::Server(*peer), Role::Peer));
                 let ours = (Subject::Server(Server::Headwater), Role::Ours);
-                [ours].into_iter().chain(peers).chain([(Subject::Server(Server::Limit), Role::Mark)]).collect()
+                [ours].into_iter().chain(peers).chain(marks).collect()
             }
             Work::Resident { .. } => {
                 vec![(Subject::Mirror(Mirror::Headwater), Role::Ours), (Subject::Server(Server::Headwater), Role::Peer)]

@@ -1,7 +1,8 @@
 //! A bare server, to mark what the machine can do at most.
 //!
-//! It receives all requests that have come in one system call, reads the file for each, and sends all replies in one;
-//! long replies over unix sockets go from the page cache to the socket. It is no peer: one file, one thread per
+//! It receives all requests that have come in one system call, reads the file for each, and sends all replies in one.
+//! With `--sendfile`, long replies go from the page cache to the socket instead: that is half of the server's CPU time,
+//! and on some machines more than that of the client's, so each of the two marks another limit. It is no peer: one file, one thread per
 //! connection, no errors, no fairness, no safety. Nobody has to reach it, only to come near.
 
 use std::ffi::OsString;
@@ -28,7 +29,7 @@ use rustix::net::SendFlags;
 
 /// Replies are sent when there are this many bytes of them.
 const BATCH: u64 = MIB;
-/// From this length on, copying costs more than a system call for each reply.
+/// From this length on, copying costs the server more than a system call for each reply.
 const BY_SENDFILE: u64 = 32 << 10;
 /// Bytes that one system call receives at most.
 const INPUT: usize = 256 << 10;
@@ -41,13 +42,15 @@ struct Arguments {
     unix: Option<PathBuf>,
     #[arg(long)]
     tcp: Option<u16>,
+    #[arg(long)]
+    sendfile: bool,
 }
 
 /// Serves until it is killed.
 pub(crate) fn main(words: impl IntoIterator<Item = OsString>) -> anyhow::Result<()> {
     let arguments = Arguments::parse_from(words);
     let file = File::options().read(true).write(true).open(&arguments.image).context("opening the image")?;
-    let served = Arc::new(Served { size: file.metadata()?.len(), file });
+    let served = Arc::new(Served { size: file.metadata()?.len(), file, sendfile: arguments.sendfile });
     if let Some(path) = &arguments.unix {
         for socket in UnixListener::bind(path)?.incoming() {
             begin(Socket::Unix(socket?), Arc::clone(&served))?;
@@ -72,6 +75,7 @@ fn begin(socket: Socket, served: Arc<Served>) -> anyhow::Result<()> {
 struct Served {
     file: File,
     size: u64,
+    sendfile: bool,
 }
 
 impl Directory for Served {
@@ -214,7 +218,7 @@ impl<'a> Connection<'a> {
         let to = ReplyTo { cookie, offset };
         reply::put_data_header(&mut self.header, self.mode, to, offset, length, Last::Yes);
         self.put_header();
-        if length >= BY_SENDFILE && matches!(self.socket, Socket::Unix(_)) {
+        if self.served.sendfile && length >= BY_SENDFILE {
             self.flush(SendFlags::MORE)?;
             return self.send_file(offset, length);
         }

@@ -39,6 +39,9 @@ pub(crate) enum Server {
     /// The bare one, which is no peer.
     #[value(skip)]
     Limit,
+    /// The bare one, with sendfile.
+    #[value(skip)]
+    LimitSendfile,
 }
 
 /// A server of what it fetches from another one.
@@ -86,13 +89,14 @@ impl Server {
             Self::Classic => "nbd-server",
             Self::ClassicSplice => "nbd-server-splice",
             Self::Limit => "limit",
+            Self::LimitSendfile => "limit-sendfile",
         }
     }
 
     /// The program and its Debian package, of a peer.
     pub(crate) const fn program(self) -> Option<(&'static str, &'static str)> {
         match self {
-            Self::Headwater | Self::Limit => None,
+            Self::Headwater | Self::Limit | Self::LimitSendfile => None,
             Self::Nbdkit | Self::NbdkitOneThread => Some(("nbdkit", "nbdkit")),
             Self::QemuNbd | Self::QemuNbdThreads => Some(("qemu-nbd", "qemu-utils")),
             Self::Classic | Self::ClassicSplice => Some(("nbd-server", "nbd-server")),
@@ -113,11 +117,8 @@ impl Server {
             Self::QemuNbdThreads => place.qemu_nbd(cpus).args(["-f", "raw", "--aio=threads"]).arg(image),
             Self::Classic => place.nbd_server(cpus, image, "")?,
             Self::ClassicSplice => place.nbd_server(cpus, image, "splice = true\n")?,
-            Self::Limit => {
-                let mut command = children::command(cpus, &programs.own);
-                command.arg("limit").arg(image);
-                place.listen(command, ["--unix", "--tcp"])
-            }
+            Self::Limit => place.limit(programs, cpus, image),
+            Self::LimitSendfile => place.limit(programs, cpus, image).arg("--sendfile"),
         };
         Running::wait_for(command, place, self.name())
     }
@@ -250,6 +251,12 @@ impl Place {
             Transport::Tcp if tcp == "--tcp" => words.arg(tcp).arg(self.port.to_string()),
             Transport::Tcp => words.arg(tcp).arg(format!("127.0.0.1:{}", self.port)),
         }
+    }
+
+    fn limit(&self, programs: &Programs, cpus: Cpus, image: &Path) -> Words {
+        let mut command = children::command(cpus, &programs.own);
+        command.arg("limit").arg(image);
+        self.listen(command, ["--unix", "--tcp"])
     }
 
     fn nbdkit(&self, cpus: Cpus, options: &[&str]) -> Words {

@@ -61,7 +61,7 @@ fn the_bare_server_gives_and_takes_the_right_bytes() {
     let directory = tempfile::tempdir().unwrap();
     let (image, socket) = (directory.path().join("image"), directory.path().join("socket"));
     fs::write(&image, (0..1u32 << 20).flat_map(u32::to_le_bytes).collect::<Vec<_>>()).unwrap();
-    let listen = ["--unix", socket.to_str().unwrap()];
+    let listen = ["--unix", socket.to_str().unwrap(), "--sendfile"];
     let _unix = Running(Command::new(BENCH).arg("limit").arg(&image).args(listen).spawn().unwrap());
     eventually("the bare server listens", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
     bytes_come_right_through(&format!("nbd+unix:///?socket={}", socket.display()), &image);

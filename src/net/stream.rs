@@ -192,6 +192,11 @@ impl Stream {
         result
     }
 
+    /// Whether the runtime has heard of something to read, or of the end.
+    pub fn is_readable(&self) -> bool {
+        self.socket.try_io(Interest::READABLE, |_| Ok(())).is_ok()
+    }
+
     /// Waits until there is something to read, or the end.
     pub fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.socket.poll_read_ready(context).map_ok(drop)

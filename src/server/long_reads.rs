@@ -63,7 +63,7 @@ pub(super) const fn is_long(length: u64, family: Family) -> bool {
 }
 
 /// The segment that `rest` begins with.
-pub(super) fn first_segment(rest: ByteRange, family: Family) -> ByteRange {
+fn first_segment(rest: ByteRange, family: Family) -> ByteRange {
     let longest = if family == Family::Unix { UNCOPIED_SEGMENT } else { COPIED_SEGMENT };
     ByteRange::between(rest.start(), rest.end().min(rest.start() + longest))
 }

@@ -10,6 +10,7 @@
 //! | `long_reads` | long reads that need no waiting: one segment at a time |
 //! | `outbox` | replies on their way to the socket |
 //! | `buffers` | memory for both directions, shared by the connections of a worker |
+//! | `spin` | waiting for the next request awake |
 //! | `limits` | how much one connection, and all together, may have in flight |
 //!
 //! A connection lives and dies on one worker. All requests that have arrived together are parsed together; what can
@@ -24,6 +25,7 @@ mod limits;
 mod long_reads;
 mod outbox;
 mod requests;
+mod spin;
 mod transmission;
 
 use std::io;

@@ -16,16 +16,18 @@ use thiserror::Error;
 
 use super::buffers;
 use super::limits::{ConnectionBudget, REQUESTS};
-use super::long_reads::{self, LongReads, SHORT, Step, first_segment, is_long};
+use super::long_reads::{self, LongReads, SHORT, Step, is_long};
 use super::outbox::HIGH_WATER;
 use super::requests::{Counts, Held, STREAMED, Session, WriteJob, cost, perform, refusal};
+use super::spin::Spin;
+use crate::clock;
 use crate::error::ErrorKind;
 use crate::export::{FileRange, TryWrite};
 use crate::nbd::reply::{Last, ReplyTo};
 use crate::nbd::request::{self, Checked, Command, Durability, Fragments, Header, Violation, header_length};
 use crate::net::{Family, Stream};
 use crate::ranges::ByteRange;
-use crate::units::{to_u64, to_usize};
+use crate::units::{KIB, to_u64, to_usize};
 
 /// Input is taken in pieces of this size: room for eight thousand request headers, and for payload to be written while
 /// it is still in the second-level cache.
@@ -36,6 +38,8 @@ const STRAIGHT: usize = 16 << 10;
 const BATCH: usize = 256 << 10;
 /// Bytes read and written for one connection before others on its worker get their turn: some 200 microseconds' worth.
 const TURN: u64 = 1 << 20;
+/// What is looked at of a long read to find out whether it is here.
+const PROBED: u64 = 64 * KIB;
 /// Writes that are made together at most.
 const RUN: usize = 64;
 /// The page of the page cache: a write of a part of one may have to read the rest from disk first.
@@ -158,6 +162,7 @@ pub(super) struct Transmission<D> {
     payload: Option<Payload>,
     work: FuturesUnordered<Work>,
     long_reads: LongReads,
+    spin: Spin,
     phase: Phase,
     /// Whether taking more requests waits for input, and not for something in flight to end.
     wants_input: bool,
@@ -181,6 +186,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             payload: None,
             work: FuturesUnordered::new(),
             long_reads: LongReads::default(),
+            spin: Spin::default(),
             phase: Phase::Open,
             wants_input: true,
             drain,
@@ -228,6 +234,10 @@ impl<D: Future<Output = ()>> Transmission<D> {
             self.phase = self.receive_queued(queued)?;
             return Ok(None);
         }
+        if matches!(self.phase, Phase::Open) && self.input.is_empty() && self.is_idle() && self.wait_awake().await {
+            self.receive()?;
+            return Ok(None);
+        }
         if self.input.is_empty() {
             // Idle connections, of which there may be thousands, keep no buffer.
             buffers::give_back(&mut self.input);
@@ -238,6 +248,23 @@ impl<D: Future<Output = ()>> Transmission<D> {
             Event::Draining => self.phase = Phase::Draining { queued: self.stream.queued()? },
         }
         Ok(None)
+    }
+
+    /// Looks for input for a short while. Says whether there is some.
+    async fn wait_awake(&mut self) -> bool {
+        let Some(mut awake) = self.spin.begin(clock::now()) else { return false };
+        loop {
+            // Everything else on this worker goes first, and the runtime looks what has arrived.
+            tokio::task::yield_now().await;
+            if self.stream.is_readable() {
+                awake.found();
+                return true;
+            }
+            if awake.is_over(clock::now()) {
+                return false;
+            }
+            std::thread::yield_now();
+        }
     }
 
     fn poll_event(&mut self, context: &mut TaskContext<'_>) -> Poll<Event> {
@@ -436,8 +463,8 @@ impl<D: Future<Output = ()>> Transmission<D> {
             return false;
         }
         if is_long(range.length(), family) {
-            let first = first_segment(range, family);
-            // What has to be fetched is asked for now, whatever is being sent.
+            // What has to be fetched is asked for now, whatever is being sent. A look at the beginning will do.
+            let first = ByteRange::between(range.start(), range.end().min(range.start() + PROBED));
             let is_here = session.export.in_file(first).is_some();
             if is_here {
                 self.long_reads.push(to, range, fragments);

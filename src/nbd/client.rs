@@ -5,11 +5,14 @@
 //! not own: the socket, time-outs, retries. Any [`Violation`] leaves the connection useless; whoever holds it drops
 //! it and fails or repeats what is in flight.
 //!
-//! Memory: what was asked for, plus at most one chunk that is not data, plus [`MAX_ISLANDS`] entries per read.
+//! Memory: what was asked for, from the first byte of its reply on, plus at most one chunk that is not data, plus [`MAX_ISLANDS`] entries per read.
+
+use std::ops::Range;
 
 use bytes::{Buf, Bytes, BytesMut};
 use slab::Slab;
 
+use super::buffers::Buffer;
 use super::export::Extent;
 use super::handshake::ReplyMode;
 use super::reply::{self, Last, Violation};
@@ -17,10 +20,17 @@ use super::request;
 use super::wire::{CommandFlags, chunk, command};
 use crate::error::{Error, ErrorKind};
 use crate::ranges::{ByteRange, Coverage};
-use crate::units::to_usize;
+use crate::units::{KIB, to_usize};
 
 /// Pieces of one read that may be outstanding out of order, before the server is taken to be hostile.
 pub const MAX_ISLANDS: u64 = 4096;
+
+/// Data of at least this length is worth a system call of its own.
+const LONG: u64 = 16 * KIB;
+
+fn is_long(request: &Request) -> bool {
+    request.command == command::READ && request.range.length() >= LONG
+}
 
 /// A request to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +73,8 @@ pub struct Completion<T> {
 pub struct InFlight<T> {
     mode: ReplyMode,
     requests: Slab<Pending<T>>,
+    /// Those that are reads of at least [`LONG`] bytes.
+    long_reads: usize,
     /// Counts submissions, so that a late reply to an old request is not taken for one to a new request.
     generation: u32,
     /// Data that is arriving: the request's key, where it goes, how much is missing, whether the reply ends with it.
@@ -80,7 +92,12 @@ struct Pending<T> {
 
 #[derive(Debug)]
 enum Assembly {
-    Read { buffer: BytesMut, coverage: Coverage, holes: Vec<ByteRange> },
+    /// The buffer is there from the first byte on. What `coverage` does not have is not filled.
+    Read {
+        buffer: Buffer,
+        coverage: Coverage,
+        holes: Vec<ByteRange>,
+    },
     Status(Vec<(u32, Vec<Extent>)>),
     Plain,
 }
@@ -96,7 +113,7 @@ struct Arriving {
 impl<T> InFlight<T> {
     /// Nothing in flight.
     pub const fn new(mode: ReplyMode) -> Self {
-        Self { mode, requests: Slab::new(), generation: 0, arriving: None }
+        Self { mode, requests: Slab::new(), long_reads: 0, generation: 0, arriving: None }
     }
 
     /// The number of requests that wait for their reply.
@@ -112,14 +129,13 @@ impl<T> InFlight<T> {
     /// Appends a request to `output` and remembers it. The payload of a write must follow in the output.
     pub fn submit(&mut self, request: Request, tag: T, output: &mut BytesMut) {
         let assembly = match request.command {
-            command::READ => Assembly::Read {
-                buffer: BytesMut::zeroed(to_usize(request.range.length())),
-                coverage: Coverage::new(request.range),
-                holes: Vec::new(),
-            },
+            command::READ => {
+                Assembly::Read { buffer: Buffer::default(), coverage: Coverage::new(request.range), holes: Vec::new() }
+            }
             command::BLOCK_STATUS => Assembly::Status(Vec::new()),
             _ => Assembly::Plain,
         };
+        self.long_reads += usize::from(is_long(&request));
         self.generation = self.generation.wrapping_add(1);
         let generation = self.generation;
         let key = self.requests.insert(Pending { tag, generation, request, assembly, failure: None });
@@ -136,7 +152,14 @@ impl<T> InFlight<T> {
     /// Gives up all requests, in no order, because the connection is lost.
     pub fn abandon(&mut self) -> impl Iterator<Item = T> {
         self.arriving = None;
+        self.long_reads = 0;
         std::mem::take(&mut self.requests).into_iter().map(|(_, pending)| pending.tag)
+    }
+
+    /// Whether all that may come next is data that is long enough to be received straight into its place, behind a
+    /// short header.
+    pub fn expects_long_data(&self) -> bool {
+        self.long_reads > 0 && self.long_reads == self.requests.len()
     }
 
     /// Where data that is arriving goes, so that it can be received without a copy. Only when the input given to
@@ -195,8 +218,9 @@ impl<T> InFlight<T> {
             if self.mode != ReplyMode::Simple {
                 return Err(Violation::Unexpected(chunk::NONE));
             }
-            if error.is_none() && !buffer.is_empty() {
+            if error.is_none() && !pending.request.range.is_empty() {
                 coverage.add(pending.request.range).map_err(|_| Violation::BadCoverage)?;
+                *buffer = Buffer::of(to_usize(pending.request.range.length()));
                 self.arriving = Some(Arriving { key, at: 0, left: buffer.len(), last: Last::Yes });
                 return Ok(Received::Progress);
             }
@@ -216,17 +240,17 @@ impl<T> InFlight<T> {
         let pending = &mut self.requests[key];
         match (chunk.kind, &mut pending.assembly) {
             (chunk::NONE, _) if chunk.payload == 0 && chunk.last == Last::Yes => {}
-            (chunk::OFFSET_DATA, Assembly::Read { coverage, .. }) => {
+            (chunk::OFFSET_DATA, Assembly::Read { buffer, coverage, .. }) => {
                 let piece = data_piece(&payload, chunk.payload)?;
-                cover(coverage, piece)?;
-                let at = to_usize(piece.start() - pending.request.range.start());
-                self.arriving = Some(Arriving { key, at, left: to_usize(piece.length()), last: chunk.last });
+                let place = cover(buffer, coverage, pending.request.range, piece)?;
+                self.arriving = Some(Arriving { key, at: place.start, left: place.len(), last: chunk.last });
                 return Ok(Received::Progress);
             }
-            (chunk::OFFSET_HOLE, Assembly::Read { coverage, holes, .. }) => {
+            (chunk::OFFSET_HOLE, Assembly::Read { buffer, coverage, holes }) => {
                 let (offset, length) = reply::decode_hole(&payload)?;
                 let hole = ByteRange::new(offset, u64::from(length)).ok_or(Violation::BadCoverage)?;
-                cover(coverage, hole)?;
+                let place = cover(buffer, coverage, pending.request.range, hole)?;
+                buffer[place].fill(0);
                 holes.push(hole);
             }
             (chunk::BLOCK_STATUS | chunk::BLOCK_STATUS_EXT, Assembly::Status(contexts)) => {
@@ -258,7 +282,8 @@ impl<T> InFlight<T> {
     }
 
     fn complete(&mut self, key: usize) -> Result<Completion<T>, Violation> {
-        let Pending { tag, assembly, failure, .. } = self.requests.remove(key);
+        let Pending { tag, request, assembly, failure, .. } = self.requests.remove(key);
+        self.long_reads -= usize::from(is_long(&request));
         let answer = match assembly {
             // A failed read need not have brought everything.
             _ if failure.is_some() => Answer::Done,
@@ -305,9 +330,21 @@ fn data_piece(mut payload: &[u8], length: usize) -> Result<ByteRange, Violation>
     ByteRange::new(offset, data).filter(|piece| !piece.is_empty()).ok_or(malformed)
 }
 
-fn cover(coverage: &mut Coverage, piece: ByteRange) -> Result<(), Violation> {
+/// Accounts for a piece of what was asked for. Gives its place in the buffer.
+fn cover(
+    buffer: &mut Buffer,
+    coverage: &mut Coverage,
+    whole: ByteRange,
+    piece: ByteRange,
+) -> Result<Range<usize>, Violation> {
     coverage.add(piece).map_err(|_| Violation::BadCoverage)?;
-    if coverage.islands() > MAX_ISLANDS { Err(Violation::BadCoverage) } else { Ok(()) }
+    if coverage.islands() > MAX_ISLANDS {
+        return Err(Violation::BadCoverage);
+    }
+    if buffer.is_empty() {
+        *buffer = Buffer::of(to_usize(whole.length()));
+    }
+    Ok(to_usize(piece.start() - whole.start())..to_usize(piece.end() - whole.start()))
 }
 
 fn refused(kind: ErrorKind) -> Error {
@@ -462,6 +499,41 @@ mod tests {
         peer.in_flight.data_target().unwrap().copy_from_slice(b"f");
         let (bytes, _) = data_of(peer.in_flight.filled(1).unwrap().unwrap());
         assert_eq!(&bytes[..], b"abcdef");
+    }
+
+    #[test]
+    fn a_hole_is_zero_whatever_its_memory_was_used_for_before() {
+        let mut peer = Peer::new(ReplyMode::Structured);
+        for round in 0..2 {
+            let to = peer.submit(command::READ, 0, 5000, "read");
+            if round == 0 {
+                peer.data(to, 0, &[0xff; 5000], Last::Yes);
+            } else {
+                peer.data(to, 0, b"x", Last::No);
+                peer.hole(to, 1, 4999, Last::Yes);
+            }
+            let (bytes, _) = data_of(peer.only());
+            let expected = if round == 0 { vec![0xff; 5000] } else { [&b"x"[..], &[0; 4999]].concat() };
+            assert!(bytes == expected, "round {round}");
+        }
+    }
+
+    #[test]
+    fn long_data_is_expected_while_nothing_else_can_come() {
+        let mut peer = Peer::new(ReplyMode::Structured);
+        assert!(!peer.in_flight.expects_long_data());
+        let first = peer.submit(command::READ, 0, LONG, "long");
+        peer.submit(command::READ, 0, LONG, "long too");
+        assert!(peer.in_flight.expects_long_data());
+        let short = peer.submit(command::READ, 0, LONG - 1, "short");
+        assert!(!peer.in_flight.expects_long_data());
+        for to in [short, first] {
+            reply::put_error(&mut peer.input, peer.mode, to, ErrorKind::Io, "", None);
+            peer.only();
+            assert!(peer.in_flight.expects_long_data());
+        }
+        assert_eq!(peer.in_flight.abandon().count(), 1);
+        assert!(!peer.in_flight.expects_long_data());
     }
 
     #[test]

@@ -17,8 +17,10 @@
 //! | [`request`] | requests: encode (client), decode and check (server) |
 //! | [`reply`] | replies: encode (server), decode (client) |
 //! | [`client`] | requests in flight and the assembly of their replies (client) |
+//! | `buffers` | the memory that those are assembled in, used again and again |
 //! | [`uri`] | `nbd://`, `nbd+unix://` |
 
+mod buffers;
 pub mod client;
 pub mod errno;
 pub mod export;

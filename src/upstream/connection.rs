@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Sleep;
@@ -38,6 +38,8 @@ use crate::units::to_u64;
 pub(super) const DEPTH: usize = 64;
 /// Input that is not data is taken in pieces of this size.
 const INPUT: usize = 64 << 10;
+/// What is taken at once before long data: a header, and little that has to be copied to its place.
+const HEADERS: usize = 512;
 /// Bytes that are received before others on the worker get their turn: some 100 microseconds' worth.
 const TURN: usize = 512 << 10;
 
@@ -508,6 +510,9 @@ impl Driver {
             let received = if straight {
                 let target = self.in_flight.data_target().unwrap_or_default();
                 self.stream.try_read(target)
+            } else if self.in_flight.expects_long_data() {
+                self.input.reserve(INPUT);
+                self.stream.try_read_buf(&mut (&mut self.input).limit(HEADERS))
             } else {
                 self.input.reserve(INPUT);
                 self.stream.try_read_buf(&mut self.input)

@@ -9,17 +9,19 @@
 //! queues and a budget of their own, because a hit must not wait for misses.
 
 use std::collections::BTreeMap;
+use std::io::IoSlice;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use futures_util::future::join_all;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use super::chunks::{Chunk, Geometry, State, checksum, is_zero};
-use super::flight::{ChunkData, Claim};
+use super::chunks::{Chunk, Geometry, State, checksum};
+use super::flight::{ChunkData, Claim, Slice};
 use super::{EXTENTS_PATIENCE, Inner};
 use crate::clock;
+use crate::disk::Inline;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::Piece;
 use crate::ranges::ByteRange;
@@ -234,7 +236,7 @@ impl Inner {
         for claim in claims {
             let part = self.geometry.range(claim.chunk);
             let start = to_usize(part.start() - range.start());
-            let bytes = bytes.slice(start..start + to_usize(part.length()));
+            let bytes = Slice { whole: bytes.clone(), range: start..start + to_usize(part.length()) };
             if checksum(&bytes) == self.states.checksum(claim.chunk) {
                 self.states.change(claim.chunk, State::Unverified, State::Resident);
                 // The flight leaves the table with its claim, here.
@@ -303,7 +305,7 @@ impl Inner {
         let range = ByteRange::between(self.geometry.range(first.chunk).start(), self.geometry.range(last.chunk).end());
         let answer = timeout_at(deadline, self.lower.read(range)).await;
         match answer.unwrap_or_else(|_| Err(self.late())) {
-            Ok(pieces) => self.arrived(claims, range, &pieces).await,
+            Ok(pieces) => self.arrived(claims, range, pieces).await,
             // One bad sector must not fail its neighbours. If nobody answers, asking more often does not help.
             Err(error) if claims.len() > 1 && error.kind() != ErrorKind::Unavailable => {
                 join_all(claims.iter().map(|claim| Box::pin(self.fetch_data(std::slice::from_ref(claim), deadline))))
@@ -332,11 +334,12 @@ impl Inner {
     }
 
     /// Lands what came for `range`, then stores it.
-    async fn arrived(&self, claims: &[&Claim], range: ByteRange, pieces: &[Piece]) {
-        let arrivals = match split(self.geometry, claims.iter().map(|claim| claim.chunk), range, pieces) {
+    async fn arrived(&self, claims: &[&Claim], range: ByteRange, pieces: Vec<Piece>) {
+        let arrivals = match split(self.geometry, claims.iter().map(|claim| claim.chunk), range, &pieces) {
             Ok(arrivals) => arrivals,
             Err(error) => return claims.iter().for_each(|claim| self.fail(claim, &error)),
         };
+        drop(pieces);
         for (claim, arrival) in claims.iter().zip(&arrivals) {
             claim.flight.land(Ok(arrival.data.clone()));
         }
@@ -347,18 +350,28 @@ impl Inner {
             drop(table);
             self.pending.changed(zero.chunk, zero.chunk);
         }
-        join_all(contiguous(self.geometry, &arrivals, pieces).map(|write| self.store_chunks(write))).await;
+        // Whoever waited sends the bytes to its clients first, while they are in the processor's caches.
+        tokio::task::yield_now().await;
+        for write in contiguous(&arrivals) {
+            self.store_chunks(write).await;
+        }
     }
 
     /// Writes chunks to the data file. If that fails they are absent: they have been answered, and that is all.
     async fn store_chunks(&self, write: Write<'_>) {
-        let Write { arrivals, bytes, offset } = write;
+        let Write { arrivals, slice } = write;
+        let Some(first) = arrivals.first() else { return };
+        let offset = self.geometry.range(first.chunk).start();
+        let checksums: Vec<_> = arrivals.iter().map(Arrival::checksum).collect();
         let epoch = self.pending.epoch();
-        let result = self.store.data().write_all_at(bytes, offset, false).await;
+        let result = match self.store.data().try_write_at(&[IoSlice::new(&slice)], offset) {
+            Inline::Done => Ok(()),
+            Inline::WouldBlock => self.store.data().write_all_at(slice.bytes(), offset, false).await,
+        };
         let mut table = self.flights.lock();
-        for arrival in arrivals {
+        for (arrival, checksum) in arrivals.iter().zip(checksums) {
             if result.is_ok() {
-                self.states.set_checksum(arrival.chunk, arrival.checksum);
+                self.states.set_checksum(arrival.chunk, checksum);
                 self.states.set(arrival.chunk, State::Volatile);
             }
             table.remove(&arrival.chunk);
@@ -383,9 +396,15 @@ impl Inner {
 struct Arrival {
     chunk: Chunk,
     data: ChunkData,
-    checksum: u32,
-    /// Which piece holds all of its bytes, and from where on, if one does.
-    place: Option<(usize, usize)>,
+}
+
+impl Arrival {
+    fn checksum(&self) -> u32 {
+        match &self.data {
+            ChunkData::Bytes(bytes) => checksum(bytes),
+            ChunkData::Zero => 0,
+        }
+    }
 }
 
 /// Cuts the pieces of `range` into its chunks.
@@ -400,12 +419,7 @@ fn split(
         return Err(Error::new(ErrorKind::Io, format!("{total} bytes came where {} were asked for", range.length())));
     }
     let mut cursor = Cursor { pieces, index: 0, at: 0 };
-    let arrivals = chunks.map(|chunk| {
-        let (data, place) = cursor.take(geometry.range(chunk).length());
-        let checksum = if let ChunkData::Bytes(bytes) = &data { checksum(bytes) } else { 0 };
-        Arrival { chunk, data, checksum, place }
-    });
-    Ok(arrivals.collect())
+    Ok(chunks.map(|chunk| Arrival { chunk, data: cursor.take(geometry.range(chunk).length()) }).collect())
 }
 
 /// A place in a list of pieces.
@@ -417,23 +431,17 @@ struct Cursor<'a> {
 }
 
 impl Cursor<'_> {
-    /// The next `length` bytes, and their place if they are all from one piece.
-    fn take(&mut self, length: u64) -> (ChunkData, Option<(usize, usize)>) {
-        let index = self.index;
-        if let Some(piece) = self.pieces.get(index)
+    /// The next `length` bytes, where they are if they are all from one piece.
+    fn take(&mut self, length: u64) -> ChunkData {
+        if let Some(piece) = self.pieces.get(self.index)
             && piece.length() - self.at >= length
         {
             let start = to_usize(self.at);
             self.advance(length);
             return match piece {
-                Piece::Hole(_) => (ChunkData::Zero, None),
+                Piece::Hole(_) => ChunkData::Zero,
                 Piece::Data(bytes) => {
-                    let bytes = bytes.slice(start..start + to_usize(length));
-                    if is_zero(&bytes) {
-                        (ChunkData::Zero, None)
-                    } else {
-                        (ChunkData::Bytes(bytes), Some((index, start)))
-                    }
+                    ChunkData::of(Slice { whole: bytes.clone(), range: start..start + to_usize(length) })
                 }
             };
         }
@@ -450,8 +458,7 @@ impl Cursor<'_> {
             filled += count;
             self.advance(to_u64(count));
         }
-        let bytes = bytes.freeze();
-        (if is_zero(&bytes) { ChunkData::Zero } else { ChunkData::Bytes(bytes) }, None)
+        ChunkData::of(bytes.freeze().into())
     }
 
     fn advance(&mut self, length: u64) {
@@ -462,37 +469,33 @@ impl Cursor<'_> {
     }
 }
 
-/// Chunks that one write can store.
+/// Neighbouring chunks that one write can store.
 #[derive(Debug)]
 struct Write<'a> {
     arrivals: &'a [Arrival],
-    bytes: Bytes,
-    offset: u64,
+    slice: Slice,
 }
 
-/// Groups neighbours whose bytes lie side by side in one piece.
-fn contiguous<'a>(geometry: Geometry, arrivals: &'a [Arrival], pieces: &'a [Piece]) -> impl Iterator<Item = Write<'a>> {
-    let piece = |arrival: &Arrival| arrival.place.map(|(piece, _)| piece);
-    let together = move |left: &Arrival, right: &Arrival| piece(left).is_some() && piece(left) == piece(right);
-    arrivals.chunk_by(together).filter_map(move |group| {
-        let (first, last) = (group.first()?, group.last()?);
-        let offset = geometry.range(first.chunk).start();
-        let length = to_usize(geometry.range(last.chunk).end() - offset);
-        let bytes = match (first.place, &first.data) {
-            (Some((piece, start)), _) => match &pieces[piece] {
-                Piece::Data(bytes) => bytes.slice(start..start + length),
-                Piece::Hole(_) => return None,
-            },
-            (None, ChunkData::Bytes(bytes)) => bytes.clone(),
-            (None, ChunkData::Zero) => return None,
-        };
-        Some(Write { arrivals: group, bytes, offset })
+/// Groups neighbours whose bytes lie side by side in one piece. `arrivals` are neighbours.
+fn contiguous(arrivals: &[Arrival]) -> impl Iterator<Item = Write<'_>> {
+    let together = |left: &Arrival, right: &Arrival| match (&left.data, &right.data) {
+        (ChunkData::Bytes(left), ChunkData::Bytes(right)) => left.clone().join(right),
+        _ => false,
+    };
+    arrivals.chunk_by(together).filter_map(|group| match (&group.first()?.data, &group.last()?.data) {
+        (ChunkData::Bytes(first), ChunkData::Bytes(last)) => {
+            let slice = Slice { whole: first.whole.clone(), range: first.range.start..last.range.end };
+            Some(Write { arrivals: group, slice })
+        }
+        _ => None,
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mirror::chunks::is_zero;
+    use bytes::Bytes;
     use proptest::prelude::*;
 
     fn chunks(geometry: Geometry) -> impl Iterator<Item = Chunk> {
@@ -516,11 +519,10 @@ mod tests {
             let arrivals = split(geometry, chunks(geometry), whole, &pieces).unwrap();
             let mut written = vec![0; contents.len()];
             let mut stored = 0;
-            for write in contiguous(geometry, &arrivals, &pieces) {
-                let start = to_usize(write.offset);
-                written[start..start + write.bytes.len()].copy_from_slice(&write.bytes);
+            for write in contiguous(&arrivals) {
+                let start = to_usize(geometry.range(write.arrivals[0].chunk).start());
+                written[start..start + write.slice.len()].copy_from_slice(&write.slice);
                 stored += write.arrivals.len();
-                prop_assert_eq!(geometry.range(write.arrivals[0].chunk).start(), write.offset);
             }
             prop_assert_eq!(&written, &contents);
             let with_bytes = arrivals.iter().filter(|arrival| arrival.data != ChunkData::Zero);
@@ -532,7 +534,7 @@ mod tests {
                     ChunkData::Zero => prop_assert!(is_zero(expected)),
                     ChunkData::Bytes(bytes) => {
                         prop_assert_eq!(&bytes[..], expected);
-                        prop_assert_eq!(arrival.checksum, checksum(expected));
+                        prop_assert_eq!(arrival.checksum(), checksum(expected));
                         prop_assert!(!is_zero(expected));
                     }
                 }
@@ -545,7 +547,7 @@ mod tests {
         let geometry = Geometry::new(1000, 64);
         let pieces = [Piece::Data(Bytes::from(vec![1; 1000]))];
         let arrivals = split(geometry, chunks(geometry), ByteRange::between(0, 1000), &pieces).unwrap();
-        assert_eq!(contiguous(geometry, &arrivals, &pieces).count(), 1);
+        assert_eq!(contiguous(&arrivals).count(), 1);
     }
 
     #[test]

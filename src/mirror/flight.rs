@@ -5,22 +5,75 @@
 //! of them can fail another by leaving. Readers that come between arrival and storing get the bytes from the flight.
 
 use std::collections::HashMap;
+use std::ops::{Deref, Range};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::chunks::Chunk;
+use super::chunks::{Chunk, is_zero};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The bytes of one chunk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum ChunkData {
     /// All of them.
-    Bytes(Bytes),
+    Bytes(Slice),
     /// They are all zero.
     Zero,
+}
+
+impl ChunkData {
+    /// Looks whether the bytes are all zero.
+    pub(super) fn of(slice: Slice) -> Self {
+        if is_zero(&slice) { Self::Zero } else { Self::Bytes(slice) }
+    }
+}
+
+/// A part of a buffer. Unlike two [`Bytes`], two neighbours in one buffer can be made one again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Slice {
+    pub(super) whole: Bytes,
+    pub(super) range: Range<usize>,
+}
+
+impl Slice {
+    /// Takes the bytes of `next` too, if they come right after these.
+    pub(super) fn join(&mut self, next: &Self) -> bool {
+        let is_same = self.whole.as_ptr() == next.whole.as_ptr() && self.whole.len() == next.whole.len();
+        let joins = is_same && self.range.end == next.range.start;
+        if joins {
+            self.range.end = next.range.end;
+        }
+        joins
+    }
+
+    /// A part of these bytes.
+    pub(super) fn part(&self, start: usize, length: usize) -> Self {
+        let start = self.range.start + start;
+        Self { whole: self.whole.clone(), range: start..start + length }
+    }
+
+    /// The bytes, as one of their own.
+    pub(super) fn bytes(&self) -> Bytes {
+        self.whole.slice(self.range.clone())
+    }
+}
+
+impl From<Bytes> for Slice {
+    fn from(whole: Bytes) -> Self {
+        let range = 0..whole.len();
+        Self { whole, range }
+    }
+}
+
+impl Deref for Slice {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.whole[self.range.clone()]
+    }
 }
 
 /// A chunk on its way.
@@ -121,7 +174,7 @@ mod tests {
         let mut first = pin!(flight.wait());
         let mut second = pin!(flight.wait());
         assert!(poll!(&mut first).is_pending() && poll!(&mut second).is_pending());
-        let data = ChunkData::Bytes(Bytes::from_static(b"x"));
+        let data = ChunkData::Bytes(Bytes::from_static(b"x").into());
         flight.land(Ok(data.clone()));
         assert_eq!(first.await.unwrap(), data);
         assert_eq!(second.await.unwrap(), data);

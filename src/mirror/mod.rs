@@ -48,7 +48,7 @@ use crate::units::{MIB, to_usize};
 use chart::Chart;
 use chunks::{Chunk, Geometry, State, States};
 use fetch::{Claims, Queues};
-use flight::{ChunkData, Claim, Flight, Flights};
+use flight::{ChunkData, Claim, Flight, Flights, Slice};
 use flusher::Pending;
 pub use map::{CHUNK_SIZES, Header};
 use store::Store;
@@ -315,25 +315,31 @@ impl Inner {
 
     async fn read_pieces(self: &Arc<Self>, range: ByteRange) -> Result<Vec<Piece>> {
         let mut pieces = Vec::new();
+        // What the last flights brought, as long as it lies in one piece.
+        let mut brought: Option<Slice> = None;
         for Part { range, source } in self.plan(range) {
+            if let Source::Flight(flight) = &source
+                && let ChunkData::Bytes(slice) = flight.wait().await?
+            {
+                let slice = self.cut(&slice, range);
+                if !brought.as_mut().is_some_and(|brought| brought.join(&slice)) {
+                    pieces.extend(brought.replace(slice).map(|slice| Piece::Data(slice.bytes())));
+                }
+                continue;
+            }
+            pieces.extend(brought.take().map(|slice| Piece::Data(slice.bytes())));
             match source {
-                Source::Zero => push_piece(&mut pieces, Piece::Hole(range.length())),
-                Source::Flight(flight) => push_piece(&mut pieces, self.cut(flight.wait().await?, range)),
                 Source::File => self.read_file(range, &mut pieces).await?,
+                Source::Zero | Source::Flight(_) => push_piece(&mut pieces, Piece::Hole(range.length())),
             }
         }
+        pieces.extend(brought.map(|slice| Piece::Data(slice.bytes())));
         Ok(pieces)
     }
 
-    /// The part `range` of a chunk.
-    fn cut(&self, data: ChunkData, range: ByteRange) -> Piece {
-        match data {
-            ChunkData::Zero => Piece::Hole(range.length()),
-            ChunkData::Bytes(bytes) => {
-                let start = to_usize(range.start() % self.geometry.chunk_size());
-                Piece::Data(bytes.slice(start..start + to_usize(range.length())))
-            }
-        }
+    /// The part `range` of the chunk that it lies in.
+    fn cut(&self, chunk: &Slice, range: ByteRange) -> Slice {
+        chunk.part(to_usize(range.start() % self.geometry.chunk_size()), to_usize(range.length()))
     }
 
     /// Reads resident chunks. What the disk does not give is checked chunk by chunk, and fetched again.
@@ -372,7 +378,12 @@ impl Inner {
             let source = self.claim(chunk, &mut claims);
             self.launch(claims);
             match source {
-                Source::Flight(flight) => return Ok(self.cut(flight.wait().await?, part)),
+                Source::Flight(flight) => {
+                    return Ok(match flight.wait().await? {
+                        ChunkData::Zero => Piece::Hole(part.length()),
+                        ChunkData::Bytes(slice) => Piece::Data(self.cut(&slice, part).bytes()),
+                    });
+                }
                 Source::Zero => return Ok(Piece::Hole(part.length())),
                 Source::File => {
                     if let Some(bytes) = self.read_resident(part).await {

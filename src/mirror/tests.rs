@@ -144,6 +144,35 @@ fn neighbours_missed_in_one_turn_travel_together() {
 }
 
 #[test]
+fn what_came_over_in_one_piece_is_answered_in_one_piece() {
+    on_both(|| async {
+        let mut contents = solid(9 << 14);
+        contents[4 << 14..5 << 14].fill(0);
+        let mirror = Scratch::new().open(recorded(&contents));
+        let lengths: Vec<_> =
+            mirror.read(ByteRange::between(100, 9 * CHUNK - 1)).await.unwrap().iter().map(Piece::length).collect();
+        assert_eq!(lengths, [4 * CHUNK - 100, CHUNK, 4 * CHUNK - 1]);
+    });
+}
+
+#[test]
+fn the_answer_does_not_wait_for_the_disk_and_nothing_is_fetched_twice_meanwhile() {
+    on_both(|| async {
+        let contents = solid(4 << 14);
+        let lower = recorded(&contents);
+        let scratch = Scratch::new();
+        let mirror = scratch.open(lower.clone());
+        assert!(read(&mirror, 0, 4 * CHUNK).await.unwrap() == contents);
+        assert_eq!(fs::metadata(scratch.file("data")).unwrap().blocks(), 0, "stored before it was answered");
+        assert!(read(&mirror, 5, 4 * CHUNK).await.unwrap() == contents[5..]);
+        mirror.0.stored().await;
+        assert!(fs::read(scratch.file("data")).unwrap() == contents);
+        assert!(read(&mirror, 7, 4 * CHUNK).await.unwrap() == contents[7..]);
+        assert_eq!(lower.take_reads(), [ByteRange::between(0, 4 * CHUNK)]);
+    });
+}
+
+#[test]
 fn who_leaves_neither_stops_a_fetch_nor_fails_others() {
     on_both(|| async {
         let contents = solid(4 << 14);

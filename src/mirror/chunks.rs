@@ -73,6 +73,12 @@ impl Geometry {
         ByteRange::between(start, (start + self.chunk_size()).min(self.size))
     }
 
+    /// `range`, up to whole chunks.
+    pub(super) fn widened(self, range: ByteRange) -> ByteRange {
+        let start = range.start() / self.chunk_size() * self.chunk_size();
+        ByteRange::between(start, range.end().next_multiple_of(self.chunk_size()).min(self.size))
+    }
+
     /// The chunk with this number, if there is one.
     pub(super) fn chunk(self, number: u64) -> Option<Chunk> {
         (number < self.count()).then_some(Chunk(number))

@@ -217,9 +217,7 @@ impl Inner {
     /// Lands those chunks whose bytes here are right. Gives back the others, which are absent now.
     async fn verify(&self, claims: Vec<Claim>) -> Vec<Claim> {
         let range = self.range_of(&claims);
-        let length = to_usize(range.length());
-        let bytes = match self.store.data().read_exact_at(BytesMut::with_capacity(length), length, range.start()).await
-        {
+        let bytes = match self.read_stored(range).await {
             Ok(bytes) => bytes.freeze(),
             // One bad sector must not cost its neighbours.
             Err(_) if claims.len() > 1 => {
@@ -257,6 +255,16 @@ impl Inner {
             bad.push(claim);
         }
         bad
+    }
+
+    /// What the data file has, which for chunks that have just been stored is in the page cache.
+    async fn read_stored(&self, range: ByteRange) -> std::io::Result<BytesMut> {
+        let length = to_usize(range.length());
+        let mut bytes = BytesMut::with_capacity(length);
+        match self.store.data().try_read_at(&mut bytes, length, range.start()) {
+            Inline::Done => Ok(bytes),
+            Inline::WouldBlock => self.store.data().read_exact_at(bytes, length, range.start()).await,
+        }
     }
 
     /// Makes a chunk absent that is not what the map says.

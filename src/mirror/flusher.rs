@@ -23,8 +23,9 @@ use crate::ranges::ByteRange;
 
 /// A group is closed at the latest this long after its first chunk. A crash loses at most so much of the fill.
 const DELAY: Duration = Duration::from_secs(1);
-/// A group is closed when it has this many bytes.
-const BYTES: u64 = 64 << 20;
+/// A group is closed when it has this many bytes: few enough that the kernel does not make writers wait on a machine of
+/// some memory, and so many that syncing does not compete with the fetching of a whole small image.
+const BYTES: u64 = 256 << 20;
 
 /// What is not durable yet.
 #[derive(Debug, Default)]

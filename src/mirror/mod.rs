@@ -44,9 +44,9 @@ use crate::nbd::Extent;
 use crate::nbd::wire::Allocation;
 use crate::ranges::ByteRange;
 use crate::telemetry::{Counter, Seldom};
-use crate::units::{MIB, to_usize};
+use crate::units::{KIB, MIB, to_usize};
 use chart::Chart;
-use chunks::{Chunk, Geometry, State, States};
+use chunks::{Chunk, Geometry, State, States, checksum};
 use fetch::{Claims, Queues};
 use flight::{ChunkData, Claim, Flight, Flights, Slice};
 use flusher::Pending;
@@ -64,6 +64,8 @@ const CACHE_WINDOW: u64 = 8 * MIB;
 const EXTENTS_CHUNKS: u64 = 128 << 10;
 /// How long a question for extents waits for the upstream before it is answered from what is known here.
 const EXTENTS_PATIENCE: Duration = Duration::from_secs(2);
+/// Bytes that are checked for one read without letting others have their turn.
+const CHECKED_INLINE: u64 = 256 * KIB;
 /// The troubles of the disk, and those of the upstream, are told at most this often.
 const WARNINGS: Duration = Duration::from_secs(10);
 /// A chunk that cannot be read, is found right, and cannot be read again is given up after so many times.
@@ -371,6 +373,35 @@ impl Inner {
         }
     }
 
+    /// Reads chunks that are here and have to be checked, if they are in the page cache. Whatever is wrong is left to
+    /// the read that may wait.
+    fn try_read_checked(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
+        let is_here = |chunk| matches!(self.states.get(chunk), State::Resident | State::Volatile | State::Unverified);
+        let whole = self.geometry.widened(range);
+        if whole.length() > CHECKED_INLINE || !self.geometry.chunks(range).all(is_here) {
+            return TryRead::Wait;
+        }
+        let start = output.len();
+        if self.store.data().try_read_at(output, to_usize(whole.length()), whole.start()) == Inline::WouldBlock {
+            return TryRead::Wait;
+        }
+        let mut rest = &output[start..];
+        for chunk in self.geometry.chunks(range) {
+            let (bytes, others) = rest.split_at(to_usize(self.geometry.range(chunk).length()));
+            // Right is what has the checksum, whatever its state has become meanwhile.
+            if checksum(bytes) != self.states.checksum(chunk) {
+                output.truncate(start);
+                return TryRead::Wait;
+            }
+            self.states.change(chunk, State::Unverified, State::Resident);
+            rest = others;
+        }
+        let (from, length) = (to_usize(range.start() - whole.start()), to_usize(range.length()));
+        output.copy_within(start + from..start + from + length, start);
+        output.truncate(start + length);
+        TryRead::Data
+    }
+
     /// Reads a part of one chunk, whatever becomes of it meanwhile.
     async fn read_chunk(self: &Arc<Self>, chunk: Chunk, part: ByteRange) -> Result<Piece> {
         for _ in 0..READS_OF_A_CHUNK {
@@ -488,7 +519,7 @@ impl Export for Mirror {
                 Inline::WouldBlock => TryRead::Wait,
             };
         }
-        if self.0.all_are(range, State::Zero) { TryRead::Hole } else { TryRead::Wait }
+        if self.0.all_are(range, State::Zero) { TryRead::Hole } else { self.0.try_read_checked(range, output) }
     }
 
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {

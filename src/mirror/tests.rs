@@ -272,6 +272,42 @@ fn a_restart_fetches_nothing_that_was_durable() {
 }
 
 #[test]
+fn what_has_to_be_checked_is_answered_at_once_if_it_is_right() {
+    on_both(|| async {
+        let contents = solid((40 << 14) + 5);
+        let end = to_u64(contents.len());
+        let scratch = Scratch::new();
+        let mirror = scratch.open(recorded(&contents));
+        read(&mirror, 0, end).await.unwrap();
+        mirror.0.stored().await;
+        let data = fs::File::options().write(true).open(scratch.file("data")).unwrap();
+        let try_all = |mirror: &Mirror, damaged: u64| {
+            for (start, end) in [(0, CHUNK), (2 * CHUNK + 7, 5 * CHUNK - 7), (36 * CHUNK + 1, end), (9, 10)] {
+                let mut output = BytesMut::from("before");
+                let is_right = !(start / CHUNK..end.div_ceil(CHUNK)).contains(&damaged);
+                let found = mirror.try_read(ByteRange::between(start, end), &mut output);
+                assert_eq!(found, if is_right { TryRead::Data } else { TryRead::Wait }, "{start} {damaged}");
+                let expected = if is_right { &contents[to_usize(start)..to_usize(end)] } else { &[] };
+                assert!(output.strip_prefix(b"before").unwrap() == expected, "{start} {damaged}");
+            }
+            // Too much to be checked while others wait.
+            let long = ByteRange::between(0, 20 * CHUNK);
+            assert_eq!(mirror.try_read(long, &mut BytesMut::new()), TryRead::Wait);
+        };
+        // Not durable yet.
+        try_all(&mirror, u64::MAX);
+        data.write_all_at(b"!", 4 * CHUNK).unwrap();
+        try_all(&mirror, 4);
+        data.write_all_at(&contents[4 << 14..][..1], 4 * CHUNK).unwrap();
+        mirror.settle().await;
+        drop(mirror);
+        // Not read since the start.
+        data.write_all_at(b"!", 40 * CHUNK).unwrap();
+        try_all(&scratch.open(recorded(&contents)), 40);
+    });
+}
+
+#[test]
 fn what_was_not_settled_is_not_in_the_map() {
     on_both(|| async {
         let contents = solid(8 << 14);

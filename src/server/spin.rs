@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 /// About what falling asleep and waking up costs where it costs most.
 const AWAKE: Duration = Duration::from_micros(50);
-/// Looks before one that pays.
-const AT_ONCE: u32 = 2;
+/// Looks in vain before one that pays. A client on another CPU takes longer than so many.
+const AT_ONCE: u32 = 5;
 /// Once in so many times it is tried again, however often it was in vain.
 const SELDOM: u32 = 1024;
 

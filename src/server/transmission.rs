@@ -171,6 +171,10 @@ impl<D: Future<Output = ()>> Transmission<D> {
         self.budget.settle(self.used());
         if turn == Turn::Others {
             tokio::task::yield_now().await;
+            // What has come meanwhile is looked at before more of a long read is sent.
+            if let Poll::Ready(event) = poll_fn(|context| Poll::Ready(self.poll_event(context))).await {
+                self.take_note(&event)?;
+            }
             return Ok(None);
         }
         if !self.wants_input && self.used() < used {
@@ -197,12 +201,18 @@ impl<D: Future<Output = ()>> Transmission<D> {
             // Idle connections, of which there may be thousands, keep no buffer.
             buffers::give_back(&mut self.input);
         }
-        match poll_fn(|context| self.poll_event(context)).await {
+        let event = poll_fn(|context| self.poll_event(context)).await;
+        self.take_note(&event)?;
+        Ok(None)
+    }
+
+    fn take_note(&mut self, event: &Event) -> Result<(), End> {
+        match event {
             Event::Progress => {}
             Event::Readable => self.receive()?,
             Event::Draining => self.phase = Phase::Draining { queued: self.stream.queued()? },
         }
-        Ok(None)
+        Ok(())
     }
 
     /// Looks for input for a short while. Says whether there is some.
@@ -359,6 +369,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
         let moved_before = self.moved();
         while !matches!(self.phase, Phase::Closing(_)) {
             if self.moved() - moved_before >= TURN {
+                self.wants_input = false;
                 return Ok(Turn::Others);
             }
             if self.payload.is_some() {

@@ -184,3 +184,27 @@ fn what_is_neither_file_nor_device_is_refused() {
     .unwrap();
     assert!(File::open(&scratch.path(), Access::ReadOnly).is_err());
 }
+
+#[test]
+fn what_is_in_memory_is_known() {
+    use rustix::fs::{Advice, fadvise};
+    let scratch = Scratch::new();
+    let (size, page) = (1 << 20, 4096);
+    let file = scratch.holding(&pattern(1 << 20));
+    let is_in_memory = |start, end| file.is_in_memory(ByteRange::between(start, end));
+    assert!(is_in_memory(0, size), "it has just been written");
+    assert!(is_in_memory(5000, 5001) && is_in_memory(size - 1, size));
+    fs::File::open(scratch.path()).unwrap().sync_all().unwrap();
+    fadvise(&file, 0, None, Advice::DontNeed).unwrap();
+    assert!(!is_in_memory(0, size), "it has been dropped");
+    assert!(!is_in_memory(page, page + 1));
+    assert!(is_in_memory(page, page), "nothing is always here");
+    assert_eq!(fs::read(scratch.path()).unwrap().len(), 1 << 20);
+    assert!(is_in_memory(0, size), "it has just been read");
+    fadvise(&file, size / 2, None, Advice::DontNeed).unwrap();
+    assert!(!is_in_memory(0, size), "the second half has been dropped");
+    assert!(is_in_memory(0, size / 2));
+    assert!(!is_in_memory(0, size + page), "there is nothing behind the end");
+    assert!(!is_in_memory(size, size + 1));
+    assert!(!is_in_memory(1 << 40, (1 << 40) + 1));
+}

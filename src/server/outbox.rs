@@ -388,8 +388,13 @@ impl Drop for Streaming {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::{Access, File};
+    use crate::net::Detached;
     use futures_util::poll;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
     use std::pin::pin;
+    use std::sync::Arc;
 
     /// What would be sent, in order.
     fn contents(outbox: &Outbox) -> Vec<u8> {
@@ -468,5 +473,54 @@ mod tests {
         outbox.inner.borrow_mut().advance(1);
         outbox.sendable.set(HIGH_WATER - 1);
         assert!(poll!(&mut next).is_ready());
+    }
+
+    /// Receives what has been sent.
+    fn receive(socket: &mut UnixStream, received: &mut Vec<u8>) {
+        let before = received.len();
+        match socket.read_to_end(received) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            result => panic!("{result:?}"),
+        }
+        assert!(received.len() > before, "nothing was sent");
+    }
+
+    #[tokio::test]
+    async fn a_file_that_leaves_the_memory_while_it_waits_is_read_again() {
+        const SIZE: usize = 4 << 20;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let bytes: Vec<u8> = (0..SIZE).map(|index| u8::try_from(index * 7 % 251).unwrap()).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        std::fs::File::open(&path).unwrap().sync_all().unwrap();
+        let file = Arc::new(File::open(&path, Access::ReadOnly).unwrap());
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let socket = Detached::from_unix(ours).unwrap().attach().unwrap();
+
+        let outbox = Outbox::default();
+        let range = ByteRange::between(1, to_u64(SIZE));
+        let header = |tail: &mut BytesMut| tail.extend_from_slice(b"header");
+        outbox.send_file(header, FileRange { file: Arc::clone(&file), range });
+        outbox.send(frame(b"next", Bytes::new()));
+        let mut received = Vec::new();
+        assert!(outbox.flush(&socket).unwrap().is_none(), "it was in memory a moment ago");
+        assert!(outbox.has_something_to_send() && !outbox.is_clear(), "no socket takes so much");
+        rustix::fs::fadvise(&*file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        receive(&mut theirs, &mut received);
+        let frozen = outbox.flush(&socket).unwrap().expect("the rest has to be read");
+        assert_eq!(frozen.range, ByteRange::between(to_u64(received.len() - b"header".len() + 1), to_u64(SIZE)));
+        assert!(!outbox.has_something_to_send() && !outbox.is_clear(), "room to send is of no use now");
+        assert!(outbox.flush(&socket).unwrap().is_none(), "it is asked for once");
+        assert_eq!(outbox.queued(), to_usize(frozen.range.length()) + b"next".len());
+        outbox.thaw(Bytes::copy_from_slice(&bytes[to_usize(frozen.range.start())..]));
+        while !outbox.is_clear() {
+            assert!(outbox.has_something_to_send());
+            socket.writable().await.unwrap();
+            assert!(outbox.flush(&socket).unwrap().is_none());
+            receive(&mut theirs, &mut received);
+        }
+        assert_eq!(outbox.queued(), 0);
+        assert!(received == [b"header", &bytes[1..], b"next"].concat());
     }
 }

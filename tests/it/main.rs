@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `support` | the program under test, other servers and clients, a link that can be cut |
 //! | `handshake`, `transmission` | the server, byte by byte, as good and bad clients use it |
+//! | `data_path` | long reads and merged writes, as the server does them in parts, in any mixture |
 //! | `serve` | real images: files, devices, durability, several views of one image |
 //! | `mirror` | what reaches the upstream, and what clients get when it misbehaves |
 //! | `crash` | kill, restart, compare |
@@ -25,6 +26,7 @@
 
 mod command_line;
 mod crash;
+mod data_path;
 mod faults;
 mod handshake;
 mod interop_clients;

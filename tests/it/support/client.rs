@@ -91,7 +91,40 @@ pub(crate) struct Reply {
     pub(crate) other: Vec<(u16, Vec<u8>)>,
 }
 
+/// A simple reply, or one chunk of a reply.
+#[derive(Debug)]
+pub(crate) struct Frame {
+    pub(crate) cookie: u64,
+    pub(crate) part: Part,
+    pub(crate) last: Last,
+}
+
+/// What a frame carries.
+#[derive(Debug)]
+pub(crate) enum Part {
+    Nothing,
+    Data(u64, Vec<u8>),
+    Hole(u64, u32),
+    Failure(ErrorKind),
+    Other(u16, Vec<u8>),
+}
+
 impl Reply {
+    const fn to(cookie: u64) -> Self {
+        Self { cookie, error: None, content: Vec::new(), other: Vec::new() }
+    }
+
+    fn add(&mut self, frame: Frame) -> Last {
+        match frame.part {
+            Part::Nothing => {}
+            Part::Data(offset, data) => self.content.push((offset, Ok(data))),
+            Part::Hole(offset, length) => self.content.push((offset, Err(length))),
+            Part::Failure(error) => self.error = Some(error),
+            Part::Other(kind, payload) => self.other.push((kind, payload)),
+        }
+        frame.last
+    }
+
     /// The bytes that the content stands for.
     pub(crate) fn bytes(&self) -> Vec<u8> {
         assert_eq!(self.error, None);
@@ -215,43 +248,68 @@ impl Client {
     }
 
     pub(crate) fn try_receive(&mut self) -> io::Result<Reply> {
-        let mut content = Vec::new();
-        let mut other = Vec::new();
-        let mut failure = None;
+        let mut reply: Option<Reply> = None;
         loop {
-            let (header, length) = loop {
-                if let Some(found) = reply::decode(&self.input, self.agreed.replies).map_err(io::Error::other)? {
-                    break found;
-                }
-                read_some(&mut self.socket, &mut self.input)?;
-            };
-            self.input.advance(length);
-            match header {
-                reply::Header::Simple { cookie, error } => {
-                    if let (Some(length), None) = (self.reads.remove(&cookie), error) {
-                        content.push((0, Ok(self.take(length)?)));
+            let frame = self.try_receive_frame()?;
+            let reply = reply.get_or_insert_with(|| Reply::to(frame.cookie));
+            assert_eq!(reply.cookie, frame.cookie, "chunks of several replies are mixed");
+            if reply.add(frame) == Last::Yes {
+                return Ok(std::mem::replace(reply, Reply::to(0)));
+            }
+        }
+    }
+
+    /// Receives so many replies whose chunks may be mixed, in the order in which they end.
+    pub(crate) fn receive_mixed(&mut self, count: usize) -> Vec<Reply> {
+        let (mut begun, mut whole) = (std::collections::HashMap::new(), Vec::new());
+        while whole.len() < count {
+            let frame = self.try_receive_frame().unwrap();
+            let cookie = frame.cookie;
+            let reply = begun.entry(cookie).or_insert_with(|| Reply::to(cookie));
+            if reply.add(frame) == Last::Yes {
+                whole.extend(begun.remove(&cookie));
+            }
+        }
+        assert!(begun.is_empty(), "there are more replies than requests: {:?}", begun.keys());
+        whole
+    }
+
+    /// Receives a simple reply, or one chunk.
+    pub(crate) fn try_receive_frame(&mut self) -> io::Result<Frame> {
+        let (header, length) = loop {
+            if let Some(found) = reply::decode(&self.input, self.agreed.replies).map_err(io::Error::other)? {
+                break found;
+            }
+            read_some(&mut self.socket, &mut self.input)?;
+        };
+        self.input.advance(length);
+        match header {
+            reply::Header::Simple { cookie, error } => {
+                let part = match (self.reads.remove(&cookie), error) {
+                    (_, Some(error)) => Part::Failure(error),
+                    (Some(length), None) => Part::Data(0, self.take(length)?),
+                    (None, None) => Part::Nothing,
+                };
+                Ok(Frame { cookie, part, last: Last::Yes })
+            }
+            reply::Header::Chunk { cookie, kind, length, last } => {
+                let payload = self.take(usize::try_from(length).unwrap())?;
+                let part = match kind {
+                    chunk::OFFSET_DATA => Part::Data((&payload[..]).get_u64(), payload[8..].to_vec()),
+                    chunk::OFFSET_HOLE => {
+                        let (offset, hole) = reply::decode_hole(&payload).map_err(io::Error::other)?;
+                        Part::Hole(offset, hole)
                     }
-                    return Ok(Reply { cookie, error, content, other });
-                }
-                reply::Header::Chunk { cookie, kind, length, last } => {
-                    let payload = self.take(usize::try_from(length).unwrap())?;
-                    match kind {
-                        chunk::OFFSET_DATA => content.push(((&payload[..]).get_u64(), Ok(payload[8..].to_vec()))),
-                        chunk::OFFSET_HOLE => {
-                            let (offset, hole) = reply::decode_hole(&payload).map_err(io::Error::other)?;
-                            content.push((offset, Err(hole)));
-                        }
-                        chunk::NONE => {}
-                        kind if kind & chunk::ERROR_BIT != 0 => {
-                            failure = Some(reply::decode_error(kind, &payload).map_err(io::Error::other)?.0);
-                        }
-                        kind => other.push((kind, payload)),
+                    chunk::NONE => Part::Nothing,
+                    kind if kind & chunk::ERROR_BIT != 0 => {
+                        Part::Failure(reply::decode_error(kind, &payload).map_err(io::Error::other)?.0)
                     }
-                    if last == Last::Yes {
-                        self.reads.remove(&cookie);
-                        return Ok(Reply { cookie, error: failure, content, other });
-                    }
+                    kind => Part::Other(kind, payload),
+                };
+                if last == Last::Yes {
+                    self.reads.remove(&cookie);
                 }
+                Ok(Frame { cookie, part, last })
             }
         }
     }

@@ -178,6 +178,27 @@ fn a_short_read_overtakes_a_long_one() {
 }
 
 #[test]
+fn a_short_read_overtakes_a_long_one_that_never_stalls() {
+    let scratch = Scratch::new();
+    let image = scratch.file("image.raw", &noise(33 << 20, 57));
+    let both = Both::serve(&scratch, &image);
+    for uri in both.uris() {
+        let mut client = Client::open(uri);
+        client.send_raw(read(1, 5, MAX_PAYLOAD_BYTES, CommandFlags::empty()), &[]);
+        assert_eq!(client.try_receive_frame().unwrap().cookie, 1);
+        client.send_raw(read(2, 12_345, 4096, CommandFlags::empty()), &[]);
+        let mut ends = Vec::new();
+        while ends.len() < 2 {
+            let frame = client.try_receive_frame().unwrap();
+            if frame.last == Last::Yes {
+                ends.push(frame.cookie);
+            }
+        }
+        assert_eq!(ends, [2, 1], "the short read waited for all of the long one ({uri})");
+    }
+}
+
+#[test]
 fn bytes_that_leave_the_memory_while_they_wait_to_be_sent_are_right() {
     let scratch = Scratch::new();
     let bytes = noise(33 << 20, 53);

@@ -360,11 +360,16 @@ impl Client {
 
 fn read_some(socket: &mut Socket, input: &mut BytesMut) -> io::Result<()> {
     let mut buffer = [0; 64 << 10];
-    match socket.read(&mut buffer)? {
-        0 => Err(io::ErrorKind::UnexpectedEof.into()),
-        count => {
-            input.extend_from_slice(&buffer[..count]);
-            Ok(())
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => {
+                input.extend_from_slice(&buffer[..count]);
+                return Ok(());
+            }
+            // The rings of a server in this process send signals to its threads.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
     }
 }

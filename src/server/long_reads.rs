@@ -115,7 +115,7 @@ impl LongRead {
         let segment = first_segment(self.rest, family);
         let sent = if self.is_in_chunks(session) || (self.stream.is_none() && segment == self.rest) {
             let last = if segment == self.rest { Last::Yes } else { Last::No };
-            send_chunk(session, self.to, segment, self.fragments, last, family)
+            send_chunk(session, self.to, segment, self.fragments, last, in_file(session, segment, family))
         } else {
             self.send_part(session, segment, family)
         };
@@ -152,14 +152,7 @@ impl LongRead {
         } else {
             stream.append(|tail| {
                 header(tail);
-                match session.export.try_read(segment, tail) {
-                    TryRead::Data => true,
-                    TryRead::Hole => {
-                        tail.put_bytes(0, to_usize(segment.length()));
-                        true
-                    }
-                    TryRead::Wait => false,
-                }
+                is_filled(session.export.try_read(segment, tail), segment, tail)
             })
         };
         // A frame of which nothing has been said has not begun.
@@ -174,21 +167,29 @@ fn in_file(session: &Session, range: ByteRange, family: Family) -> Option<FileRa
     (family == Family::Unix && range.length() >= UNCOPIED).then(|| session.export.in_file(range)).flatten()
 }
 
-/// Sends `range`, which is a reply or a chunk of one, if that needs no waiting.
+/// Completes what was read of `range`: a hole becomes zeroes. Whether it could be read.
+fn is_filled(read: TryRead, range: ByteRange, tail: &mut BytesMut) -> bool {
+    if read == TryRead::Hole {
+        tail.put_bytes(0, to_usize(range.length()));
+    }
+    read != TryRead::Wait
+}
+
+/// Sends `range`, which is a reply or a chunk of one, if that needs no waiting: from `place`, or with a copy.
 pub(super) fn send_chunk(
     session: &Session,
     to: ReplyTo,
     range: ByteRange,
     fragments: Fragments,
     last: Last,
-    family: Family,
+    place: Option<FileRange>,
 ) -> bool {
     let mode = session.rules.mode;
     let header = |tail: &mut BytesMut| reply::put_data_header(tail, mode, to, range.start(), range.length(), last);
     if session.outbox.is_streaming() {
         return false;
     }
-    if let Some(place) = in_file(session, range, family) {
+    if let Some(place) = place {
         session.outbox.send_file(header, place);
         return true;
     }
@@ -196,18 +197,13 @@ pub(super) fn send_chunk(
         let start = tail.len();
         header(tail);
         match session.export.try_read(range, tail) {
-            TryRead::Data => true,
             TryRead::Hole if mode != ReplyMode::Simple && fragments == Fragments::Allowed => {
                 tail.truncate(start);
                 let length = u32::try_from(range.length()).expect("segments are short");
                 reply::put_hole(tail, mode, to, range.start(), length, last);
                 true
             }
-            TryRead::Hole => {
-                tail.put_bytes(0, to_usize(range.length()));
-                true
-            }
-            TryRead::Wait => false,
+            read => is_filled(read, range, tail),
         }
     })
 }

@@ -70,7 +70,7 @@ impl Awake<'_> {
     /// Input came.
     pub(super) fn found(self) {
         if self.looks >= AT_ONCE {
-            // What dropping does is half of it.
+            // Then no chance is left out when this is dropped, which it is here.
             self.spin.pause = 0;
         }
     }

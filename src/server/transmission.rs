@@ -27,7 +27,7 @@ use crate::clock;
 use crate::export::FileRange;
 use crate::nbd::reply::{Last, ReplyTo};
 use crate::nbd::request::{self, Checked, Command, Fragments, Header, Violation, header_length};
-use crate::net::{Family, Stream};
+use crate::net::Stream;
 use crate::ranges::ByteRange;
 use crate::units::{KIB, to_usize};
 
@@ -442,7 +442,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
 
     fn read_inline(&self, to: ReplyTo, range: ByteRange, fragments: Fragments) -> bool {
         // With a copy: many short replies leave in one send.
-        let answered = long_reads::send_chunk(&self.session, to, range, fragments, Last::Yes, Family::Tcp);
+        let answered = long_reads::send_chunk(&self.session, to, range, fragments, Last::Yes, None);
         if answered {
             Counts::add(&self.session.counts.read_bytes, range.length());
         }

@@ -144,6 +144,18 @@ fn long_and_short_reads_in_flight_together_are_each_answered_once() {
     }
 }
 
+/// The cookies of two replies, in the order in which they end.
+fn order_of_ends(client: &mut Client) -> [u64; 2] {
+    std::array::from_fn(|_| {
+        loop {
+            let frame = client.try_receive_frame().unwrap();
+            if frame.last == Last::Yes {
+                return frame.cookie;
+            }
+        }
+    })
+}
+
 #[test]
 fn a_short_read_overtakes_a_long_one() {
     let scratch = Scratch::new();
@@ -164,14 +176,11 @@ fn a_short_read_overtakes_a_long_one() {
                 } else {
                     client.send_together([long, short].into_iter());
                 }
-                let mut ends = Vec::new();
-                while ends.len() < 2 {
-                    let frame = client.try_receive_frame().unwrap();
-                    if frame.last == Last::Yes {
-                        ends.push(frame.cookie);
-                    }
-                }
-                assert_eq!(ends, [2, 1], "the short read waited for all of the long one ({uri}, {is_later})");
+                assert_eq!(
+                    order_of_ends(&mut client),
+                    [2, 1],
+                    "the short read waited for all of the long one ({uri}, {is_later})"
+                );
             }
         }
     }
@@ -187,14 +196,7 @@ fn a_short_read_overtakes_a_long_one_that_never_stalls() {
         client.send_raw(read(1, 5, MAX_PAYLOAD_BYTES, CommandFlags::empty()), &[]);
         assert_eq!(client.try_receive_frame().unwrap().cookie, 1);
         client.send_raw(read(2, 12_345, 4096, CommandFlags::empty()), &[]);
-        let mut ends = Vec::new();
-        while ends.len() < 2 {
-            let frame = client.try_receive_frame().unwrap();
-            if frame.last == Last::Yes {
-                ends.push(frame.cookie);
-            }
-        }
-        assert_eq!(ends, [2, 1], "the short read waited for all of the long one ({uri})");
+        assert_eq!(order_of_ends(&mut client), [2, 1], "the short read waited for all of the long one ({uri})");
     }
 }
 

@@ -7,11 +7,10 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::Read;
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -25,7 +24,7 @@ use headwater::nbd::request::{self, Header};
 use headwater::nbd::wire::{CommandFlags, MAX_PAYLOAD_BYTES, TransmissionFlags, command};
 use headwater::nbd::{BlockSizes, Listing};
 use headwater::units::{MIB, to_u64, to_usize};
-use rustix::net::SendFlags;
+use rustix::net::{RecvFlags, SendFlags};
 
 /// Replies are sent when there are this many bytes of them.
 const BATCH: u64 = MIB;
@@ -53,19 +52,19 @@ pub(crate) fn main(words: impl IntoIterator<Item = OsString>) -> anyhow::Result<
     let served = Arc::new(Served { size: file.metadata()?.len(), file, sendfile: arguments.sendfile });
     if let Some(path) = &arguments.unix {
         for socket in UnixListener::bind(path)?.incoming() {
-            begin(Socket::Unix(socket?), Arc::clone(&served))?;
+            begin(socket?.into(), Arc::clone(&served))?;
         }
     }
     let port = arguments.tcp.context("neither --unix nor --tcp")?;
     for socket in TcpListener::bind(("127.0.0.1", port))?.incoming() {
         let socket = socket?;
         socket.set_nodelay(true)?;
-        begin(Socket::Tcp(socket), Arc::clone(&served))?;
+        begin(socket.into(), Arc::clone(&served))?;
     }
     Ok(())
 }
 
-fn begin(socket: Socket, served: Arc<Served>) -> anyhow::Result<()> {
+fn begin(socket: OwnedFd, served: Arc<Served>) -> anyhow::Result<()> {
     // A client that has gone or errs loses its connection, which is all that it needs to know.
     let work = move || drop(Connection::new(socket, &served).and_then(|mut connection| connection.serve()));
     std::thread::Builder::new().name("limit".into()).spawn(work)?;
@@ -104,41 +103,22 @@ impl Directory for Served {
     }
 }
 
-enum Socket {
-    Tcp(TcpStream),
-    Unix(UnixStream),
+fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> anyhow::Result<usize> {
+    let (_, received) = rustix::net::recv(socket, buffer, RecvFlags::empty())?;
+    ensure!(received > 0, "the client has gone");
+    Ok(received)
 }
 
-impl AsFd for Socket {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(socket) => socket.as_fd(),
-            Self::Unix(socket) => socket.as_fd(),
-        }
+fn send_all(socket: &OwnedFd, mut bytes: &[u8], flags: SendFlags) -> anyhow::Result<()> {
+    while !bytes.is_empty() {
+        bytes = &bytes[rustix::net::send(socket, bytes, SendFlags::NOSIGNAL | flags)?..];
     }
-}
-
-impl Socket {
-    fn receive(&mut self, buffer: &mut [u8]) -> anyhow::Result<usize> {
-        let received = match self {
-            Self::Tcp(socket) => socket.read(buffer)?,
-            Self::Unix(socket) => socket.read(buffer)?,
-        };
-        ensure!(received > 0, "the client has gone");
-        Ok(received)
-    }
-
-    fn send_all(&self, mut bytes: &[u8], flags: SendFlags) -> anyhow::Result<()> {
-        while !bytes.is_empty() {
-            bytes = &bytes[rustix::net::send(self, bytes, SendFlags::NOSIGNAL | flags)?..];
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 /// One client.
 struct Connection<'a> {
-    socket: Socket,
+    socket: OwnedFd,
     served: &'a Served,
     mode: ReplyMode,
     input: Vec<u8>,
@@ -151,26 +131,26 @@ struct Connection<'a> {
 }
 
 impl<'a> Connection<'a> {
-    fn new(mut socket: Socket, served: &'a Served) -> anyhow::Result<Self> {
+    fn new(socket: OwnedFd, served: &'a Served) -> anyhow::Result<Self> {
         let (mut received, mut output) = (BytesMut::new(), BytesMut::new());
         let mut handshake = ServerHandshake::new(&mut output);
         let mut input = vec![0; INPUT];
         let negotiated = loop {
-            socket.send_all(&output, SendFlags::empty())?;
+            send_all(&socket, &output, SendFlags::empty())?;
             output.clear();
             match handshake.advance(&mut received, served, &mut output)? {
                 Progress::Finished(negotiated) => break negotiated,
                 Progress::Aborted => bail!("the client has gone"),
                 Progress::Continue => {}
                 Progress::NeedInput => {
-                    socket.send_all(&output, SendFlags::empty())?;
+                    send_all(&socket, &output, SendFlags::empty())?;
                     output.clear();
-                    let count = socket.receive(&mut input)?;
+                    let count = receive(&socket, &mut input)?;
                     received.extend_from_slice(&input[..count]);
                 }
             }
         };
-        socket.send_all(&output, SendFlags::empty())?;
+        send_all(&socket, &output, SendFlags::empty())?;
         let left = received.len();
         input[..left].copy_from_slice(&received);
         let output = vec![0; to_usize(MAX_PAYLOAD_BYTES + BATCH)];
@@ -187,7 +167,7 @@ impl<'a> Connection<'a> {
             self.flush(SendFlags::empty())?;
             self.input.copy_within(self.filled.clone(), 0);
             self.filled = 0..self.filled.len();
-            self.filled.end += self.socket.receive(&mut self.input[self.filled.end..])?;
+            self.filled.end += receive(&self.socket, &mut self.input[self.filled.end..])?;
         }
     }
 
@@ -252,7 +232,7 @@ impl<'a> Connection<'a> {
         self.output[..here].copy_from_slice(&self.input[start..start + here]);
         let mut at = here;
         while at < length {
-            at += self.socket.receive(&mut self.output[at..length])?;
+            at += receive(&self.socket, &mut self.output[at..length])?;
         }
         self.served.file.write_all_at(&self.output[..length], request.offset)?;
         Ok(())
@@ -272,7 +252,7 @@ impl<'a> Connection<'a> {
     }
 
     fn flush(&mut self, flags: SendFlags) -> anyhow::Result<()> {
-        self.socket.send_all(&self.output[..self.used], flags)?;
+        send_all(&self.socket, &self.output[..self.used], flags)?;
         self.used = 0;
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice};
 use std::net::TcpStream;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -26,17 +26,11 @@ const SLICES: usize = 64;
 
 /// A connected socket.
 #[derive(Debug)]
-pub(crate) enum Socket {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
+pub(crate) struct Socket(OwnedFd);
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(socket) => socket.as_fd(),
-            Self::Unix(socket) => socket.as_fd(),
-        }
+        self.0.as_fd()
     }
 }
 
@@ -54,12 +48,12 @@ impl Socket {
                 let socket = TcpStream::connect((host.as_str(), *port))?;
                 // Requests must not wait for more to come.
                 socket.set_nodelay(true)?;
-                Self::Tcp(socket)
+                OwnedFd::from(socket)
             }
-            Address::Unix(path) => Self::Unix(UnixStream::connect(path)?),
+            Address::Unix(path) => UnixStream::connect(path)?.into(),
         };
         SockRef::from(&socket).set_read_timeout(Some(PATIENCE))?;
-        Ok(socket)
+        Ok(Self(socket))
     }
 
     /// Receives what has come; `None` when that is nothing. An end is an error.
@@ -217,7 +211,7 @@ mod tests {
     fn requests_and_payloads_leave_in_order_through_a_narrow_socket() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         SockRef::from(&ours).set_send_buffer_size(4096).unwrap();
-        let socket = Socket::Unix(ours);
+        let socket = Socket(ours.into());
         let payloads: Vec<u8> = (0..=250).cycle().take(40_000).collect();
         let mut outbox = Outbox::default();
         let mut expected = BytesMut::new();

@@ -15,6 +15,7 @@
 //! | 0 | [`error`] | what can go wrong with a request |
 //! | 1 | [`nbd`] | the protocol without I/O, both roles |
 //! | 1 | [`disk`] | files by io_uring; nearly all unsafe code |
+//! | 1 | [`manifest`] | what an image holds: digests, identity |
 //! | 1 | [`telemetry`] | logs and counters |
 //! | 2 | [`net`] | sockets |
 //! | 2 | [`worker`] | one thread per core |
@@ -34,6 +35,7 @@ pub mod disk;
 pub mod error;
 pub mod export;
 pub mod image;
+pub mod manifest;
 pub mod mirror;
 pub mod nbd;
 pub mod net;

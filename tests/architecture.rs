@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The rooms and their levels. A room may import rooms of lower levels only.
-const LEVELS: [(&str, u32); 15] = [
+const LEVELS: [(&str, u32); 16] = [
     ("units", 0),
     ("ranges", 0),
     ("clock", 0),
     ("error", 0),
     ("nbd", 1),
     ("disk", 1),
+    ("manifest", 1),
     ("telemetry", 1),
     ("net", 2),
     ("worker", 2),

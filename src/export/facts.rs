@@ -3,11 +3,11 @@
 use std::fmt;
 use std::str::FromStr;
 
-use bitflags::bitflags;
-use thiserror::Error;
-
+pub use crate::manifest::ImageId;
+use crate::manifest::{ParseIdError, parse_hex, write_hex};
 use crate::nbd::BlockSizes;
 use crate::nbd::wire::BASE_ALLOCATION;
+use bitflags::bitflags;
 
 /// The facts of an export. [`Facts::size`] and the capabilities are fixed for its life.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,41 +86,9 @@ bitflags! {
     }
 }
 
-/// The identity of an image: the BLAKE3 root of its manifest.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ImageId(pub [u8; 32]);
-
 /// Names one mirror's cache, for life; drawn at random when the cache is made.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct NodeId(pub [u8; 16]);
-
-/// A text is not an identity of this kind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-#[error("not an identity")]
-pub struct ParseIdError;
-
-const IMAGE_PREFIX: &str = "blake3-";
-
-impl fmt::Display for ImageId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(IMAGE_PREFIX)?;
-        write_hex(f, &self.0)
-    }
-}
-
-impl FromStr for ImageId {
-    type Err = ParseIdError;
-
-    fn from_str(text: &str) -> Result<Self, ParseIdError> {
-        text.strip_prefix(IMAGE_PREFIX).and_then(parse_hex).map(Self).ok_or(ParseIdError)
-    }
-}
-
-impl fmt::Debug for ImageId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
 
 impl fmt::Display for NodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -140,21 +108,6 @@ impl fmt::Debug for NodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
-}
-
-fn write_hex(f: &mut fmt::Formatter<'_>, bytes: &[u8]) -> fmt::Result {
-    bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-}
-
-fn parse_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let mut bytes = [0; N];
-    if text.len() != 2 * N || !text.bytes().all(|digit| digit.is_ascii_hexdigit()) {
-        return None;
-    }
-    for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
-    }
-    Some(bytes)
 }
 
 /// The namespace of everything that only Headwater servers say to each other.

@@ -65,7 +65,15 @@ pub struct FileRange {
     pub file: Arc<File>,
     /// Where in the file; never empty.
     pub range: ByteRange,
+    /// Whoever keeps this keeps the file's owner from changing those bytes.
+    pub hold: Option<Hold>,
 }
+
+/// Keeps something from being taken away; what it is depends on who gave it.
+pub type Hold = Arc<dyn fmt::Debug + Send + Sync>;
+
+/// Says whether pieces are the bytes that they should be.
+pub type Check<'a> = dyn Fn(&[Piece]) -> bool + 'a;
 
 /// How [`Export::try_read`] ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,8 +130,9 @@ pub trait Export: fmt::Debug + Send + Sync {
     /// Where `range`, which is not empty, lies in a file and can be sent from without waiting: its bytes are in memory
     /// now. `None`: read it.
     ///
-    /// A socket takes such bytes when its peer does, which may be long after the call. An export whose file changes
-    /// otherwise than by its clients' own writes must see to it that these bytes stay right until then.
+    /// A socket takes such bytes when its peer does, which may be long after they were given to it. An export whose file
+    /// changes otherwise than by its clients' own writes must see to it that these bytes stay right until then: as long
+    /// as its hold lives, and as long as the kernel has references to the pages.
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
         let _ = range;
         None
@@ -131,6 +140,21 @@ pub trait Export: fmt::Debug + Send + Sync {
 
     /// Reads `range`: pieces in order that add up to it.
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>>;
+
+    /// Reads `range` like [`Self::read`], and gives only what passes `check`. An export that has several sources asks
+    /// the next one when the bytes of one are wrong; when none is left it fails.
+    fn read_verified<'a>(&'a self, range: ByteRange, check: &'a Check<'a>) -> LocalFuture<'a, Result<Vec<Piece>>> {
+        Box::pin(async move {
+            let pieces = self.read(range).await?;
+            if check(&pieces) { Ok(pieces) } else { Err(wrong_bytes(range)) }
+        })
+    }
+
+    /// The manifest of the image that [`Facts::identity`] names, as an export of its own: the bytes of
+    /// [`manifest`](crate::manifest) without a source. `None` if there is none.
+    fn manifest(&self) -> Option<SharedExport> {
+        None
+    }
 
     /// Replaces the bytes from `offset` on by `parts`, one behind the other, if that needs no waiting. Like
     /// [`Self::write`] without durability.
@@ -174,6 +198,12 @@ pub trait Export: fmt::Debug + Send + Sync {
         let _ = (context, limit);
         Box::pin(std::future::ready(Ok(vec![Extent { length: range.length(), status: 0 }])))
     }
+}
+
+/// What a read of wrong bytes ends with.
+pub fn wrong_bytes(range: ByteRange) -> Error {
+    let (length, start) = (range.length(), range.start());
+    Error::new(ErrorKind::Io, format!("{length} bytes at {start} are not those of the image"))
 }
 
 fn refuse_writes<'a>() -> LocalFuture<'a, Result<()>> {

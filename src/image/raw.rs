@@ -396,7 +396,11 @@ impl Export for RawImage {
 
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
         let is_data = self.file.kind() == Kind::BlockDevice || self.layout.is_data(range);
-        (is_data && self.file.is_in_memory(range)).then(|| FileRange { file: Arc::clone(&self.file), range })
+        (is_data && self.file.is_in_memory(range)).then(|| FileRange {
+            file: Arc::clone(&self.file),
+            range,
+            hold: None,
+        })
     }
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {

@@ -156,14 +156,6 @@ pub(super) fn checksum(bytes: &[u8]) -> u32 {
     u32::try_from(crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes)).expect("CRC-32C has 32 bits")
 }
 
-/// Whether all bytes are zero. Stops at the first block that is not, which for data is the first.
-pub(super) fn is_zero(bytes: &[u8]) -> bool {
-    let blocks = bytes.chunks_exact(64);
-    let rest = blocks.remainder();
-    rest.iter().all(|byte| *byte == 0)
-        && blocks.into_iter().all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -173,17 +165,6 @@ mod tests {
     fn the_checksum_is_crc_32c() {
         assert_eq!(checksum(b"123456789"), 0xe306_9283);
         assert_eq!(checksum(&[0; 32]), 0x8a91_36aa);
-    }
-
-    #[test]
-    fn zeroes_are_recognised_wherever_the_one_is() {
-        let mut bytes = vec![0; 200];
-        assert!(is_zero(&bytes) && is_zero(&[]));
-        for index in 0..200 {
-            bytes[index] = 1;
-            assert!(!is_zero(&bytes), "{index}");
-            bytes[index] = 0;
-        }
     }
 
     proptest! {

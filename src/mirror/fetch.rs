@@ -502,7 +502,7 @@ fn contiguous(arrivals: &[Arrival]) -> impl Iterator<Item = Write<'_>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mirror::chunks::is_zero;
+    use crate::manifest::is_zero;
     use bytes::Bytes;
     use proptest::prelude::*;
 

@@ -12,8 +12,9 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::chunks::{Chunk, is_zero};
+use super::chunks::Chunk;
 use crate::error::{Error, ErrorKind, Result};
+use crate::manifest::is_zero;
 
 /// The bytes of one chunk.
 #[derive(Debug, Clone, PartialEq, Eq)]

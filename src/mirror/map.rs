@@ -30,6 +30,7 @@ use thiserror::Error;
 
 use super::chunks::{Chunk, Geometry, State, States, checksum};
 use crate::export::{ImageId, NodeId};
+pub use crate::manifest::CHUNK_SIZES;
 use crate::units::to_usize;
 
 /// The unit of writing.
@@ -41,9 +42,6 @@ const MAGIC: &[u8; 8] = b"HEADWMAP";
 const VERSION: u32 = 1;
 const STATES_AT: usize = 16;
 const CHECKSUMS_AT: usize = STATES_AT + 800;
-
-/// The smallest and the largest chunk.
-pub const CHUNK_SIZES: std::ops::RangeInclusive<u32> = 4096..=4 << 20;
 
 /// What a map says of its image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

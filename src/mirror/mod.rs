@@ -524,8 +524,11 @@ impl Export for Mirror {
 
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
         let file = self.0.store.data();
-        (self.0.all_are(range, State::Resident) && file.is_in_memory(range))
-            .then(|| FileRange { file: Arc::clone(file), range })
+        (self.0.all_are(range, State::Resident) && file.is_in_memory(range)).then(|| FileRange {
+            file: Arc::clone(file),
+            range,
+            hold: None,
+        })
     }
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {

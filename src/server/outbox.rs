@@ -306,7 +306,7 @@ impl Inner {
             let (count, more) = self.slices(&mut slices);
             return socket.try_write_vectored(&slices[..count], more).map(Sent::Bytes);
         };
-        let FileRange { file, range } = &part.place;
+        let FileRange { file, range, .. } = &part.place;
         if !std::mem::take(&mut part.is_warm) && !file.is_in_memory(*range) {
             return Ok(Sent::NotInMemory(part.place.clone()));
         }
@@ -501,7 +501,7 @@ mod tests {
         let outbox = Outbox::default();
         let range = ByteRange::between(1, to_u64(SIZE));
         let header = |tail: &mut BytesMut| tail.extend_from_slice(b"header");
-        outbox.send_file(header, FileRange { file: Arc::clone(&file), range });
+        outbox.send_file(header, FileRange { file: Arc::clone(&file), range, hold: None });
         outbox.send(frame(b"next", Bytes::new()));
         let mut received = Vec::new();
         assert!(outbox.flush(&socket).unwrap().is_none(), "it was in memory a moment ago");

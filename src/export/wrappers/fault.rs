@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use bytes::{Bytes, BytesMut};
 
 use crate::error::{Error, Result};
-use crate::export::{Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite};
+use crate::export::{Check, Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite};
 use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::ranges::ByteRange;
@@ -60,6 +60,14 @@ impl Export for Fault {
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         self.check(range, || self.below.read(range))
+    }
+
+    fn read_verified<'a>(&'a self, range: ByteRange, check: &'a Check<'a>) -> LocalFuture<'a, Result<Vec<Piece>>> {
+        self.check(range, || self.below.read_verified(range, check))
+    }
+
+    fn manifest(&self) -> Option<SharedExport> {
+        self.below.manifest()
     }
 
     fn try_write(&self, _: u64, _: &[IoSlice<'_>]) -> TryWrite {

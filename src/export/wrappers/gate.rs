@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::Semaphore;
 
 use crate::error::Result;
-use crate::export::{Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite};
+use crate::export::{Check, Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite};
 use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::ranges::ByteRange;
@@ -35,6 +35,13 @@ impl Gate {
         self.passes.close();
     }
 
+    async fn pass(&self) {
+        self.waiting.send_modify(|arrived| *arrived += 1);
+        if let Ok(pass) = self.passes.acquire().await {
+            pass.forget();
+        }
+    }
+
     /// Waits until `count` reads have arrived at the gate since it was made.
     pub async fn arrived(&self, count: usize) {
         let mut waiting = self.waiting.subscribe();
@@ -59,12 +66,20 @@ impl Export for Gate {
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         Box::pin(async move {
-            self.waiting.send_modify(|arrived| *arrived += 1);
-            if let Ok(pass) = self.passes.acquire().await {
-                pass.forget();
-            }
+            self.pass().await;
             self.below.read(range).await
         })
+    }
+
+    fn read_verified<'a>(&'a self, range: ByteRange, check: &'a Check<'a>) -> LocalFuture<'a, Result<Vec<Piece>>> {
+        Box::pin(async move {
+            self.pass().await;
+            self.below.read_verified(range, check).await
+        })
+    }
+
+    fn manifest(&self) -> Option<SharedExport> {
+        self.below.manifest()
     }
 
     fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {

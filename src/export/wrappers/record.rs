@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use bytes::{Bytes, BytesMut};
 
 use crate::error::Result;
-use crate::export::{Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite};
+use crate::export::{Check, Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite};
 use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::ranges::ByteRange;
@@ -80,6 +80,15 @@ impl Export for Record {
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         self.note(Recorded::Read(range));
         self.below.read(range)
+    }
+
+    fn read_verified<'a>(&'a self, range: ByteRange, check: &'a Check<'a>) -> LocalFuture<'a, Result<Vec<Piece>>> {
+        self.note(Recorded::Read(range));
+        self.below.read_verified(range, check)
+    }
+
+    fn manifest(&self) -> Option<SharedExport> {
+        self.below.manifest()
     }
 
     fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {

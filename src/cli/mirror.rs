@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use super::args::{self, NamedUris};
 use super::daemon::{self, Exports};
 use crate::export::{DuplicateName, Facts, Registry};
-use crate::mirror::{self, Cache, Header, Mirror, Share};
+use crate::mirror::{self, Cache, Header, Mirror, Share, Space, SpaceSettings};
 use crate::nbd::Uri;
 use crate::net::Listener;
 use crate::units::ByteSize;
@@ -56,7 +56,8 @@ impl Mirrors {
             Some(cache) => cache,
             None => Cache::open(&self.cache, name)?,
         };
-        let mirror = Mirror::open(name, cache, Arc::<Remote>::clone(&remote), &self.of_mirror)?;
+        let space = Space::new(&self.cache, SpaceSettings::default());
+        let mirror = Mirror::open(name, cache, Arc::<Remote>::clone(&remote), None, &space, &self.of_mirror)?;
         remote.expect(mirror.image(), mirror.node());
         Ok(Running { name: name.to_owned(), mirror, remote })
     }
@@ -114,7 +115,7 @@ impl Exports for Mirrors {
         for NamedUris { name, uris } in &self.images {
             refuse_self(uris, listeners)?;
             let running = self.open_one(name, uris, workers).await?;
-            let Share { size, resident, zero } = running.mirror.share();
+            let Share { size, resident, zero, .. } = running.mirror.share();
             let upstream = running.remote.current();
             tracing::info!(name, %upstream, size, resident, zero, "mirroring, {} here", ByteSize(resident));
             registry.insert(name, Arc::new(running.mirror.clone()))?;

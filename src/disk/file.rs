@@ -188,13 +188,33 @@ impl File {
         if written.is_ok_and(|written| written == length) { Inline::Done } else { Inline::WouldBlock }
     }
 
-    /// Whether all of the range is in memory now ("cachestat(2)", Linux 6.5). Where that cannot be asked, and on a
-    /// file of somebody else's that we must not write to, the answer is no.
+    /// Whether all of the range is in memory now. Where that cannot be asked, and on a file of somebody else's that we
+    /// must not write to, the answer is no.
     pub fn is_in_memory(&self, range: ByteRange) -> bool {
+        let page = to_u64(rustix::param::page_size());
+        let all = range.end().div_ceil(page) - range.start() / page;
+        range.is_empty() || self.pages_in_memory(range) == Some(all)
+    }
+
+    /// Lets go of the page cache of `around`, as far as nobody uses its pages, and says whether none of `range`, which
+    /// lies in it, is in memory any more. A page that a socket still refers to stays, and so does what has not been
+    /// written to the disk yet. Where the kernel cannot be asked nothing is ever sent from the page cache, so the
+    /// answer is yes.
+    pub fn drop_pages(&self, around: ByteRange, range: ByteRange) -> bool {
+        if let Some(length) = std::num::NonZero::new(around.length()) {
+            // Only advice: what counts is what is there afterwards.
+            let _ = rustix::fs::fadvise(&self.fd, around.start(), Some(length), rustix::fs::Advice::DontNeed);
+        }
+        self.pages_in_memory(range).is_none_or(|pages| pages == 0)
+    }
+
+    /// The pages of the range, which is not empty, that are in memory ("cachestat(2)", Linux 6.5). `None` where that
+    /// cannot be asked.
+    fn pages_in_memory(&self, range: ByteRange) -> Option<u64> {
         /// The same on all architectures.
         const SYS_CACHESTAT: libc::c_long = 451;
-        if range.is_empty() || !self.residency.load(Ordering::Relaxed) {
-            return range.is_empty();
+        if !self.residency.load(Ordering::Relaxed) {
+            return None;
         }
         let asked = [range.start(), range.length()];
         // The pages there are, and four figures that do not matter here.
@@ -206,10 +226,16 @@ impl File {
             let error = io::Error::last_os_error();
             tracing::debug!(path = %self.path.display(), %error, "cannot ask what is in memory");
             self.residency.store(false, Ordering::Relaxed);
-            return false;
+            return None;
         }
-        let page = to_u64(rustix::param::page_size());
-        counts[0] == range.end().div_ceil(page) - range.start() / page
+        Some(counts[0])
+    }
+
+    /// Makes the range a hole that reads as zeroes. Blocks.
+    pub fn punch_now(&self, range: ByteRange) -> io::Result<()> {
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::io::retry_on_intr(|| rustix::fs::fallocate(&self.fd, mode, range.start(), range.length()))?;
+        Ok(())
     }
 
     /// Appends `length` bytes from `offset` to `buffer` and gives it back. A file that ends before that is an

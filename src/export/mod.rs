@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | this one | the trait and its contract |
 //! | [`facts`] | what an export says of itself: size, capabilities, identity, contexts |
+//! | [`file`] | a file as an export, for side exports |
 //! | [`registry`] | the exports of one server, by name |
 //! | [`memory`] | an image in memory, for tests and tools |
 //! | [`wrappers`] | exports over an export: record, gate, fault |
@@ -13,6 +14,7 @@
 
 pub mod conformance;
 pub mod facts;
+pub mod file;
 pub mod memory;
 pub mod registry;
 pub mod wrappers;
@@ -25,6 +27,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 
 pub use facts::{Context, Facts, ImageId, NodeId, Residency};
+pub use file::FileExport;
 pub use registry::{DuplicateName, Registry};
 
 use crate::disk::File;

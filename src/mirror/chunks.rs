@@ -7,9 +7,11 @@
 //! | resident | `data` | yes, or about to be | unverified, or absent if the map was not written yet |
 //! | unverified | `data`, checked, after which it is resident | yes | unverified |
 //! | zero | nowhere | yes, or about to be | zero, or absent |
+//! | leaving: it is being evicted | the upstream, without being stored | not any more | absent |
 //!
 //! A state is one atomic byte, so that a hit costs one test. It changes from absent and back only under the lock of
-//! the flight table; from volatile to resident by the flusher alone, after the data has been made durable.
+//! the flight table; from volatile to resident by the flusher alone, after the data has been made durable; to leaving
+//! and from there by the evictor alone.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
@@ -61,6 +63,11 @@ impl Geometry {
         (range.start() / self.chunk_size()..end).map(Chunk)
     }
 
+    /// The number of chunks with a byte in `range`.
+    pub(super) fn span(self, range: ByteRange) -> u64 {
+        if range.is_empty() { 0 } else { range.end().div_ceil(self.chunk_size()) - range.start() / self.chunk_size() }
+    }
+
     /// The chunks that lie in `range` from their first byte to their last.
     pub(super) fn whole_chunks(self, range: ByteRange) -> impl DoubleEndedIterator<Item = Chunk> {
         let end = if range.end() == self.size { self.count() } else { range.end() / self.chunk_size() };
@@ -94,6 +101,7 @@ pub(super) enum State {
     Resident = 2,
     Unverified = 3,
     Zero = 4,
+    Leaving = 5,
 }
 
 impl State {
@@ -103,6 +111,7 @@ impl State {
             2 => Self::Resident,
             3 => Self::Unverified,
             4 => Self::Zero,
+            5 => Self::Leaving,
             _ => Self::Absent,
         }
     }

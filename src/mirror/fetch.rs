@@ -8,23 +8,27 @@
 //! [`BUDGET`], which bounds the memory of all runs together. Chunks that are here and only have to be checked have
 //! queues and a budget of their own, because a hit must not wait for misses.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-use super::chunks::{Chunk, Geometry, State, checksum};
+use super::arrival::{Arrival, Write, contiguous, split};
+use super::chunks::{Chunk, State};
 use super::flight::{ChunkData, Claim, Slice};
-use super::{EXTENTS_PATIENCE, Inner};
+use super::space::Reservation;
+use super::{EXTENTS_PATIENCE, Inner, Truth};
 use crate::clock;
 use crate::disk::Inline;
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::Piece;
+use crate::export::{Piece, wrong_bytes};
 use crate::ranges::ByteRange;
+use crate::telemetry::crash_point;
 use crate::units::{MIB, to_u64, to_usize};
 
 /// Bytes of all runs with one need that are under way together.
@@ -33,6 +37,8 @@ const BUDGET: u64 = 128 * MIB;
 const LONGEST_RUN: u64 = MIB;
 /// The budget is counted in the smallest chunks.
 const PERMIT: u64 = 4096;
+/// What a full disk is asked for beyond what does not fit: the next chunks are on their way.
+const SPARE: u64 = 16 * MIB;
 /// Queues; workers with numbers beyond share them.
 const QUEUES: usize = 64;
 
@@ -225,7 +231,7 @@ impl Inner {
                 return join_all(alone).await.into_iter().flatten().collect();
             }
             Err(error) => {
-                self.warn_of_disk("cannot read the cache: fetching instead", &error);
+                self.disk_failed("cannot read the cache: fetching instead", &error);
                 claims.iter().for_each(|claim| self.forget(claim.chunk));
                 return claims;
             }
@@ -235,7 +241,8 @@ impl Inner {
             let part = self.geometry.range(claim.chunk);
             let start = to_usize(part.start() - range.start());
             let bytes = Slice { whole: bytes.clone(), range: start..start + to_usize(part.length()) };
-            if checksum(&bytes) == self.states.checksum(claim.chunk) {
+            if self.is_right(claim.chunk, &bytes) {
+                self.space.disk_worked();
                 self.states.change(claim.chunk, State::Unverified, State::Resident);
                 // The flight leaves the table with its claim, here.
                 claim.flight.land(Ok(ChunkData::Bytes(bytes)));
@@ -248,17 +255,14 @@ impl Inner {
             );
             self.stats.damaged_chunks.add(1);
             self.forget(claim.chunk);
-            // If it turns out to be zero, nothing will be written over what is there.
-            if let Err(error) = self.store.data().punch(part).await {
-                tracing::debug!(image = self.name, %error, "cannot punch a damaged chunk out");
-            }
+            self.give_back(claim.chunk).await;
             bad.push(claim);
         }
         bad
     }
 
     /// What the data file has, which for chunks that have just been stored is in the page cache.
-    async fn read_stored(&self, range: ByteRange) -> std::io::Result<BytesMut> {
+    async fn read_stored(&self, range: ByteRange) -> io::Result<BytesMut> {
         let length = to_usize(range.length());
         let mut bytes = BytesMut::with_capacity(length);
         match self.store.data().try_read_at(&mut bytes, length, range.start()) {
@@ -275,6 +279,18 @@ impl Inner {
         }
         self.states.set(chunk, State::Absent);
         self.pending.changed(chunk, chunk);
+    }
+
+    /// Punches out what a chunk left that is absent, and for which there is a claim. What cannot be punched out stays
+    /// charged, until it is written over or evicted.
+    async fn give_back(&self, chunk: Chunk) {
+        match self.store.data().punch(self.geometry.range(chunk)).await {
+            Ok(()) => {
+                let _table = self.flights.lock();
+                self.discharge(chunk);
+            }
+            Err(error) => tracing::debug!(image = self.name, %error, "cannot punch a chunk out"),
+        }
     }
 
     fn range_of(&self, claims: &[Claim]) -> ByteRange {
@@ -304,23 +320,93 @@ impl Inner {
             claim.flight.land(Ok(ChunkData::Zero));
             self.flights.lock().remove(&claim.chunk);
         }
+        let room = self.room_for(&data).await;
+        let data = self.copy_twins(data, &room).await;
         let groups = data.chunk_by(|left, right| left.chunk.number() + 1 == right.chunk.number());
-        join_all(groups.map(|group| self.fetch_data(group, deadline))).await;
+        join_all(groups.map(|group| self.fetch_data(group, deadline, &room))).await;
     }
 
-    async fn fetch_data(&self, claims: &[&Claim], deadline: Instant) {
+    /// Reserves space for those chunks that are to be kept.
+    async fn room_for(&self, claims: &[&Claim]) -> Room {
+        let kept: Vec<_> = claims.iter().map(|claim| claim.chunk).filter(|chunk| self.should_keep(*chunk)).collect();
+        let bytes = kept.iter().map(|chunk| self.segments.cost(*chunk)).sum();
+        let reservation = if kept.is_empty() { None } else { self.space.reserve(bytes).await };
+        let kept = if reservation.is_some() { kept } else { Vec::new() };
+        self.space.stats().bypassed_chunks.add(to_u64(claims.len() - kept.len()));
+        Room { kept, reservation: RefCell::new(reservation) }
+    }
+
+    /// Whether the segment of a chunk is worth its space.
+    fn should_keep(&self, chunk: Chunk) -> bool {
+        let number = self.segments.of(chunk);
+        self.segments.count(number) > 0
+            || self.pins.touch(self.geometry.range(chunk))
+            || self.space.should_admit(self.segment(number), self.segments.within_segment(chunk))
+    }
+
+    /// Takes what other chunks on this disk have the bytes of. Gives back the claims for which there is none.
+    async fn copy_twins<'a>(&self, claims: Vec<&'a Claim>, room: &Room) -> Vec<&'a Claim> {
+        let Some(truth) = self.truth.get() else { return claims };
+        let mut rest = Vec::new();
+        for claim in claims {
+            match self.read_twin(truth, claim.chunk).await {
+                Some(bytes) => {
+                    let length = to_u64(bytes.len());
+                    self.stats.deduplicated_bytes.add(length);
+                    self.space.stats().deduplicated_bytes.add(length);
+                    let data = ChunkData::Bytes(bytes.into());
+                    self.land(&[claim], vec![Arrival { chunk: claim.chunk, data, is_kept: false }], room).await;
+                }
+                None => rest.push(claim),
+            }
+        }
+        rest
+    }
+
+    /// The bytes of a chunk from another one with the same digest.
+    async fn read_twin(&self, truth: &Truth, chunk: Chunk) -> Option<Bytes> {
+        let place = self.space.twins.find(truth.key(self.geometry, chunk)?)?;
+        let member = self.space.member(place.image)?;
+        let range = member.geometry.range(member.geometry.chunk(place.chunk)?);
+        let bytes = member.read_stored(range).await.ok()?.freeze();
+        truth.is_right(self.geometry, chunk, &bytes).then_some(bytes)
+    }
+
+    async fn fetch_data(&self, claims: &[&Claim], deadline: Instant, room: &Room) {
         let Some((first, last)) = claims.first().zip(claims.last()) else { return };
         let range = ByteRange::between(self.geometry.range(first.chunk).start(), self.geometry.range(last.chunk).end());
-        let answer = timeout_at(deadline, self.lower.read(range)).await;
+        let answer = timeout_at(deadline, self.read_below(claims, range)).await;
         match answer.unwrap_or_else(|_| Err(self.late())) {
-            Ok(pieces) => self.arrived(claims, range, pieces).await,
+            Ok(arrivals) => self.land(claims, arrivals, room).await,
             // One bad sector must not fail its neighbours. If nobody answers, asking more often does not help.
             Err(error) if claims.len() > 1 && error.kind() != ErrorKind::Unavailable => {
-                join_all(claims.iter().map(|claim| Box::pin(self.fetch_data(std::slice::from_ref(claim), deadline))))
-                    .await;
+                let alone = |claim| Box::pin(self.fetch_data(std::slice::from_ref(claim), deadline, room));
+                join_all(claims.iter().map(alone)).await;
             }
             Err(error) => claims.iter().for_each(|claim| self.fail(claim, &error)),
         }
+    }
+
+    /// Reads neighbouring chunks from the tier below; what has a manifest comes right or not at all.
+    async fn read_below(&self, claims: &[&Claim], range: ByteRange) -> Result<Vec<Arrival>> {
+        let cut = |pieces: &[Piece]| split(self.geometry, claims.iter().map(|claim| claim.chunk), range, pieces);
+        let Some(truth) = self.truth.get() else {
+            let arrivals = cut(&self.lower.read(range).await?)?;
+            // A manifest that has come meanwhile has not been asked.
+            return if self.truth.get().is_none() { Ok(arrivals) } else { Err(wrong_bytes(range)) };
+        };
+        let is_right = |pieces: &[Piece]| {
+            let is_right = |arrival: &Arrival| match &arrival.data {
+                ChunkData::Bytes(bytes) => truth.is_right(self.geometry, arrival.chunk, bytes),
+                ChunkData::Zero => truth.is_zero(self.geometry, arrival.chunk),
+            };
+            let right = cut(pieces).is_ok_and(|arrivals| arrivals.iter().all(is_right));
+            if !right {
+                self.stats.wrong_replies.add(1);
+            }
+            right
+        };
+        cut(&self.lower.read_verified(range, &is_right).await?)
     }
 
     fn late(&self) -> Error {
@@ -341,228 +427,120 @@ impl Inner {
         claim.flight.land(Err(Error::new(kind, message)));
     }
 
-    /// Lands what came for `range`, then stores it.
-    async fn arrived(&self, claims: &[&Claim], range: ByteRange, pieces: Vec<Piece>) {
-        let arrivals = match split(self.geometry, claims.iter().map(|claim| claim.chunk), range, &pieces) {
-            Ok(arrivals) => arrivals,
-            Err(error) => return claims.iter().for_each(|claim| self.fail(claim, &error)),
-        };
-        drop(pieces);
+    /// Gives everybody what came, then stores it.
+    async fn land(&self, claims: &[&Claim], mut arrivals: Vec<Arrival>, room: &Room) {
         for (claim, arrival) in claims.iter().zip(&arrivals) {
             claim.flight.land(Ok(arrival.data.clone()));
         }
-        for zero in arrivals.iter().filter(|arrival| arrival.data == ChunkData::Zero) {
+        crash_point("arrived");
+        for arrival in &mut arrivals {
             let mut table = self.flights.lock();
-            self.states.set(zero.chunk, State::Zero);
-            table.remove(&zero.chunk);
-            drop(table);
-            self.pending.changed(zero.chunk, zero.chunk);
+            match &arrival.data {
+                ChunkData::Zero => {
+                    self.states.set(arrival.chunk, State::Zero);
+                    self.pending.changed(arrival.chunk, arrival.chunk);
+                }
+                // What is still leaving cannot be written over.
+                ChunkData::Bytes(_) => {
+                    arrival.is_kept = room.keeps(arrival.chunk) && self.states.get(arrival.chunk) == State::Absent;
+                }
+            }
+            if !arrival.is_kept {
+                table.remove(&arrival.chunk);
+            }
         }
         // Whoever waited sends the bytes to its clients first, while they are in the processor's caches.
         tokio::task::yield_now().await;
         for write in contiguous(&arrivals) {
-            self.store_chunks(write).await;
+            self.store_chunks(write, room).await;
         }
     }
 
     /// Writes chunks to the data file. If that fails they are absent: they have been answered, and that is all.
-    async fn store_chunks(&self, write: Write<'_>) {
+    async fn store_chunks(&self, write: Write<'_>, room: &Room) {
         let Write { arrivals, slice } = write;
         let Some(first) = arrivals.first() else { return };
         let offset = self.geometry.range(first.chunk).start();
         let checksums: Vec<_> = arrivals.iter().map(Arrival::checksum).collect();
         let epoch = self.pending.epoch();
-        let result = match self.store.data().try_write_at(&[IoSlice::new(&slice)], offset) {
-            Inline::Done => Ok(()),
-            Inline::WouldBlock => self.store.data().write_all_at(slice.bytes(), offset, false).await,
-        };
+        let mut result = self.write_data(&slice, offset).await;
+        if result.as_ref().is_err_and(is_full) {
+            self.space.ask(to_u64(slice.len()) + SPARE).await;
+            result = self.write_data(&slice, offset).await;
+        }
+        match &result {
+            Ok(()) => self.space.disk_worked(),
+            Err(error) => {
+                self.stats.unstored_chunks.add(to_u64(arrivals.len()));
+                self.disk_failed("cannot store what was fetched: serving without storing", error);
+            }
+        }
         let mut table = self.flights.lock();
         for (arrival, checksum) in arrivals.iter().zip(checksums) {
+            // Also what could not be written whole: a part of it may be there.
+            self.charge(arrival.chunk, room);
             if result.is_ok() {
                 self.states.set_checksum(arrival.chunk, checksum);
                 self.states.set(arrival.chunk, State::Volatile);
+                table.remove(&arrival.chunk);
             }
-            table.remove(&arrival.chunk);
         }
         drop(table);
-        match result {
-            Ok(()) => {
-                for arrival in arrivals {
-                    self.pending.wrote(arrival.chunk, self.geometry.range(arrival.chunk).length(), epoch);
-                }
+        if result.is_err() {
+            for arrival in arrivals {
+                self.give_back(arrival.chunk).await;
+                self.flights.lock().remove(&arrival.chunk);
             }
-            Err(error) => {
-                self.stats.unstored_chunks.add(to_u64(arrivals.len()));
-                self.warn_of_disk("cannot store what was fetched: serving without storing", &error);
+            return;
+        }
+        for arrival in arrivals {
+            self.pending.wrote(arrival.chunk, self.geometry.range(arrival.chunk).length(), epoch);
+            if let Some(key) = self.truth.get().and_then(|truth| truth.key(self.geometry, arrival.chunk)) {
+                self.space.twins.add(key, self.place(arrival.chunk));
             }
+        }
+        crash_point("written, not synced");
+    }
+
+    async fn write_data(&self, slice: &Slice, offset: u64) -> io::Result<()> {
+        match self.store.data().try_write_at(&[IoSlice::new(slice)], offset) {
+            Inline::Done => Ok(()),
+            Inline::WouldBlock => self.store.data().write_all_at(slice.bytes(), offset, false).await,
+        }
+    }
+
+    /// Charges a chunk that is on the disk now, with what was reserved for it. To be called under the lock of the
+    /// flights.
+    fn charge(&self, chunk: Chunk, room: &Room) {
+        let Some(count) = self.segments.charge(chunk) else { return };
+        room.keep(self.segments.cost(chunk));
+        if count == 1 {
+            let number = self.segments.of(chunk);
+            self.space.admitted(self.segment(number), self.segments.heat().word(number));
         }
     }
 }
 
-/// A chunk that came over.
+/// Space for what a run is about to bring.
 #[derive(Debug)]
-struct Arrival {
-    chunk: Chunk,
-    data: ChunkData,
+struct Room {
+    /// Chunks that are to be stored, in order.
+    kept: Vec<Chunk>,
+    reservation: RefCell<Option<Reservation>>,
 }
 
-impl Arrival {
-    fn checksum(&self) -> u32 {
-        match &self.data {
-            ChunkData::Bytes(bytes) => checksum(bytes),
-            ChunkData::Zero => 0,
+impl Room {
+    fn keeps(&self, chunk: Chunk) -> bool {
+        self.kept.binary_search(&chunk).is_ok()
+    }
+
+    fn keep(&self, bytes: u64) {
+        if let Some(reservation) = &mut *self.reservation.borrow_mut() {
+            reservation.keep(bytes);
         }
     }
 }
 
-/// Cuts the pieces of `range` into its chunks.
-fn split(
-    geometry: Geometry,
-    chunks: impl Iterator<Item = Chunk>,
-    range: ByteRange,
-    pieces: &[Piece],
-) -> Result<Vec<Arrival>> {
-    let total: u64 = pieces.iter().map(Piece::length).sum();
-    if total != range.length() {
-        return Err(Error::new(ErrorKind::Io, format!("{total} bytes came where {} were asked for", range.length())));
-    }
-    let mut cursor = Cursor { pieces, index: 0, at: 0 };
-    Ok(chunks.map(|chunk| Arrival { chunk, data: cursor.take(geometry.range(chunk).length()) }).collect())
-}
-
-/// A place in a list of pieces.
-struct Cursor<'a> {
-    pieces: &'a [Piece],
-    index: usize,
-    /// Bytes of the current piece that are used up.
-    at: u64,
-}
-
-impl Cursor<'_> {
-    /// The next `length` bytes, where they are if they are all from one piece.
-    fn take(&mut self, length: u64) -> ChunkData {
-        if let Some(piece) = self.pieces.get(self.index)
-            && piece.length() - self.at >= length
-        {
-            let start = to_usize(self.at);
-            self.advance(length);
-            return match piece {
-                Piece::Hole(_) => ChunkData::Zero,
-                Piece::Data(bytes) => {
-                    ChunkData::of(Slice { whole: bytes.clone(), range: start..start + to_usize(length) })
-                }
-            };
-        }
-        let mut bytes = BytesMut::zeroed(to_usize(length));
-        let mut filled = 0;
-        while filled < bytes.len()
-            && let Some(piece) = self.pieces.get(self.index)
-        {
-            let count = to_usize((piece.length() - self.at).min(to_u64(bytes.len() - filled)));
-            if let Piece::Data(data) = piece {
-                let start = to_usize(self.at);
-                bytes[filled..filled + count].copy_from_slice(&data[start..start + count]);
-            }
-            filled += count;
-            self.advance(to_u64(count));
-        }
-        ChunkData::of(bytes.freeze().into())
-    }
-
-    fn advance(&mut self, length: u64) {
-        self.at += length;
-        if self.pieces.get(self.index).is_some_and(|piece| piece.length() == self.at) {
-            (self.index, self.at) = (self.index + 1, 0);
-        }
-    }
-}
-
-/// Neighbouring chunks that one write can store.
-#[derive(Debug)]
-struct Write<'a> {
-    arrivals: &'a [Arrival],
-    slice: Slice,
-}
-
-/// Groups neighbours whose bytes lie side by side in one piece. `arrivals` are neighbours.
-fn contiguous(arrivals: &[Arrival]) -> impl Iterator<Item = Write<'_>> {
-    let together = |left: &Arrival, right: &Arrival| match (&left.data, &right.data) {
-        (ChunkData::Bytes(left), ChunkData::Bytes(right)) => left.clone().join(right),
-        _ => false,
-    };
-    arrivals.chunk_by(together).filter_map(|group| match (&group.first()?.data, &group.last()?.data) {
-        (ChunkData::Bytes(first), ChunkData::Bytes(last)) => {
-            let slice = Slice { whole: first.whole.clone(), range: first.range.start..last.range.end };
-            Some(Write { arrivals: group, slice })
-        }
-        _ => None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::manifest::is_zero;
-    use bytes::Bytes;
-    use proptest::prelude::*;
-
-    fn chunks(geometry: Geometry) -> impl Iterator<Item = Chunk> {
-        geometry.chunks(ByteRange::between(0, geometry.size()))
-    }
-
-    proptest! {
-        #[test]
-        fn any_pieces_are_cut_into_chunks_and_written_where_they_belong(
-            lengths in prop::collection::vec((1u64..90, any::<bool>(), 0u8..3), 1..20),
-        ) {
-            let mut contents = Vec::new();
-            let mut pieces = Vec::new();
-            for (length, hole, byte) in lengths {
-                contents.resize(contents.len() + to_usize(length), if hole { 0 } else { byte });
-                let data = Bytes::from(vec![byte; to_usize(length)]);
-                pieces.push(if hole { Piece::Hole(length) } else { Piece::Data(data) });
-            }
-            let geometry = Geometry::new(to_u64(contents.len()), 32);
-            let whole = ByteRange::between(0, geometry.size());
-            let arrivals = split(geometry, chunks(geometry), whole, &pieces).unwrap();
-            let mut written = vec![0; contents.len()];
-            let mut stored = 0;
-            for write in contiguous(&arrivals) {
-                let start = to_usize(geometry.range(write.arrivals[0].chunk).start());
-                written[start..start + write.slice.len()].copy_from_slice(&write.slice);
-                stored += write.arrivals.len();
-            }
-            prop_assert_eq!(&written, &contents);
-            let with_bytes = arrivals.iter().filter(|arrival| arrival.data != ChunkData::Zero);
-            prop_assert_eq!(stored, with_bytes.count(), "zero chunks are known, not stored");
-            for arrival in &arrivals {
-                let range = geometry.range(arrival.chunk);
-                let expected = &contents[to_usize(range.start())..to_usize(range.end())];
-                match &arrival.data {
-                    ChunkData::Zero => prop_assert!(is_zero(expected)),
-                    ChunkData::Bytes(bytes) => {
-                        prop_assert_eq!(&bytes[..], expected);
-                        prop_assert_eq!(arrival.checksum(), checksum(expected));
-                        prop_assert!(!is_zero(expected));
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_run_that_came_whole_is_one_write() {
-        let geometry = Geometry::new(1000, 64);
-        let pieces = [Piece::Data(Bytes::from(vec![1; 1000]))];
-        let arrivals = split(geometry, chunks(geometry), ByteRange::between(0, 1000), &pieces).unwrap();
-        assert_eq!(contiguous(&arrivals).count(), 1);
-    }
-
-    #[test]
-    fn too_few_bytes_are_not_taken_for_zeroes() {
-        let geometry = Geometry::new(100, 64);
-        let pieces = [Piece::Data(Bytes::from(vec![1; 99]))];
-        let error = split(geometry, chunks(geometry), ByteRange::between(0, 100), &pieces).unwrap_err();
-        assert_eq!(error.to_string(), "99 bytes came where 100 were asked for");
-    }
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }

@@ -9,6 +9,7 @@
 //! what *epochs* are for: each failure begins a new one, and only chunks of the current one become resident.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -20,6 +21,7 @@ use super::chunks::{Chunk, State};
 use super::map::page_of;
 use crate::clock;
 use crate::ranges::ByteRange;
+use crate::telemetry::crash_point;
 
 /// A group is closed at the latest this long after its first chunk. A crash loses at most so much of the fill.
 const DELAY: Duration = Duration::from_secs(1);
@@ -114,10 +116,14 @@ impl Inner {
         let _flushing = self.pending.flushing.lock().await;
         let Group { chunks, mut pages, .. } = std::mem::take(&mut *self.pending.group());
         if !chunks.is_empty() {
-            if let Err(error) = self.store.data().sync_data().await {
-                self.warn_of_disk("cannot make fetched chunks durable: they will be fetched again", &error);
-                self.pending.distrust();
+            match self.store.data().sync_data().await {
+                Ok(()) => self.space.disk_worked(),
+                Err(error) => {
+                    self.disk_failed("cannot make fetched chunks durable: they will be fetched again", &error);
+                    self.pending.distrust();
+                }
             }
+            crash_point("synced, not marked");
             for (chunk, epoch) in chunks {
                 if epoch != self.pending.epoch() {
                     let _table = self.flights.lock();
@@ -128,20 +134,30 @@ impl Inner {
                 }
             }
         }
-        if pages.is_empty() {
+        if pages.is_empty() || self.space.is_disk_out() {
             return;
         }
         let list: Vec<_> = pages.iter().copied().collect();
         if let Err(error) = self.store.write_pages(&self.states, &list).await {
             // What is marked in memory is durable, so nothing is wrong but that a restart would fetch it again.
-            self.warn_of_disk("cannot write the map", &error);
+            self.disk_failed("cannot write the map", &error);
             // The next group takes them along; they do not begin one, or a broken disk would be asked for ever.
             self.pending.group().pages.extend(pages);
         }
     }
 
+    /// Writes pages of the map as the states are now, and makes them durable.
+    pub(super) async fn write_map(&self, pages: BTreeSet<u64>) -> io::Result<()> {
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let _flushing = self.pending.flushing.lock().await;
+        let list: Vec<_> = pages.into_iter().collect();
+        self.store.write_pages(&self.states, &list).await
+    }
+
     /// Warns of the cache disk, seldom.
-    pub(super) fn warn_of_disk(&self, what: &str, error: &std::io::Error) {
+    pub(super) fn warn_of_disk(&self, what: &str, error: &io::Error) {
         if let Some(unsaid) = self.disk_warnings.now(clock::now()) {
             tracing::warn!(image = self.name, %error, unsaid, "{what}");
         }

@@ -59,9 +59,6 @@ pub struct Header {
 /// Why a file is not a map that can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum HeaderError {
-    /// It begins with something else.
-    #[error("it is not a Headwater map")]
-    NotAMap,
     /// It was written by a newer version.
     #[error("it has version {0}, and this program knows version {VERSION}")]
     Version(u32),
@@ -92,16 +89,13 @@ impl Header {
     }
 
     pub(super) fn decode(block: &[u8]) -> Result<Self, HeaderError> {
-        if block.get(..8) != Some(MAGIC) {
-            return Err(HeaderError::NotAMap);
-        }
         let block: &[u8; BLOCK] = block.try_into().map_err(|_| HeaderError::Damaged)?;
+        if checksum(&block[..BLOCK - 4]) != u32_at(block, BLOCK - 4) {
+            return Err(HeaderError::Damaged);
+        }
         match u32_at(block, 8) {
             VERSION => {}
             other => return Err(HeaderError::Version(other)),
-        }
-        if checksum(&block[..BLOCK - 4]) != u32_at(block, BLOCK - 4) {
-            return Err(HeaderError::Damaged);
         }
         let header = Self {
             image_size: u64_at(block, 16),
@@ -109,7 +103,8 @@ impl Header {
             node: NodeId(array_at(block, 24)),
             identity: (block[40] == 1).then(|| ImageId(array_at(block, 41))),
         };
-        let sound = header.chunk_size.is_power_of_two() && CHUNK_SIZES.contains(&header.chunk_size);
+        let sound =
+            &block[..8] == MAGIC && header.chunk_size.is_power_of_two() && CHUNK_SIZES.contains(&header.chunk_size);
         if sound { Ok(header) } else { Err(HeaderError::Damaged) }
     }
 }
@@ -161,7 +156,7 @@ pub(super) fn encode_page(geometry: Geometry, states: &States, page: u64, sequen
     block[8..16].copy_from_slice(&sequence.to_le_bytes());
     for (place, chunk) in entries(geometry, page) {
         match states.get(chunk) {
-            State::Absent | State::Volatile => {}
+            State::Absent | State::Volatile | State::Leaving => {}
             State::Resident | State::Unverified => {
                 block[STATES_AT + place] = 1;
                 let at = CHECKSUMS_AT + 4 * place;
@@ -251,13 +246,16 @@ mod tests {
 
     #[test]
     fn a_header_that_is_not_ours_is_refused_with_its_reason() {
-        assert_eq!(Header::decode(b""), Err(HeaderError::NotAMap));
-        assert_eq!(Header::decode(&[0; BLOCK]), Err(HeaderError::NotAMap));
+        assert_eq!(Header::decode(b""), Err(HeaderError::Damaged));
+        assert_eq!(Header::decode(&[0; BLOCK]), Err(HeaderError::Damaged));
         assert_eq!(Header::decode(MAGIC), Err(HeaderError::Damaged));
         let mut newer = HEADER.encode();
         newer[8] = 2;
+        assert_eq!(Header::decode(&newer), Err(HeaderError::Damaged), "a flipped bit is no newer version");
+        let sum = checksum(&newer[..BLOCK - 4]);
+        newer[BLOCK - 4..].copy_from_slice(&sum.to_le_bytes());
         assert_eq!(Header::decode(&newer), Err(HeaderError::Version(2)));
-        for byte in [12, 20, 40, 60, 4000, 4095] {
+        for byte in [0, 12, 20, 40, 60, 4000, 4095] {
             let mut damaged = HEADER.encode();
             damaged[byte] ^= 1;
             assert_eq!(Header::decode(&damaged), Err(HeaderError::Damaged), "byte {byte}");
@@ -271,9 +269,10 @@ mod tests {
         let states = States::new(geometry);
         for chunk in geometry.chunks(ByteRange::between(0, geometry.size())) {
             let value = chunk.number().wrapping_mul(seed | 1) >> 3;
-            let state = [State::Absent, State::Volatile, State::Resident, State::Unverified, State::Zero];
+            let state =
+                [State::Absent, State::Volatile, State::Resident, State::Unverified, State::Zero, State::Leaving];
             states.set_checksum(chunk, u32::try_from(value & 0xffff_ffff).unwrap());
-            states.set(chunk, state[to_usize(value % 5)]);
+            states.set(chunk, state[to_usize(value % 6)]);
         }
         states
     }
@@ -281,7 +280,7 @@ mod tests {
     /// What a restart makes of a state that was in memory when the page was written.
     fn after_restart(state: State) -> State {
         match state {
-            State::Absent | State::Volatile => State::Absent,
+            State::Absent | State::Volatile | State::Leaving => State::Absent,
             State::Resident | State::Unverified => State::Unverified,
             State::Zero => State::Zero,
         }

@@ -2,14 +2,24 @@
 //!
 //! | file | holds |
 //! | --- | --- |
-//! | this one | [`Mirror`]: reads, and what they claim |
+//! | this one | [`Mirror`]: opening, settings, figures |
+//! | `read` | reads, and what they claim |
 //! | `chunks` | what is known of each chunk; the table of states |
 //! | `flight` | one fetch for all who want a chunk |
 //! | `fetch` | from a claimed chunk to a stored one: joining, fetching, checking, storing |
-//! | `chart` | what the upstream says is zero |
-//! | `store` | the directory: `data`, `map`, `lock` |
+//! | `arrival` | what came over, cut into chunks |
+//! | `truth` | what the bytes should be: the manifest |
+//! | `chart` | what the upstream says is zero, where there is no manifest |
+//! | `store` | the directory: `data`, `map`, `lock`, `heat` |
 //! | `map` | the form of the `map` file, and its crash rule |
 //! | `flusher` | making stored chunks durable, and only then marking them |
+//! | `space` | the disk space that all mirrors of a cache directory share |
+//! | `segments` | the unit in which it is given back: charges, heat, holds |
+//! | `policy` | which segments go first, and which never come |
+//! | `evict` | giving space back |
+//! | `twins` | chunks with the same bytes, in one image or several |
+//! | `pins` | what is never evicted |
+//! | `scrub` | reading all that is here again, and mending it |
 //!
 //! Order of events for a chunk: its bytes arrive, are answered to all who wait, are written to `data`, are made
 //! durable in a group, are marked in `map`. Whatever stops in between, the map names no chunk that is not there.
@@ -17,59 +27,65 @@
 //! Owns: the cache of one image. Does not own: where the bytes come from (any [`Export`] below) and what is to be
 //! fetched ahead of demand.
 
+mod arrival;
 mod chart;
 mod chunks;
+mod evict;
 mod fetch;
 mod flight;
 mod flusher;
 pub mod map;
+pub mod pins;
+pub mod policy;
+mod read;
+mod scrub;
+mod segments;
+pub mod space;
 mod store;
 #[cfg(test)]
 mod tests;
+mod truth;
+mod twins;
 
+use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::Arc;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use tokio::time::Instant;
+use bytes::BytesMut;
 
-use crate::disk::Inline;
-use crate::error::{Error, ErrorKind, Result};
-use crate::export::{
-    Context, Export, Facts, FileRange, ImageId, LocalFuture, NodeId, Piece, Residency, SharedExport, TryRead,
-    push_extent, push_piece,
-};
+use crate::error::Result;
+use crate::export::{Context, Export, Facts, FileRange, ImageId, LocalFuture, NodeId, Piece, SharedExport, TryRead};
 use crate::nbd::Extent;
-use crate::nbd::wire::Allocation;
 use crate::ranges::ByteRange;
-use crate::telemetry::{Counter, Seldom};
-use crate::units::{KIB, MIB, to_usize};
+use crate::telemetry::{Counter, Seldom, ShardedCounter};
 use chart::Chart;
-use chunks::{Chunk, Geometry, State, States, checksum};
-use fetch::{Claims, Queues};
-use flight::{ChunkData, Claim, Flight, Flights, Slice};
+use chunks::{Chunk, Geometry, State, States};
+use fetch::Queues;
+use flight::Flights;
 use flusher::Pending;
 pub use map::{CHUNK_SIZES, Header};
+use pins::Pins;
+pub use pins::{PinError, Pinned};
+use policy::{Heat, Segment};
+pub use scrub::{Findings, Scrub};
+use segments::Segments;
+pub use space::{Space, SpaceSettings, Usage};
 use store::Store;
 pub use store::{Cache, CacheError};
+pub use truth::{ManifestError, Truth};
+use twins::Place;
 
 /// The chunk size of new caches. A recorded boot of Debian 12 fetches 1.21 times what it reads with it; see
 /// `docs/decisions` for other sizes.
 pub const DEFAULT_CHUNK_SIZE: u32 = 64 << 10;
 
-/// What is prefetched together when a client asks for a whole range to be cached.
-const CACHE_WINDOW: u64 = 8 * MIB;
-/// Chunks that one answer to a question for extents looks at, at most.
-const EXTENTS_CHUNKS: u64 = 128 << 10;
 /// How long a question for extents waits for the upstream before it is answered from what is known here.
 const EXTENTS_PATIENCE: Duration = Duration::from_secs(2);
-/// Bytes that are checked for one read without letting others have their turn.
-const CHECKED_INLINE: u64 = 256 * KIB;
 /// The troubles of the disk, and those of the upstream, are told at most this often.
 const WARNINGS: Duration = Duration::from_secs(10);
-/// A chunk that cannot be read, is found right, and cannot be read again is given up after so many times.
-const READS_OF_A_CHUNK: usize = 3;
 /// How long the end of a mirror waits for what is on its way.
 const LAST_FETCHES: Duration = Duration::from_secs(3);
 
@@ -92,8 +108,24 @@ impl Default for Settings {
 /// What happened in a mirror.
 #[derive(Debug, Default)]
 pub struct Stats {
+    /// Parts of reads that were answered from here, one for each chunk; zeroes are not counted.
+    pub hits: ShardedCounter,
+    /// Their bytes.
+    pub hit_bytes: ShardedCounter,
+    /// Parts of reads for which the upstream was asked, or somebody was waiting for it already.
+    pub misses: Counter,
+    /// Their bytes.
+    pub miss_bytes: Counter,
+    /// Chunks that were evicted.
+    pub evicted_chunks: Counter,
+    /// Bytes that another chunk here had, and that were not fetched.
+    pub deduplicated_bytes: Counter,
     /// Chunks in the cache whose bytes were not what they should be.
     pub damaged_chunks: Counter,
+    /// Replies of the upstream that were not the bytes of the image.
+    pub wrong_replies: Counter,
+    /// Pages of the map that could not be read at the start.
+    pub damaged_pages: Counter,
     /// Chunks that were answered but could not be stored.
     pub unstored_chunks: Counter,
 }
@@ -107,6 +139,8 @@ pub struct Share {
     pub resident: u64,
     /// Bytes known to be zero.
     pub zero: u64,
+    /// Bytes of pinned ranges.
+    pub pinned: u64,
 }
 
 /// A mirror of the export below it. Cheap to clone; all clones are one mirror.
@@ -124,6 +158,16 @@ struct Inner {
     chart: Chart,
     pending: Pending,
     store: Store,
+    space: Arc<Space>,
+    /// The number of this mirror in its space.
+    number: u32,
+    /// Bytes of the disk that are taken whatever is in the cache.
+    fixed: u64,
+    segments: Segments,
+    /// Chunks that have left but whose bytes somebody still sends.
+    lingering: Mutex<Vec<Chunk>>,
+    pins: Pins,
+    truth: OnceLock<Truth>,
     stats: Stats,
     disk_warnings: Seldom,
     fetch_warnings: Seldom,
@@ -138,15 +182,21 @@ impl fmt::Debug for Mirror {
 }
 
 impl Mirror {
-    /// The mirror `name` of `lower`, in `cache`, which is refused if it was made for another image. Blocks.
+    /// The mirror `name` of `lower`, in `cache`, which is refused if it was made for another image. `truth` is the
+    /// manifest, if it has been fetched; else the one of the cache is used. What is there already is charged to `space`,
+    /// also when that is more than the limit: see [`Space::make_room`]. Blocks.
     pub fn open(
         name: impl Into<String>,
         cache: Cache,
         lower: SharedExport,
+        truth: Option<Truth>,
+        space: &Arc<Space>,
         settings: &Settings,
     ) -> Result<Self, CacheError> {
         let chunk_size = settings.chunk_size;
         let facts = lower.facts();
+        let name = name.into();
+        let truth = truth.or_else(|| cache.manifest(&name));
         let header = match cache.header() {
             Some(header) => {
                 check(&cache, header, &facts, chunk_size)?;
@@ -154,34 +204,65 @@ impl Mirror {
             }
             None => Header {
                 image_size: facts.size,
-                chunk_size: chunk_size.unwrap_or(DEFAULT_CHUNK_SIZE),
+                chunk_size: chunk_size.or(truth.as_ref().map(Truth::chunk_size)).unwrap_or(DEFAULT_CHUNK_SIZE),
                 node: random_node(),
-                identity: facts.identity,
+                identity: truth.as_ref().map(Truth::id).or(facts.identity),
             },
         };
-        let name = name.into();
         let geometry = header.geometry();
+        let manifest_length = truth.as_ref().map_or(0, Truth::file_length);
         let (store, states, loaded) = Store::attach(cache, &header)?;
-        if loaded.damaged_pages > 0 {
-            let pages = loaded.damaged_pages;
-            tracing::warn!(image = name, pages, "parts of the map are damaged: what they named is fetched again");
+        loaded.tell(&name);
+        let (pins, pins_error) = Pins::load(store.directory(), geometry.size());
+        if let Some(error) = pins_error {
+            tracing::warn!(image = name, error, "cannot read the pins: nothing is pinned");
         }
-        Ok(Self(Arc::new(Inner {
-            name,
-            lower,
-            header,
-            geometry,
-            states,
-            flights: Arc::default(),
-            queues: Queues::new(),
-            chart: Chart::new(geometry),
-            pending: Pending::default(),
-            store,
-            stats: Stats::default(),
-            disk_warnings: Seldom::new(WARNINGS),
-            fetch_warnings: Seldom::new(WARNINGS),
-            patience: settings.patience,
-        })))
+        let now = space.clock.now();
+        let segments = Segments::new(geometry, |count| {
+            let saved = store.load_heat().and_then(|bytes| Heat::decode(&bytes, count, now));
+            saved.unwrap_or_else(|| Heat::new(count))
+        });
+        let inner = space.join(|number| {
+            Arc::new(Inner {
+                name,
+                lower,
+                header,
+                geometry,
+                states,
+                flights: Arc::default(),
+                queues: Queues::new(),
+                chart: Chart::new(geometry),
+                pending: Pending::default(),
+                fixed: store::fixed_bytes(geometry, manifest_length, segments.count_all()),
+                store,
+                space: Arc::clone(space),
+                number,
+                segments,
+                lingering: Mutex::default(),
+                pins,
+                truth: OnceLock::new(),
+                stats: Stats::default(),
+                disk_warnings: Seldom::new(WARNINGS),
+                fetch_warnings: Seldom::new(WARNINGS),
+                patience: settings.patience,
+            })
+        });
+        inner.stats.damaged_pages.add(loaded.damaged_pages);
+        inner.take_stock();
+        let mirror = Self(inner);
+        if let Some(truth) = truth
+            && let Err(error) = mirror.adopt(truth)
+        {
+            tracing::warn!(image = mirror.0.name, %error, "the manifest cannot be used: chunks are not verified");
+        }
+        Ok(mirror)
+    }
+
+    /// From now on, holds everything against this manifest: what is here too, when it is used next.
+    pub fn adopt(&self, truth: Truth) -> Result<(), ManifestError> {
+        truth.check_geometry(self.0.geometry)?;
+        self.0.adopt(truth);
+        Ok(())
     }
 
     /// Makes stored chunks durable and marks them, for ever. One task of a worker does this.
@@ -197,6 +278,7 @@ impl Mirror {
             tracing::debug!(image = self.0.name, "not waiting for an upstream that does not answer");
         }
         self.0.flush_group().await;
+        self.0.save_heat().await;
     }
 
     /// Names this cache.
@@ -204,9 +286,30 @@ impl Mirror {
         self.0.header.node
     }
 
-    /// What the image holds: what the cache was made for, else what the tier below says now.
+    /// What the image holds, if that is known: what the cache was made for or its manifest says, else what the tier
+    /// below says now.
     pub fn image(&self) -> Option<ImageId> {
-        self.0.header.identity.or_else(|| self.0.lower.facts().identity)
+        self.0.known_identity().or_else(|| self.0.lower.facts().identity)
+    }
+
+    /// Whether there is a manifest, so that everything is verified.
+    pub fn has_manifest(&self) -> bool {
+        self.0.truth.get().is_some()
+    }
+
+    /// Bytes of a chunk.
+    pub fn chunk_size(&self) -> u64 {
+        self.0.geometry.chunk_size()
+    }
+
+    /// Where the cache is.
+    pub fn directory(&self) -> &Path {
+        self.0.store.directory()
+    }
+
+    /// What is pinned.
+    pub fn pins(&self) -> Vec<ByteRange> {
+        self.0.pins.ranges()
     }
 
     /// What happened so far.
@@ -223,9 +326,10 @@ impl Mirror {
             match states.get(chunk) {
                 State::Resident | State::Unverified => share.resident += length,
                 State::Zero => share.zero += length,
-                State::Absent | State::Volatile => {}
+                State::Absent | State::Leaving | State::Volatile => {}
             }
         }
+        share.pinned = self.0.pins.ranges().iter().map(|range| range.length()).sum();
         share
     }
 }
@@ -255,243 +359,98 @@ fn random_node() -> NodeId {
     NodeId(id)
 }
 
-/// Where a part of a read comes from.
-#[derive(Debug)]
-enum Source {
-    /// The data file, for one chunk or several.
-    File,
-    Zero,
-    /// One chunk, by this flight.
-    Flight(Arc<Flight>),
-}
-
-/// A part of a read, and the chunks it lies in.
-#[derive(Debug)]
-struct Part {
-    range: ByteRange,
-    source: Source,
-}
-
 impl Inner {
-    /// Finds out where the bytes of `range` come from, and starts whatever has to be done for them.
-    fn plan(self: &Arc<Self>, range: ByteRange) -> Vec<Part> {
-        let mut parts: Vec<Part> = Vec::new();
-        let mut claims = Claims::default();
-        for chunk in self.geometry.chunks(range) {
-            let part = self.geometry.range(chunk).intersect(range);
-            let source = match self.states.get(chunk) {
-                State::Resident => Source::File,
-                State::Zero => Source::Zero,
-                State::Absent | State::Volatile | State::Unverified => self.claim(chunk, &mut claims),
-            };
-            match (parts.last_mut(), &source) {
-                (Some(Part { range, source: Source::File }), Source::File)
-                | (Some(Part { range, source: Source::Zero }), Source::Zero) => {
-                    *range = ByteRange::between(range.start(), part.end());
-                }
-                _ => parts.push(Part { range: part, source }),
-            }
-        }
-        self.launch(claims);
-        parts
+    fn known_identity(&self) -> Option<ImageId> {
+        self.truth.get().map(Truth::id).or(self.header.identity)
     }
 
-    /// Joins the flight of a chunk, or begins one.
-    fn claim(&self, chunk: Chunk, claims: &mut Claims) -> Source {
-        let mut table = self.flights.lock();
-        if let Some(flight) = table.get(&chunk) {
-            return Source::Flight(Arc::clone(flight));
+    /// Charges what was found in the cache, and puts it into the order of eviction.
+    fn take_stock(&self) {
+        let mut bytes = self.fixed;
+        let all = ByteRange::between(0, self.geometry.size());
+        let here = self.geometry.chunks(all).filter(|chunk| self.states.get(*chunk) == State::Unverified);
+        let mut segments = BTreeSet::new();
+        for chunk in here {
+            self.segments.charge(chunk);
+            bytes += self.segments.cost(chunk);
+            segments.insert(self.segments.of(chunk));
         }
-        let lane = match self.states.get(chunk) {
-            State::Absent => &mut claims.fetch,
-            State::Volatile | State::Unverified => &mut claims.verify,
-            // It landed since we looked.
-            State::Resident => return Source::File,
-            State::Zero => return Source::Zero,
-        };
-        let claim = Claim::begin(&self.flights, &mut table, chunk, Instant::now() + self.patience);
-        let flight = Arc::clone(&claim.flight);
-        lane.push(claim);
-        Source::Flight(flight)
+        self.space.charge(bytes);
+        let word = |number| self.segments.heat().word(number);
+        self.space.restore(segments.into_iter().map(|number| (self.segment(number), word(number))).collect());
+        // Nobody refuses what was granted once.
+        let _ = self.space.pin(0, self.pinned_cost(&self.pins.ranges()));
     }
 
-    async fn read_pieces(self: &Arc<Self>, range: ByteRange) -> Result<Vec<Piece>> {
-        let mut pieces = Vec::new();
-        // What the last flights brought, as long as it lies in one piece.
-        let mut brought: Option<Slice> = None;
-        for Part { range, source } in self.plan(range) {
-            if let Source::Flight(flight) = &source
-                && let ChunkData::Bytes(slice) = flight.wait().await?
-            {
-                let slice = self.cut(&slice, range);
-                if !brought.as_mut().is_some_and(|brought| brought.join(&slice)) {
-                    pieces.extend(brought.replace(slice).map(|slice| Piece::Data(slice.bytes())));
-                }
+    fn adopt(&self, truth: Truth) {
+        let all = ByteRange::between(0, self.geometry.size());
+        let _table = self.flights.lock();
+        // What is being written was not held against it.
+        self.pending.distrust();
+        for chunk in self.geometry.chunks(all) {
+            if truth.is_zero(self.geometry, chunk) {
+                self.states.change(chunk, State::Absent, State::Zero);
                 continue;
             }
-            pieces.extend(brought.take().map(|slice| Piece::Data(slice.bytes())));
-            match source {
-                Source::File => self.read_file(range, &mut pieces).await?,
-                Source::Zero | Source::Flight(_) => push_piece(&mut pieces, Piece::Hole(range.length())),
+            self.states.change(chunk, State::Zero, State::Absent);
+            self.states.change(chunk, State::Resident, State::Unverified);
+            if self.states.get(chunk) == State::Unverified
+                && let Some(key) = truth.key(self.geometry, chunk)
+            {
+                self.space.twins.add(key, self.place(chunk));
             }
         }
-        pieces.extend(brought.map(|slice| Piece::Data(slice.bytes())));
-        Ok(pieces)
+        // Another one cannot have come in between: mirrors are given one manifest.
+        let _ = self.truth.set(truth);
     }
 
-    /// The part `range` of the chunk that it lies in.
-    fn cut(&self, chunk: &Slice, range: ByteRange) -> Slice {
-        chunk.part(to_usize(range.start() % self.geometry.chunk_size()), to_usize(range.length()))
+    const fn segment(&self, number: u32) -> Segment {
+        Segment { image: self.number, number }
     }
 
-    /// Reads resident chunks. What the disk does not give is checked chunk by chunk, and fetched again.
-    async fn read_file(self: &Arc<Self>, range: ByteRange, pieces: &mut Vec<Piece>) -> Result<()> {
-        if let Some(bytes) = self.read_resident(range).await {
-            push_piece(pieces, Piece::Data(bytes));
-            return Ok(());
+    const fn place(&self, chunk: Chunk) -> Place {
+        Place { image: self.number, chunk: chunk.number() }
+    }
+
+    const fn fixed_bytes(&self) -> u64 {
+        self.fixed
+    }
+
+    fn lingering(&self) -> MutexGuard<'_, Vec<Chunk>> {
+        self.lingering.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that the disk of the cache has failed, and warns, seldom.
+    fn disk_failed(&self, what: &str, error: &io::Error) {
+        self.warn_of_disk(what, error);
+        self.space.disk_failed(error);
+    }
+
+    /// Forgets all that is on the disk, which has failed for good. Only in memory: what the map says stays true.
+    fn abandon_disk(&self) {
+        let _table = self.flights.lock();
+        self.pending.distrust();
+        for chunk in self.geometry.chunks(ByteRange::between(0, self.geometry.size())) {
+            self.states.change(chunk, State::Resident, State::Absent);
+            self.states.change(chunk, State::Unverified, State::Absent);
+            self.states.change(chunk, State::Volatile, State::Absent);
         }
-        for chunk in self.geometry.chunks(range) {
-            let part = self.geometry.range(chunk).intersect(range);
-            push_piece(pieces, self.read_chunk(chunk, part).await?);
-        }
-        Ok(())
     }
+}
 
-    /// `None`: some of the chunks are not resident, now at the latest.
-    async fn read_resident(&self, range: ByteRange) -> Option<Bytes> {
-        let length = to_usize(range.length());
-        match self.store.data().read_exact_at(BytesMut::with_capacity(length), length, range.start()).await {
-            // Still: a chunk that was found bad meanwhile may have been punched out before it was read.
-            Ok(bytes) => self.all_are(range, State::Resident).then(|| bytes.freeze()),
-            Err(error) => {
-                self.warn_of_disk("cannot read the cache: fetching instead", &error);
-                for chunk in self.geometry.chunks(range) {
-                    self.states.change(chunk, State::Resident, State::Unverified);
-                }
-                None
+impl Drop for Inner {
+    /// Leaves the space: nothing of this mirror is charged any more, and its bytes serve no other image.
+    fn drop(&mut self) {
+        let mut bytes = self.fixed;
+        for number in 0..self.segments.count_all() {
+            if self.segments.count(number) > 0 {
+                self.space.emptied(self.segment(number));
+                let charged = self.segments.chunks(number).filter(|chunk| self.segments.is_charged(*chunk));
+                bytes += charged.map(|chunk| self.segments.cost(chunk)).sum::<u64>();
             }
         }
-    }
-
-    /// Reads chunks that are here and have to be checked, if they are in the page cache. Whatever is wrong is left to
-    /// the read that may wait.
-    fn try_read_checked(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
-        let is_here = |chunk| matches!(self.states.get(chunk), State::Resident | State::Volatile | State::Unverified);
-        let whole = self.geometry.widened(range);
-        if whole.length() > CHECKED_INLINE || !self.geometry.chunks(range).all(is_here) {
-            return TryRead::Wait;
-        }
-        let start = output.len();
-        if self.store.data().try_read_at(output, to_usize(whole.length()), whole.start()) == Inline::WouldBlock {
-            return TryRead::Wait;
-        }
-        let mut rest = &output[start..];
-        for chunk in self.geometry.chunks(range) {
-            let (bytes, others) = rest.split_at(to_usize(self.geometry.range(chunk).length()));
-            // Right is what has the checksum, whatever its state has become meanwhile.
-            if checksum(bytes) != self.states.checksum(chunk) {
-                output.truncate(start);
-                return TryRead::Wait;
-            }
-            self.states.change(chunk, State::Unverified, State::Resident);
-            rest = others;
-        }
-        let (from, length) = (to_usize(range.start() - whole.start()), to_usize(range.length()));
-        output.copy_within(start + from..start + from + length, start);
-        output.truncate(start + length);
-        TryRead::Data
-    }
-
-    /// Reads a part of one chunk, whatever becomes of it meanwhile.
-    async fn read_chunk(self: &Arc<Self>, chunk: Chunk, part: ByteRange) -> Result<Piece> {
-        for _ in 0..READS_OF_A_CHUNK {
-            let mut claims = Claims::default();
-            let source = self.claim(chunk, &mut claims);
-            self.launch(claims);
-            match source {
-                Source::Flight(flight) => {
-                    return Ok(match flight.wait().await? {
-                        ChunkData::Zero => Piece::Hole(part.length()),
-                        ChunkData::Bytes(slice) => Piece::Data(self.cut(&slice, part).bytes()),
-                    });
-                }
-                Source::Zero => return Ok(Piece::Hole(part.length())),
-                Source::File => {
-                    if let Some(bytes) = self.read_resident(part).await {
-                        return Ok(Piece::Data(bytes));
-                    }
-                }
-            }
-        }
-        Err(Error::new(ErrorKind::Io, format!("{}: the cache disk fails", self.name)))
-    }
-
-    /// Brings over what is absent in `range`.
-    async fn fill(self: &Arc<Self>, range: ByteRange) -> Result<()> {
-        for window in range.pieces(CACHE_WINDOW) {
-            let (mut claims, mut flights) = (Claims::default(), Vec::new());
-            for chunk in self.geometry.chunks(window) {
-                if self.states.get(chunk) == State::Absent
-                    && let Source::Flight(flight) = self.claim(chunk, &mut claims)
-                {
-                    flights.push(flight);
-                }
-            }
-            self.launch(claims);
-            for flight in flights {
-                flight.wait().await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Asks the upstream what of `range` is zero, unless that is known.
-    async fn cover(&self, range: ByteRange, deadline: Instant) {
-        let marked = |range| self.note_zeroes(range);
-        self.chart.cover(range, deadline, &self.lower, (&self.states, &self.flights), marked).await;
-    }
-
-    async fn allocation(&self, range: ByteRange, limit: usize) -> Vec<Extent> {
-        let range = self.describable(range);
-        if self.geometry.chunks(range).any(|chunk| self.states.get(chunk) == State::Absent) {
-            // Without the upstream's answer what is absent counts as data.
-            self.cover(range, Instant::now() + EXTENTS_PATIENCE).await;
-        }
-        self.describe(range, limit, |state| match state {
-            State::Zero => Allocation::all().bits(),
-            _ => Allocation::empty().bits(),
-        })
-    }
-
-    fn residency(&self, range: ByteRange, limit: usize) -> Vec<Extent> {
-        self.describe(self.describable(range), limit, |state| match state {
-            State::Resident | State::Unverified => Residency::RESIDENT.bits(),
-            State::Zero => Residency::ZERO.bits(),
-            State::Absent | State::Volatile => Residency::empty().bits(),
-        })
-    }
-
-    /// As much of `range` as is looked at without keeping others waiting.
-    fn describable(&self, range: ByteRange) -> ByteRange {
-        let span = EXTENTS_CHUNKS * self.geometry.chunk_size();
-        ByteRange::between(range.start(), range.end().min(range.start().saturating_add(span)))
-    }
-
-    fn describe(&self, range: ByteRange, limit: usize, status: impl Fn(State) -> u32) -> Vec<Extent> {
-        let mut extents = Vec::new();
-        for chunk in self.geometry.chunks(range) {
-            let part = self.geometry.range(chunk).intersect(range);
-            push_extent(&mut extents, part.length(), u64::from(status(self.states.get(chunk))));
-            if extents.len() > limit {
-                extents.truncate(limit);
-                break;
-            }
-        }
-        extents
-    }
-
-    fn all_are(&self, range: ByteRange, wanted: State) -> bool {
-        self.geometry.chunks(range).all(|chunk| self.states.get(chunk) == wanted)
+        self.space.discharge(bytes);
+        self.space.twins.remove_image(self.number);
     }
 }
 
@@ -500,35 +459,21 @@ impl Export for Mirror {
         let lower = self.0.lower.facts();
         let mut facts = Facts::read_only(self.0.geometry.size(), format!("mirror of {}", lower.description));
         facts.contexts.push(Context::Residency);
-        facts.identity = self.0.header.identity.or(lower.identity);
+        facts.identity = self.image();
         facts.path = std::iter::once(self.node()).chain(lower.path).collect();
         facts
     }
 
     fn try_read(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
-        let Inner { store, .. } = &*self.0;
-        if self.0.all_are(range, State::Resident) {
-            let start = output.len();
-            return match store.data().try_read_at(output, to_usize(range.length()), range.start()) {
-                Inline::Done if self.0.all_are(range, State::Resident) => TryRead::Data,
-                // One was found bad, and perhaps punched out, while it was read.
-                Inline::Done => {
-                    output.truncate(start);
-                    TryRead::Wait
-                }
-                Inline::WouldBlock => TryRead::Wait,
-            };
-        }
-        if self.0.all_are(range, State::Zero) { TryRead::Hole } else { self.0.try_read_checked(range, output) }
+        self.0.try_read_here(range, output)
     }
 
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
-        let file = self.0.store.data();
-        (self.0.all_are(range, State::Resident) && file.is_in_memory(range)).then(|| FileRange {
-            file: Arc::clone(file),
-            range,
-            hold: None,
-        })
+        self.0.in_file(range)
+    }
+
+    fn manifest(&self) -> Option<SharedExport> {
+        self.0.truth.get().map(Truth::export)
     }
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {

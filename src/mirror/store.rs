@@ -1,7 +1,8 @@
-//! A mirror's directory: `data`, `map` and `lock`.
+//! A mirror's directory: `data`, `map`, `lock` and `heat`.
 //!
 //! `data` has each chunk at its own offset, so a complete mirror is a raw image. Owns: these files, who may use them,
-//! the order of writing within the map. Does not own: what is in flight, and when to write (the flusher).
+//! the order of writing within the map. Does not own: what is in flight, when to write (the flusher), and the other
+//! files of the directory (`truth`, `pins`).
 
 use std::fs;
 use std::io;
@@ -13,11 +14,14 @@ use bytes::Bytes;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use thiserror::Error;
 
-use super::chunks::{Geometry, States};
+use super::Truth;
+use super::chunks::{Geometry, State, States};
 use super::map::{self, BLOCK, Found, Header, HeaderError};
 use crate::disk::{Access, File};
 use crate::export::ImageId;
-use crate::units::{ByteSize, to_usize};
+use crate::ranges::ByteRange;
+use crate::telemetry::{crash_point, is_crash_point};
+use crate::units::{ByteSize, to_u64, to_usize};
 
 /// Why a cache cannot be used.
 #[derive(Debug, Error)]
@@ -102,12 +106,21 @@ pub struct Cache {
     directory: PathBuf,
     lock: File,
     header: Option<Header>,
+    is_damaged: bool,
 }
 
 impl Cache {
     /// Takes the directory of the image `name` below `root`, making it if there is none. Blocks.
     pub fn open(root: &Path, name: &str) -> Result<Self, CacheError> {
-        let directory = root.join(directory_name(name)?);
+        Self::open_at(root.join(directory_name(name)?))
+    }
+
+    /// Takes the directory of one version of the image `name`, making it if there is none. Blocks.
+    pub fn open_version(root: &Path, name: &str, version: ImageId) -> Result<Self, CacheError> {
+        Self::open_at(root.join(version_name(name, version)?))
+    }
+
+    fn open_at(directory: PathBuf) -> Result<Self, CacheError> {
         fs::create_dir_all(&directory).map_err(failed("make the directory", &directory))?;
         let lock_path = directory.join("lock");
         let lock = File::open(&lock_path, Access::Create).map_err(failed("open", &lock_path))?;
@@ -117,13 +130,56 @@ impl Cache {
         }
         // For people; the lock itself is the kernel's.
         let _ = fs::write(&lock_path, format!("process {}\n", std::process::id()));
-        let header = read_header(&directory.join("map"))?;
-        Ok(Self { directory, lock, header })
+        let (header, is_damaged) = read_header(&directory.join("map"))?;
+        if is_damaged {
+            let path = directory.display();
+            tracing::warn!(%path, "the header of the map is damaged: this cache starts anew, and all is fetched again");
+        }
+        Ok(Self { directory, lock, header, is_damaged })
+    }
+
+    /// The versions of the image `name` that have a directory of their own below `root`, the latest used first.
+    pub fn versions(root: &Path, name: &str) -> Vec<PathBuf> {
+        let Ok(prefix) = directory_name(name).map(|name| name + VERSION_MARK) else { return Vec::new() };
+        let entries = fs::read_dir(root).into_iter().flatten().filter_map(io::Result::ok);
+        let is_version = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().starts_with(&prefix);
+        let used = |path: &PathBuf| fs::metadata(path.join("lock")).and_then(|lock| lock.modified()).ok();
+        let mut paths: Vec<_> = entries.filter(is_version).map(|entry| entry.path()).collect();
+        paths.sort_by_key(|path| std::cmp::Reverse(used(path)));
+        paths
+    }
+
+    /// Takes a directory that [`Cache::versions`] gave. Blocks.
+    pub fn reopen(directory: &Path) -> Result<Self, CacheError> {
+        Self::open_at(directory.to_owned())
+    }
+
+    /// Removes the directory with all that is in it. Blocks.
+    pub fn remove(self) -> io::Result<()> {
+        fs::remove_dir_all(&self.directory)
+    }
+
+    /// Whether something was there that could not be read, and is not used.
+    pub const fn is_damaged(&self) -> bool {
+        self.is_damaged
     }
 
     /// Whether the image `name` has a directory below `root` that a mirror has used.
     pub fn exists(root: &Path, name: &str) -> bool {
         directory_name(name).is_ok_and(|name| root.join(name).join("map").exists())
+    }
+
+    /// What the cache says its image is: what it was made for, or what its manifest is of. Blocks.
+    pub fn identity(&self) -> Option<ImageId> {
+        self.header.and_then(|header| header.identity).or_else(|| Truth::claimed(&self.directory))
+    }
+
+    /// The manifest that the cache has, if it can be read. Blocks.
+    pub fn manifest(&self, name: &str) -> Option<Truth> {
+        Truth::load(&self.directory).unwrap_or_else(|error| {
+            tracing::warn!(image = name, %error, "the manifest of the cache cannot be used: it is fetched again");
+            None
+        })
     }
 
     /// What the cache was made for, if it is not new.
@@ -150,24 +206,40 @@ fn directory_name(name: &str) -> Result<String, CacheError> {
     if encoded.len() > 255 { Err(CacheError::NameTooLong(name.to_owned())) } else { Ok(encoded) }
 }
 
+/// Between the name of an image and that of a version; not in any [`directory_name`].
+const VERSION_MARK: &str = "@";
+
+fn version_name(name: &str, version: ImageId) -> Result<String, CacheError> {
+    let id = version.to_string();
+    let version = id.split_once('-').map_or(&*id, |(_, digits)| &digits[..16]);
+    let encoded = format!("{}{VERSION_MARK}{version}", directory_name(name)?);
+    if encoded.len() > 255 { Err(CacheError::NameTooLong(name.to_owned())) } else { Ok(encoded) }
+}
+
 fn failed<'a>(what: &'static str, path: &'a Path) -> impl Fn(io::Error) -> CacheError + 'a {
     move |source| CacheError::System { what, path: path.to_owned(), source }
 }
 
-fn read_header(path: &Path) -> Result<Option<Header>, CacheError> {
+/// What the map says, if there is one that can be read, and whether there is one that is damaged.
+fn read_header(path: &Path) -> Result<(Option<Header>, bool), CacheError> {
     let file = match fs::File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((None, false)),
         result => result.map_err(failed("open", path))?,
     };
     let mut block = vec![0; BLOCK];
     let length = file.read_at(&mut block, 0).map_err(failed("read", path))?;
     block.truncate(length);
-    Header::decode(&block).map(Some).map_err(|source| CacheError::Map { path: path.to_owned(), source })
+    match Header::decode(&block) {
+        Ok(header) => Ok((Some(header), false)),
+        Err(HeaderError::Damaged) => Ok((None, true)),
+        Err(source @ HeaderError::Version(_)) => Err(CacheError::Map { path: path.to_owned(), source }),
+    }
 }
 
 /// The files of a mirror in use.
 #[derive(Debug)]
 pub(super) struct Store {
+    directory: PathBuf,
     geometry: Geometry,
     data: Arc<File>,
     map: File,
@@ -182,13 +254,37 @@ pub(super) struct Store {
 pub(super) struct Loaded {
     /// Pages of the map that could not be read; what they named is fetched again.
     pub(super) damaged_pages: u64,
+    /// Bytes that were on the disk without being named by the map, and have been given back.
+    pub(super) unnamed_bytes: u64,
+}
+
+impl Loaded {
+    /// Says what was not as it should be.
+    pub(super) fn tell(&self, image: &str) {
+        if self.damaged_pages > 0 {
+            let pages = self.damaged_pages;
+            tracing::warn!(image, pages, "parts of the map are damaged: what they named is fetched again");
+        }
+        if self.unnamed_bytes > 0 {
+            tracing::debug!(image, bytes = self.unnamed_bytes, "gave back what was not marked before the last end");
+        }
+    }
+}
+
+/// Bytes of the disk that the files of a cache take beside its chunks: map, manifest, what is hot (twice while it is
+/// replaced), pins, the lock, the directory, and the first blocks of each file's own index.
+pub(super) fn fixed_bytes(geometry: Geometry, manifest_length: u64, segments: u32) -> u64 {
+    const SMALL_FILES: u64 = 64 << 10;
+    let block = to_u64(BLOCK);
+    let heat = (64 + 5 * u64::from(segments)).next_multiple_of(block);
+    map::file_length(geometry) + manifest_length.next_multiple_of(block) + 2 * heat + SMALL_FILES
 }
 
 impl Store {
     /// Makes the files of a new cache, or reads those of an old one. `header` is the cache's own, or that of the new
     /// one. Blocks.
     pub(super) fn attach(cache: Cache, header: &Header) -> Result<(Self, States, Loaded), CacheError> {
-        let Cache { directory, lock, header: existing } = cache;
+        let Cache { directory, lock, header: existing, .. } = cache;
         let geometry = header.geometry();
         let (data_path, map_path) = (directory.join("data"), directory.join("map"));
         let mut data = File::open(&data_path, Access::Create).map_err(failed("open", &data_path))?;
@@ -206,8 +302,32 @@ impl Store {
         let map = File::open(&map_path, Access::ReadWrite).map_err(failed("open", &map_path))?;
         let states = States::new(geometry);
         let (sequences, loaded) = load_map(&map_path, geometry, &states).map_err(failed("read", &map_path))?;
-        let store = Self { geometry, data: Arc::new(data), map, sequences: Mutex::new(sequences), _lock: lock };
+        let loaded =
+            Loaded { unnamed_bytes: reclaim(&data, geometry, &states).map_err(failed("tidy", &data_path))?, ..loaded };
+        let sequences = Mutex::new(sequences);
+        let store = Self { directory, geometry, data: Arc::new(data), map, sequences, _lock: lock };
         Ok((store, states, loaded))
+    }
+
+    /// Where it is.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// What was saved of what is hot, if anything.
+    pub(super) fn load_heat(&self) -> Option<Vec<u8>> {
+        fs::read(self.directory.join("heat")).ok()
+    }
+
+    /// Saves what is hot. It is no loss if a crash spoils it.
+    pub(super) async fn save_heat(&self, bytes: Vec<u8>) -> io::Result<()> {
+        let (path, new_path) = (self.directory.join("heat"), self.directory.join("heat.new"));
+        let write = move || {
+            let mut options = fs::OpenOptions::new();
+            options.write(true).create(true).truncate(true).mode(0o600).open(&new_path)?.write_all_at(&bytes, 0)?;
+            fs::rename(&new_path, &path)
+        };
+        tokio::task::spawn_blocking(write).await.unwrap_or_else(|_| Err(io::Error::other("the thread died")))
     }
 
     /// The chunks' bytes.
@@ -221,11 +341,48 @@ impl Store {
         for page in pages {
             let sequence = self.sequences.lock().unwrap_or_else(PoisonError::into_inner)[to_usize(*page)] + 1;
             let block = map::encode_page(self.geometry, states, *page, sequence);
-            self.map.write_all_at(Bytes::copy_from_slice(&block), map::slot_at(*page, sequence), false).await?;
+            let at = map::slot_at(*page, sequence);
+            if is_crash_point("mark half written") {
+                self.map.write_all_at(Bytes::copy_from_slice(&block[..BLOCK / 2]), at, true).await?;
+                crash_point("mark half written");
+            }
+            self.map.write_all_at(Bytes::copy_from_slice(&block), at, false).await?;
             self.sequences.lock().unwrap_or_else(PoisonError::into_inner)[to_usize(*page)] = sequence;
         }
         self.map.sync_data().await
     }
+}
+
+/// Punches out what the map does not name: a crash may have left it, and nothing would ever give it back. Gives the
+/// number of bytes.
+fn reclaim(data: &File, geometry: Geometry, states: &States) -> io::Result<u64> {
+    const SPANS: usize = 1024;
+    let mut reclaimed = 0;
+    let mut start = 0;
+    while start < geometry.size() {
+        let spans = data.spans(ByteRange::between(start, geometry.size()), SPANS)?;
+        for span in &spans {
+            start = span.range.end();
+            if span.is_hole {
+                continue;
+            }
+            for chunk in geometry.chunks(span.range) {
+                let part = geometry.range(chunk).intersect(span.range);
+                if states.get(chunk) != State::Unverified {
+                    // A file system without holes keeps what it has, and is written over.
+                    match data.punch_now(part) {
+                        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => return Ok(reclaimed),
+                        result => result?,
+                    }
+                    reclaimed += part.length();
+                }
+            }
+        }
+        if spans.is_empty() {
+            break;
+        }
+    }
+    Ok(reclaimed)
 }
 
 /// Makes a map without any chunk, under its name only when it is whole. Its space is allocated at once, so that
@@ -290,8 +447,6 @@ fn read_up_to(file: &fs::File, buffer: &mut [u8], offset: u64) -> io::Result<usi
 mod tests {
     use super::*;
     use crate::export::NodeId;
-    use crate::mirror::chunks::State;
-    use crate::ranges::ByteRange;
 
     const HEADER: Header = Header { image_size: 10_000_000, chunk_size: 4096, node: NodeId([1; 16]), identity: None };
 
@@ -340,7 +495,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_map_is_refused_and_a_damaged_page_is_counted() {
+    fn a_damaged_map_starts_anew_and_a_damaged_page_is_counted() {
         let root = tempfile::tempdir().unwrap();
         drop(Store::attach(Cache::open(root.path(), "x").unwrap(), &HEADER).unwrap());
         let path = root.path().join("x/map");
@@ -349,8 +504,8 @@ mod tests {
         let (_, _, loaded) = Store::attach(Cache::open(root.path(), "x").unwrap(), &HEADER).unwrap();
         assert_eq!(loaded.damaged_pages, 1);
         file.write_all_at(b"noise", 30).unwrap();
-        let error = Cache::open(root.path(), "x").unwrap_err().to_string();
-        assert!(error.contains("its header is damaged: remove its directory"), "{error}");
+        let cache = Cache::open(root.path(), "x").unwrap();
+        assert!(cache.is_damaged() && cache.header().is_none());
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Mirrors over exports in memory, on both disk engines. What reached the export below is what counts.
 
+mod trusted;
+
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
@@ -12,11 +14,11 @@ use tokio::runtime::{Builder, LocalOptions};
 
 use super::*;
 use crate::disk::{Preference, attach};
-use crate::error::ErrorKind;
+use crate::error::{Error, ErrorKind};
 use crate::export::conformance::{self, Random, assemble, sample_contents};
 use crate::export::memory::Memory;
 use crate::export::wrappers::{Fault, Gate, Record, Recorded};
-use crate::units::{KIB, to_u64};
+use crate::units::{KIB, to_u64, to_usize};
 
 const CHUNK: u64 = 16 * KIB;
 
@@ -46,7 +48,11 @@ impl Scratch {
 
     fn try_open(&self, lower: SharedExport, chunk_size: Option<u32>) -> Result<Mirror, CacheError> {
         let settings = Settings { chunk_size, ..Settings::default() };
-        Mirror::open("x", Cache::open(self.0.path(), "x")?, lower, &settings)
+        Mirror::open("x", Cache::open(self.0.path(), "x")?, lower, None, &self.space(), &settings)
+    }
+
+    fn space(&self) -> Arc<Space> {
+        Space::new(self.0.path(), SpaceSettings::default())
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -239,7 +245,7 @@ fn what_is_zero_is_neither_fetched_nor_stored() {
         assert_eq!(read(&mirror_of_bytes, 0, 100 * CHUNK).await.unwrap(), vec![0; 100 << 14]);
         for (mirror, scratch) in [(mirror, scratch), (mirror_of_bytes, second)] {
             mirror.settle().await;
-            assert_eq!(mirror.share(), Share { size: 100 * CHUNK, resident: 0, zero: 100 * CHUNK });
+            assert_eq!(mirror.share(), Share { size: 100 * CHUNK, resident: 0, zero: 100 * CHUNK, pinned: 0 });
             assert_eq!(fs::metadata(scratch.file("data")).unwrap().blocks(), 0);
             assert_eq!(mirror.try_read(ByteRange::between(7, 9), &mut BytesMut::new()), TryRead::Hole);
             drop(mirror);
@@ -390,7 +396,7 @@ fn misses_that_wait_for_room_fail_no_later_than_the_others() {
         let scratch = Scratch::new();
         let settings = Settings { chunk_size: Some(*CHUNK_SIZES.end()), patience: Duration::from_millis(300) };
         let cache = Cache::open(scratch.0.path(), "x").unwrap();
-        let mirror = Mirror::open("x", cache, lower.clone(), &settings).unwrap();
+        let mirror = Mirror::open("x", cache, lower.clone(), None, &scratch.space(), &settings).unwrap();
         let reads = (0..64).map(|chunk| read(&mirror, chunk << 22, (chunk << 22) + 1));
         for result in join_all(reads).await {
             assert_eq!(result.unwrap_err().kind(), ErrorKind::Unavailable);

@@ -1,0 +1,364 @@
+//! Reads: where each part comes from, and what is claimed for it.
+//!
+//! Owns: the walk of a read over the states of its chunks. Does not own: how a claimed chunk is brought (`fetch`).
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use tokio::time::Instant;
+
+use super::chunks::{Chunk, State, checksum};
+use super::fetch::Claims;
+use super::flight::{ChunkData, Claim, Flight, Slice};
+use super::{EXTENTS_PATIENCE, Inner};
+use crate::disk::Inline;
+use crate::error::{Error, ErrorKind, Result};
+use crate::export::{FileRange, Piece, Residency, TryRead, push_extent, push_piece};
+use crate::nbd::Extent;
+use crate::nbd::wire::Allocation;
+use crate::ranges::ByteRange;
+use crate::units::{KIB, MIB, to_usize};
+
+/// What is prefetched together when a client asks for a whole range to be cached.
+const CACHE_WINDOW: u64 = 8 * MIB;
+/// Chunks that one answer to a question for extents looks at, at most.
+const EXTENTS_CHUNKS: u64 = 128 << 10;
+/// Bytes that are checked for one read without letting others have their turn.
+const CHECKED_INLINE: u64 = 256 * KIB;
+/// A chunk that cannot be read, is found right, and cannot be read again is given up after so many times.
+const READS_OF_A_CHUNK: usize = 3;
+
+/// Where a part of a read comes from.
+#[derive(Debug)]
+enum Source {
+    /// The data file, for one chunk or several.
+    File,
+    Zero,
+    /// One chunk, by this flight.
+    Flight(Arc<Flight>),
+}
+
+/// A part of a read, and the chunks it lies in.
+#[derive(Debug)]
+struct Part {
+    range: ByteRange,
+    source: Source,
+}
+
+impl Inner {
+    /// Finds out where the bytes of `range` come from, and starts whatever has to be done for them.
+    fn plan(self: &Arc<Self>, range: ByteRange) -> Vec<Part> {
+        let mut parts: Vec<Part> = Vec::new();
+        let mut claims = Claims::default();
+        for chunk in self.geometry.chunks(range) {
+            let part = self.geometry.range(chunk).intersect(range);
+            let state = self.states.get(chunk);
+            self.note_read(part, state);
+            let source = match state {
+                State::Resident => Source::File,
+                State::Zero => Source::Zero,
+                State::Absent | State::Leaving | State::Volatile | State::Unverified => self.claim(chunk, &mut claims),
+            };
+            match (parts.last_mut(), &source) {
+                (Some(Part { range, source: Source::File }), Source::File)
+                | (Some(Part { range, source: Source::Zero }), Source::Zero) => {
+                    *range = ByteRange::between(range.start(), part.end());
+                }
+                _ => parts.push(Part { range: part, source }),
+            }
+        }
+        self.launch(claims);
+        parts
+    }
+
+    /// Counts a read of a part of a chunk in this state, and remembers it for the order of eviction.
+    fn note_read(&self, part: ByteRange, state: State) {
+        match state {
+            State::Zero => return,
+            State::Absent | State::Leaving => {
+                self.stats.misses.add(1);
+                self.stats.miss_bytes.add(part.length());
+            }
+            State::Resident | State::Volatile | State::Unverified => {
+                self.stats.hits.add(1);
+                self.stats.hit_bytes.add(part.length());
+            }
+        }
+        self.segments.touch(part, self.space.clock.now());
+    }
+
+    /// Counts what was read at once, all of it from here.
+    fn note_hits(&self, range: ByteRange) {
+        self.stats.hits.add(self.geometry.span(range));
+        self.stats.hit_bytes.add(range.length());
+        self.segments.touch(range, self.space.clock.now());
+    }
+
+    /// Joins the flight of a chunk, or begins one.
+    fn claim(&self, chunk: Chunk, claims: &mut Claims) -> Source {
+        let mut table = self.flights.lock();
+        if let Some(flight) = table.get(&chunk) {
+            return Source::Flight(Arc::clone(flight));
+        }
+        let lane = match self.states.get(chunk) {
+            State::Absent | State::Leaving => &mut claims.fetch,
+            State::Volatile | State::Unverified => &mut claims.verify,
+            // It landed since we looked.
+            State::Resident => return Source::File,
+            State::Zero => return Source::Zero,
+        };
+        let claim = Claim::begin(&self.flights, &mut table, chunk, Instant::now() + self.patience);
+        let flight = Arc::clone(&claim.flight);
+        lane.push(claim);
+        Source::Flight(flight)
+    }
+
+    pub(super) async fn read_pieces(self: &Arc<Self>, range: ByteRange) -> Result<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        // What the last flights brought, as long as it lies in one piece.
+        let mut brought: Option<Slice> = None;
+        for Part { range, source } in self.plan(range) {
+            if let Source::Flight(flight) = &source
+                && let ChunkData::Bytes(slice) = flight.wait().await?
+            {
+                let slice = self.cut(&slice, range);
+                if !brought.as_mut().is_some_and(|brought| brought.join(&slice)) {
+                    pieces.extend(brought.replace(slice).map(|slice| Piece::Data(slice.bytes())));
+                }
+                continue;
+            }
+            pieces.extend(brought.take().map(|slice| Piece::Data(slice.bytes())));
+            match source {
+                Source::File => self.read_file(range, &mut pieces).await?,
+                Source::Zero | Source::Flight(_) => push_piece(&mut pieces, Piece::Hole(range.length())),
+            }
+        }
+        pieces.extend(brought.map(|slice| Piece::Data(slice.bytes())));
+        Ok(pieces)
+    }
+
+    /// The part `range` of the chunk that it lies in.
+    fn cut(&self, chunk: &Slice, range: ByteRange) -> Slice {
+        chunk.part(to_usize(range.start() % self.geometry.chunk_size()), to_usize(range.length()))
+    }
+
+    /// Reads resident chunks. What the disk does not give is checked chunk by chunk, and fetched again.
+    async fn read_file(self: &Arc<Self>, range: ByteRange, pieces: &mut Vec<Piece>) -> Result<()> {
+        if let Some(bytes) = self.read_resident(range).await {
+            push_piece(pieces, Piece::Data(bytes));
+            return Ok(());
+        }
+        for chunk in self.geometry.chunks(range) {
+            let part = self.geometry.range(chunk).intersect(range);
+            push_piece(pieces, self.read_chunk(chunk, part).await?);
+        }
+        Ok(())
+    }
+
+    /// `None`: some of the chunks are not resident, now at the latest.
+    async fn read_resident(&self, range: ByteRange) -> Option<Bytes> {
+        let length = to_usize(range.length());
+        let departures = self.segments.departures(range);
+        match self.store.data().read_exact_at(BytesMut::with_capacity(length), length, range.start()).await {
+            Ok(bytes) => self.is_still_resident(range, departures).then(|| bytes.freeze()),
+            Err(error) => {
+                self.disk_failed("cannot read the cache: fetching instead", &error);
+                for chunk in self.geometry.chunks(range) {
+                    self.states.change(chunk, State::Resident, State::Unverified);
+                }
+                None
+            }
+        }
+    }
+
+    /// Whether what was just read is what it was when it was found resident: a chunk that was found bad or evicted
+    /// meanwhile may have been punched out before it was read.
+    fn is_still_resident(&self, range: ByteRange, departures: u32) -> bool {
+        self.all_are(range, State::Resident) && self.segments.departures(range) == departures
+    }
+
+    /// Reads what is resident, or has to be checked only, if it is in the page cache.
+    pub(super) fn try_read_here(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
+        if range.is_empty() {
+            return TryRead::Data;
+        }
+        if self.all_are(range, State::Zero) {
+            return TryRead::Hole;
+        }
+        let result = if self.all_are(range, State::Resident) {
+            self.try_read_resident(range, output)
+        } else {
+            self.try_read_checked(range, output)
+        };
+        if result == TryRead::Data {
+            self.note_hits(range);
+        }
+        result
+    }
+
+    fn try_read_resident(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
+        let start = output.len();
+        let departures = self.segments.departures(range);
+        match self.store.data().try_read_at(output, to_usize(range.length()), range.start()) {
+            Inline::Done if self.is_still_resident(range, departures) => TryRead::Data,
+            Inline::Done => {
+                output.truncate(start);
+                TryRead::Wait
+            }
+            Inline::WouldBlock => TryRead::Wait,
+        }
+    }
+
+    /// Where `range` can be sent from; see [`Export::in_file`](crate::export::Export::in_file).
+    pub(super) fn in_file(&self, range: ByteRange) -> Option<FileRange> {
+        let file = self.store.data();
+        if !self.all_are(range, State::Resident) || !file.is_in_memory(range) {
+            return None;
+        }
+        let hold = self.segments.hold(range);
+        // What had begun to leave before it was held goes on leaving.
+        self.all_are(range, State::Resident).then(|| {
+            self.note_hits(range);
+            FileRange { file: Arc::clone(file), range, hold: Some(Arc::new(hold)) }
+        })
+    }
+
+    /// Reads chunks that are here and have to be checked, if they are in the page cache. Whatever is wrong is left to
+    /// the read that may wait.
+    fn try_read_checked(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
+        let is_here = |chunk| matches!(self.states.get(chunk), State::Resident | State::Volatile | State::Unverified);
+        let whole = self.geometry.widened(range);
+        if whole.length() > CHECKED_INLINE || !self.geometry.chunks(range).all(is_here) {
+            return TryRead::Wait;
+        }
+        let start = output.len();
+        if self.store.data().try_read_at(output, to_usize(whole.length()), whole.start()) == Inline::WouldBlock {
+            return TryRead::Wait;
+        }
+        let mut rest = &output[start..];
+        for chunk in self.geometry.chunks(range) {
+            let (bytes, others) = rest.split_at(to_usize(self.geometry.range(chunk).length()));
+            // Right is what has the checksum, whatever its state has become meanwhile.
+            if !self.is_right(chunk, bytes) {
+                output.truncate(start);
+                return TryRead::Wait;
+            }
+            self.states.change(chunk, State::Unverified, State::Resident);
+            rest = others;
+        }
+        let (from, length) = (to_usize(range.start() - whole.start()), to_usize(range.length()));
+        output.copy_within(start + from..start + from + length, start);
+        output.truncate(start + length);
+        TryRead::Data
+    }
+
+    /// Whether these are the bytes of a chunk that is here. What has not been used since the start is held against the
+    /// manifest, if there is one; what came over since then has been, and its checksum will do.
+    pub(super) fn is_right(&self, chunk: Chunk, bytes: &[u8]) -> bool {
+        match self.truth.get() {
+            Some(truth) if self.states.get(chunk) == State::Unverified => truth.is_right(self.geometry, chunk, bytes),
+            _ => checksum(bytes) == self.states.checksum(chunk),
+        }
+    }
+
+    /// Reads a part of one chunk, whatever becomes of it meanwhile.
+    async fn read_chunk(self: &Arc<Self>, chunk: Chunk, part: ByteRange) -> Result<Piece> {
+        for _ in 0..READS_OF_A_CHUNK {
+            let mut claims = Claims::default();
+            let source = self.claim(chunk, &mut claims);
+            self.launch(claims);
+            match source {
+                Source::Flight(flight) => {
+                    return Ok(match flight.wait().await? {
+                        ChunkData::Zero => Piece::Hole(part.length()),
+                        ChunkData::Bytes(slice) => Piece::Data(self.cut(&slice, part).bytes()),
+                    });
+                }
+                Source::Zero => return Ok(Piece::Hole(part.length())),
+                Source::File => {
+                    if let Some(bytes) = self.read_resident(part).await {
+                        return Ok(Piece::Data(bytes));
+                    }
+                }
+            }
+        }
+        Err(Error::new(ErrorKind::Io, format!("{}: the cache disk fails", self.name)))
+    }
+
+    /// Brings over what is absent in `range`.
+    pub(super) async fn fill(self: &Arc<Self>, range: ByteRange) -> Result<()> {
+        for window in range.pieces(CACHE_WINDOW) {
+            let (mut claims, mut flights) = (Claims::default(), Vec::new());
+            for chunk in self.geometry.chunks(window) {
+                if matches!(self.states.get(chunk), State::Absent | State::Leaving)
+                    && let Source::Flight(flight) = self.claim(chunk, &mut claims)
+                {
+                    flights.push(flight);
+                }
+            }
+            self.launch(claims);
+            for flight in flights {
+                flight.wait().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the upstream what of `range` is zero, unless that is known.
+    ///
+    /// Who has the manifest need not ask, and must not believe.
+    pub(super) async fn cover(&self, range: ByteRange, deadline: Instant) {
+        if self.truth.get().is_some() {
+            return;
+        }
+        let marked = |range| self.note_zeroes(range);
+        self.chart.cover(range, deadline, &self.lower, (&self.states, &self.flights), marked).await;
+    }
+
+    pub(super) async fn allocation(&self, range: ByteRange, limit: usize) -> Vec<Extent> {
+        let range = self.describable(range);
+        if self.geometry.chunks(range).any(|chunk| self.states.get(chunk) == State::Absent) {
+            // Without the upstream's answer what is absent counts as data.
+            self.cover(range, Instant::now() + EXTENTS_PATIENCE).await;
+        }
+        self.describe(range, limit, |_, state| match state {
+            State::Zero => Allocation::all().bits(),
+            _ => Allocation::empty().bits(),
+        })
+    }
+
+    pub(super) fn residency(&self, range: ByteRange, limit: usize) -> Vec<Extent> {
+        let pinned = |part| if self.pins.touch(part) { Residency::PINNED } else { Residency::empty() };
+        self.describe(self.describable(range), limit, |part, state| {
+            let state = match state {
+                State::Resident | State::Unverified => Residency::RESIDENT,
+                State::Zero => Residency::ZERO,
+                State::Absent | State::Leaving | State::Volatile => Residency::empty(),
+            };
+            (state | pinned(part)).bits()
+        })
+    }
+
+    /// As much of `range` as is looked at without keeping others waiting.
+    fn describable(&self, range: ByteRange) -> ByteRange {
+        let span = EXTENTS_CHUNKS * self.geometry.chunk_size();
+        ByteRange::between(range.start(), range.end().min(range.start().saturating_add(span)))
+    }
+
+    fn describe(&self, range: ByteRange, limit: usize, status: impl Fn(ByteRange, State) -> u32) -> Vec<Extent> {
+        let mut extents = Vec::new();
+        for chunk in self.geometry.chunks(range) {
+            let part = self.geometry.range(chunk).intersect(range);
+            push_extent(&mut extents, part.length(), u64::from(status(part, self.states.get(chunk))));
+            if extents.len() > limit {
+                extents.truncate(limit);
+                break;
+            }
+        }
+        extents
+    }
+
+    fn all_are(&self, range: ByteRange, wanted: State) -> bool {
+        self.geometry.chunks(range).all(|chunk| self.states.get(chunk) == wanted)
+    }
+}

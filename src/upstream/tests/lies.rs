@@ -266,7 +266,7 @@ fn any_act() -> impl Strategy<Value = Act> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     /// Any schedule of lies, reads one after the other and at once: never a wrong byte, and no read fails.
     #[test]

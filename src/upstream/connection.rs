@@ -18,7 +18,7 @@ use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Sleep;
 
-use super::{Expectation, Stats};
+use super::{Settings, Stats};
 use crate::clock;
 use crate::error::Error as RequestError;
 use crate::export::facts::NAMESPACE;
@@ -132,25 +132,6 @@ pub(super) fn facts(agreed: &Agreed) -> Facts {
     facts
 }
 
-/// Holds a server against what it must be.
-fn check(agreed: &Agreed, expectation: &Expectation) -> Result<(), OpenFailure> {
-    let facts = facts(agreed);
-    if let Some(expected) = expectation.size
-        && facts.size != expected
-    {
-        return Err(OpenFailure::OtherSize { found: facts.size, expected });
-    }
-    if let (Some(expected), Some(found)) = (expectation.identity, facts.identity)
-        && found != expected
-    {
-        return Err(OpenFailure::OtherImage { found, expected });
-    }
-    if expectation.not_through.is_some_and(|node| facts.path.contains(&node)) {
-        return Err(OpenFailure::Loop);
-    }
-    Ok(())
-}
-
 /// Opens a connection and negotiates, within `limit`.
 async fn open(uri: &Uri, ask: Ask, limit: Duration) -> Result<(Stream, BytesMut, Outcome), OpenFailure> {
     if uri.security == Security::Tls {
@@ -196,6 +177,14 @@ pub async fn inspect(uri: &Uri, limit: Duration) -> Result<Agreed, OpenFailure> 
     }
 }
 
+/// The facts of an export, by a connection that asks for nothing else.
+pub(super) async fn look(uri: &Uri, limit: Duration) -> Result<Facts, OpenFailure> {
+    let (stream, _, agreed) = open_export(uri, limit).await?;
+    // The answer is there already; a server that takes no goodbye shall not keep it.
+    let _ = tokio::time::timeout(limit, part(&stream, agreed.replies)).await;
+    Ok(facts(&agreed))
+}
+
 /// Says goodbye.
 async fn part(stream: &Stream, mode: ReplyMode) {
     let mut output = BytesMut::new();
@@ -204,21 +193,14 @@ async fn part(stream: &Stream, mode: ReplyMode) {
     let _ = stream.write_all(&mut output).await;
 }
 
-async fn open_export(
-    uri: &Uri,
-    expectation: &Expectation,
-    limit: Duration,
-) -> Result<(Stream, BytesMut, Agreed), OpenFailure> {
+async fn open_export(uri: &Uri, limit: Duration) -> Result<(Stream, BytesMut, Agreed), OpenFailure> {
     let ask = Ask::Open {
         export: uri.export.clone(),
         contexts: CONTEXTS.iter().map(|context| context.name().to_owned()).collect(),
         list: Some(vec![NAMESPACE.to_owned()]),
     };
     match open(uri, ask, limit).await? {
-        (stream, input, Outcome::Opened(agreed)) => {
-            check(&agreed, expectation)?;
-            Ok((stream, input, agreed))
-        }
+        (stream, input, Outcome::Opened(agreed)) => Ok((stream, input, agreed)),
         (_, _, Outcome::Listed(_)) => Err(OpenFailure::Closed),
     }
 }
@@ -294,16 +276,17 @@ impl Handle {
     }
 }
 
-/// Opens a connection that lives on this worker. `ended` is called with the reason when it is lost.
+/// Opens a connection that lives on this worker, unless `admit` refuses its export. `ended` is called with the reason
+/// when it is lost.
 pub(super) async fn start(
     uri: &Uri,
-    expectation: &Expectation,
-    limit: Duration,
-    stall: Duration,
-    stats: Arc<Stats>,
+    settings: &Settings,
+    stats: [Arc<Stats>; 2],
+    admit: impl FnOnce(&Facts) -> Result<(), OpenFailure>,
     ended: impl FnOnce(String) + 'static,
 ) -> Result<Handle, OpenFailure> {
-    let (stream, input, agreed) = open_export(uri, expectation, limit).await?;
+    let (stream, input, agreed) = open_export(uri, settings.connect_timeout).await?;
+    admit(&facts(&agreed))?;
     let (jobs, queue) = mpsc::channel(DEPTH);
     let agreed = Arc::new(agreed);
     let handle = Handle {
@@ -322,7 +305,7 @@ pub(super) async fn start(
         received: Arc::clone(&handle.received),
         input,
         output: Output::default(),
-        stall: Stall::new(stall),
+        stall: Stall::new(settings.stall_timeout),
         stats,
     };
     tokio::task::spawn_local(async move {
@@ -357,7 +340,8 @@ struct Driver {
     input: BytesMut,
     output: Output,
     stall: Stall,
-    stats: Arc<Stats>,
+    /// Of the server, and of all.
+    stats: [Arc<Stats>; 2],
 }
 
 /// What is to be sent: requests, and the payloads of writes as they are.
@@ -548,11 +532,15 @@ impl Driver {
     fn complete(&self, completion: Completion<oneshot::Sender<Result<Answer, RequestError>>>) {
         let Completion { tag, result } = completion;
         let result = result.map(|answer| self.translate(answer));
-        let stats: &Stats = &self.stats;
-        stats.requests.add(1);
-        if let Ok(Answer::Data { bytes, holes }) = &result {
-            let empty: u64 = holes.iter().map(|hole: &ByteRange| hole.length()).sum();
-            stats.received_bytes.add(to_u64(bytes.len()) - empty);
+        let received = match &result {
+            Ok(Answer::Data { bytes, holes }) => {
+                to_u64(bytes.len()) - holes.iter().map(|hole: &ByteRange| hole.length()).sum::<u64>()
+            }
+            _ => 0,
+        };
+        for stats in &self.stats {
+            stats.requests.add(1);
+            stats.received_bytes.add(received);
         }
         // Whoever asked may have gone meanwhile.
         let _ = tag.send(result);

@@ -3,39 +3,48 @@
 //! | file | holds |
 //! | --- | --- |
 //! | this one | [`Remote`]: requests, split, retried, mapped to and from the protocol |
+//! | `verified` | reads whose bytes are checked: whom to ask when they are wrong |
 //! | `pool` | connections: opening, sharing, losing, failing over |
+//! | `trust` | which servers are set aside because they send wrong bytes |
+//! | `expectation` | what a server must be, and what is told when it is something else |
 //! | `connection` | one connection: negotiation, requests in flight, replies |
 //!
 //! Owns: everything that makes a server on the network dependable: several connections with pipelined requests, a
-//! list of servers of which the next is tried when one fails, patience with an end. Does not own: what is done with
-//! the bytes, and whether they are true beyond what the protocol can say.
+//! list of servers of which the next is tried when one fails or lies, patience with an end. Does not own: what is done
+//! with the bytes, and how they are checked: that is told with the request.
 //!
 //! **Time.** A request is tried again, on a new connection or another server, until its patience is at an end; then
-//! it fails with an I/O error. So the patience here must stay under the time-out of whoever asks.
+//! it fails with an I/O error. So the patience here must stay under the time-out of whoever asks. What cannot be helped
+//! by waiting fails at once: servers that all have another image now, or that all send wrong bytes.
 
 mod connection;
+mod expectation;
 mod pool;
 #[cfg(test)]
 mod tests;
+mod trust;
+mod verified;
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use thiserror::Error;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::{Context, Export, Facts, ImageId, LocalFuture, NodeId, Piece, push_extent, push_piece};
+use crate::export::{Check, Context, Export, Facts, ImageId, LocalFuture, NodeId, Piece, push_extent, push_piece};
 use crate::nbd::client::{Answer, Request};
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::nbd::wire::{CommandFlags, MAX_PAYLOAD_BYTES, command};
-use crate::nbd::{Extent, Uri};
+use crate::nbd::{BlockSizes, Extent, Uri};
 use crate::ranges::ByteRange;
 use crate::telemetry::Counter;
 use crate::units::{to_u64, to_usize};
 pub use connection::{OpenFailure, inspect, list};
+pub use expectation::{Changed, Expectation};
 use pool::{Attempt, Pool};
 
 /// What an operator may set.
@@ -63,15 +72,25 @@ impl Default for Settings {
     }
 }
 
-/// What a server must be to be used. What is `None` is not held against it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Expectation {
-    /// The size of the export.
-    pub size: Option<u64>,
-    /// What the image holds, held against servers that know it.
-    pub identity: Option<ImageId>,
-    /// The mirror that must not be on the way to the server's bytes: ourselves.
-    pub not_through: Option<NodeId>,
+/// How one server is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerStatus {
+    /// The server.
+    pub uri: Uri,
+    /// Whether requests go there now.
+    pub is_current: bool,
+    /// Connections that are open.
+    pub connections: usize,
+    /// Bytes of data received, holes not counted.
+    pub received_bytes: u64,
+    /// Requests answered.
+    pub requests: u64,
+    /// Reads that it answered with other bytes than those of the image.
+    pub wrong_replies: u64,
+    /// For how much longer it is used only if no other server can be, because it sent wrong bytes repeatedly.
+    pub set_aside_for: Option<Duration>,
+    /// What went wrong last, if anything did since a connection was opened.
+    pub last_error: Option<String>,
 }
 
 /// How much came over.
@@ -85,6 +104,8 @@ pub struct Stats {
     pub connections: Counter,
     /// Requests that were tried again.
     pub retries: Counter,
+    /// Reads that one server answered with other bytes than those of the image.
+    pub wrong_replies: Counter,
 }
 
 /// No server can be used.
@@ -169,9 +190,58 @@ impl Remote {
         self.pool.current()
     }
 
+    /// How each server is doing, in the order of the list. Cheap enough to be asked each second.
+    pub fn servers(&self) -> Vec<ServerStatus> {
+        self.pool.status()
+    }
+
+    /// The servers that said, when they were last connected to or inspected, that they have another image than is
+    /// expected: another size or another identity. Empty while all have the right one. A server that does not tell its
+    /// identity is not among them.
+    pub fn changed(&self) -> watch::Receiver<Vec<Changed>> {
+        self.pool.changed.subscribe()
+    }
+
+    /// Asks each server what it says of the export now, by a connection of its own that asks nothing else. What comes
+    /// out is in [`Self::changed`] too. Requests and their connections are left alone.
+    pub async fn inspect(&self) -> Vec<(Uri, Result<Facts, OpenFailure>)> {
+        let limit = self.pool.settings().connect_timeout;
+        let looks = self.pool.order().into_iter().map(|server| async move {
+            let uri = self.pool.uri(server).clone();
+            let facts = connection::look(&uri, limit).await;
+            if let Ok(facts) = &facts {
+                // The answer is for whoever watches; these facts are returned whatever they are.
+                let _ = self.pool.admit(server, facts);
+            }
+            (uri, facts)
+        });
+        join_all(looks).await
+    }
+
+    /// Where the manifest of the image is: `EXPORT@manifest` on each server, in the order in which they are to be tried.
+    pub fn manifest_uris(&self) -> Vec<Uri> {
+        let of = |server| {
+            let uri = self.pool.uri(server);
+            Uri { export: format!("{}@manifest", uri.export), ..uri.clone() }
+        };
+        self.pool.order().into_iter().map(of).collect()
+    }
+
+    /// Connects to the first server that has a manifest of the image, by one connection. Which image that is the caller
+    /// has to see; if it is the wrong one, or damaged, another of [`Self::manifest_uris`] may have the right one.
+    pub async fn open_manifest(&self) -> Result<Self, OpenError> {
+        let settings = Settings { connections: 1, patience: self.patience, ..self.pool.settings().clone() };
+        Self::open(self.manifest_uris(), Expectation::default(), settings).await
+    }
+
     /// Sends a request until it is answered or patience ends.
     async fn ask(&self, request: Request, data: Bytes) -> Result<Answer> {
-        let deadline = Instant::now() + self.patience;
+        let (answer, _) = self.ask_until(request, data, Instant::now() + self.patience).await?;
+        Ok(answer)
+    }
+
+    /// Sends a request until it is answered or `deadline` has come. Tells which server has answered.
+    async fn ask_until(&self, request: Request, data: Bytes, deadline: Instant) -> Result<(Answer, usize)> {
         let mut tries = Tries::of(request.command);
         loop {
             match Pool::attempt(&self.pool, request, data.clone(), deadline).await {
@@ -197,40 +267,26 @@ impl Remote {
         self.facts.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The longest payload that the server takes.
-    fn longest(&self) -> u64 {
-        let facts = self.facts.read().unwrap_or_else(PoisonError::into_inner);
-        let block = u64::from(facts.block_sizes.minimum);
-        (u64::from(facts.block_sizes.maximum).min(MAX_PAYLOAD_BYTES) / block * block).max(block)
+    fn block_sizes(&self) -> BlockSizes {
+        self.facts.read().unwrap_or_else(PoisonError::into_inner).block_sizes
     }
 
-    async fn read_pieces(&self, range: ByteRange) -> Result<Vec<Piece>> {
-        let wide = self.widened(range);
-        let parts = wide.pieces(self.longest()).map(|part| async move {
-            let request = Request { command: command::READ, flags: CommandFlags::empty(), range: part };
-            match self.ask(request, Bytes::new()).await? {
-                Answer::Data { bytes, holes } => Ok(to_pieces(part, bytes, &holes, range)),
-                Answer::Status(_) | Answer::Done => Err(Error::new(ErrorKind::Io, "a read was answered without data")),
-            }
+    /// Reads `range`, and tells the servers that the bytes are from, each once.
+    async fn read_until(&self, range: ByteRange, deadline: Instant) -> Result<(Vec<Piece>, Vec<usize>)> {
+        let (block_sizes, size) = (self.block_sizes(), self.facts_now().size);
+        let parts = requests(range, block_sizes, size).map(|part| async move {
+            let (answer, server) = self.ask_until(read_of(part), Bytes::new(), deadline).await?;
+            Ok::<_, Error>((to_pieces(part, answer, range)?, server))
         });
-        let mut pieces = Vec::new();
-        for part in try_join_all(parts).await? {
-            part.into_iter().for_each(|piece| push_piece(&mut pieces, piece));
-        }
-        Ok(pieces)
-    }
-
-    /// `range`, up to whole blocks of the server.
-    fn widened(&self, range: ByteRange) -> ByteRange {
-        let facts = self.facts.read().unwrap_or_else(PoisonError::into_inner);
-        let block = u64::from(facts.block_sizes.minimum);
-        let start = range.start() / block * block;
-        ByteRange::between(start, range.end().next_multiple_of(block).min(facts.size.max(range.end())))
+        let (parts, mut servers): (Vec<_>, Vec<_>) = try_join_all(parts).await?.into_iter().unzip();
+        servers.sort_unstable();
+        servers.dedup();
+        Ok((joined(parts), servers))
     }
 
     async fn write_data(&self, offset: u64, data: Bytes, durability: Durability) -> Result<()> {
         let whole = ByteRange::between(offset, offset + to_u64(data.len()));
-        let parts = whole.pieces(self.longest()).map(|part| {
+        let parts = whole.pieces(longest(self.block_sizes())).map(|part| {
             let start = to_usize(part.start() - offset);
             let data = data.slice(start..start + to_usize(part.length()));
             self.ask(Request { command: command::WRITE, flags: durability_flag(durability), range: part }, data)
@@ -255,7 +311,7 @@ impl Remote {
                 Context::Residency => Err(Error::new(ErrorKind::Unsupported, "the server has no such context")),
             };
         }
-        let wide = self.widened(range);
+        let wide = widened(range, facts.block_sizes, facts.size);
         let block = u64::from(facts.block_sizes.minimum);
         // An odd end of the image lies beyond what may be asked; it is left out if there is something before it.
         let end = wide.end().min(wide.start() + LONGEST_COMPACT) / block * block;
@@ -291,6 +347,8 @@ impl Tries {
         self.count += 1;
         match attempt {
             Attempt::Unreachable(reason) => self.last = Some(reason),
+            // Waiting would not help.
+            Attempt::OtherImage(error) => return Err(error),
             Attempt::Lost { server } => {
                 self.losses += 1;
                 if self.command == command::BLOCK_STATUS && self.losses >= LOSSES_BY_STATUS {
@@ -327,8 +385,40 @@ impl Tries {
     }
 }
 
-/// The pieces of `wanted` in the data of `part`.
-fn to_pieces(part: ByteRange, bytes: Bytes, holes: &[ByteRange], wanted: ByteRange) -> Vec<Piece> {
+/// The longest payload that a server takes.
+fn longest(block_sizes: BlockSizes) -> u64 {
+    let block = u64::from(block_sizes.minimum);
+    (u64::from(block_sizes.maximum).min(MAX_PAYLOAD_BYTES) / block * block).max(block)
+}
+
+/// `range`, up to whole blocks of the server; `size` is that of the export.
+fn widened(range: ByteRange, block_sizes: BlockSizes, size: u64) -> ByteRange {
+    let block = u64::from(block_sizes.minimum);
+    let start = range.start() / block * block;
+    ByteRange::between(start, range.end().next_multiple_of(block).min(size.max(range.end())))
+}
+
+/// The ranges that a server is asked for to have `range`.
+fn requests(range: ByteRange, block_sizes: BlockSizes, size: u64) -> impl Iterator<Item = ByteRange> {
+    widened(range, block_sizes, size).pieces(longest(block_sizes))
+}
+
+const fn read_of(range: ByteRange) -> Request {
+    Request { command: command::READ, flags: CommandFlags::empty(), range }
+}
+
+/// The pieces of several answers, one behind the other.
+fn joined(parts: Vec<Vec<Piece>>) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    parts.into_iter().flatten().for_each(|piece| push_piece(&mut pieces, piece));
+    pieces
+}
+
+/// The pieces of `wanted` in the answer to a read of `part`.
+fn to_pieces(part: ByteRange, answer: Answer, wanted: ByteRange) -> Result<Vec<Piece>> {
+    let Answer::Data { bytes, holes } = answer else {
+        return Err(Error::new(ErrorKind::Io, "a read was answered without data"));
+    };
     let mut pieces = Vec::new();
     let mut at = part.start();
     let data = |from: u64, to: u64| {
@@ -341,7 +431,7 @@ fn to_pieces(part: ByteRange, bytes: Bytes, holes: &[ByteRange], wanted: ByteRan
         at = hole.end();
     }
     push_piece(&mut pieces, data(at, part.end()));
-    pieces
+    Ok(pieces)
 }
 
 /// Extents from `start` on, cut to `range` and to `limit` of them. What a server reports beyond is left out.
@@ -370,7 +460,14 @@ impl Export for Remote {
     }
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
-        Box::pin(self.read_pieces(range))
+        Box::pin(async move {
+            let (pieces, _) = self.read_until(range, Instant::now() + self.patience).await?;
+            Ok(pieces)
+        })
+    }
+
+    fn read_verified<'a>(&'a self, range: ByteRange, check: &'a Check<'a>) -> LocalFuture<'a, Result<Vec<Piece>>> {
+        Box::pin(self.read_checked(range, check))
     }
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> LocalFuture<'_, Result<()>> {

@@ -1,5 +1,8 @@
 //! A server that misbehaves on command, and what a [`Remote`] makes of it.
 
+mod changes;
+mod lies;
+
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -28,14 +31,29 @@ enum Act {
     Ignore,
     /// Sends bytes that are not a reply.
     Babble,
+    /// Answers with one bit wrong.
+    Flip,
+    /// Answers with zeroes in place of data.
+    Zeros,
+    /// Answers with a hole in place of data.
+    Hole,
+    /// Answers with the bytes of another image.
+    Other,
+    /// Closes the connection in the middle of an answer.
+    Truncate,
 }
 
 struct Fake {
     path: PathBuf,
     contents: Vec<u8>,
-    listing: Listing,
-    /// What to do with the next reads; afterwards they are answered.
+    listing: RefCell<Listing>,
+    /// What is under the export's name with `@manifest` behind it.
+    manifest: RefCell<Option<Vec<u8>>>,
+    /// What to do with the next reads; afterwards each so many-th is treated like this, and the others are answered.
     acts: RefCell<VecDeque<Act>>,
+    habit: Cell<(usize, Act)>,
+    /// Whether it closes each connection that comes.
+    is_down: Cell<bool>,
     /// Whether it hangs up when it is asked for extents.
     hates_status: Cell<bool>,
     reads: RefCell<Vec<ByteRange>>,
@@ -43,15 +61,19 @@ struct Fake {
     _directory: tempfile::TempDir,
 }
 
-struct Only<'a>(&'a Listing);
-
-impl Directory for Only<'_> {
-    type Export = ();
-    fn find(&self, name: &str) -> Option<((), Listing)> {
-        (name == self.0.name).then(|| ((), self.0.clone()))
+impl Directory for Fake {
+    type Export = Vec<u8>;
+    fn find(&self, name: &str) -> Option<(Vec<u8>, Listing)> {
+        let listing = self.listing.borrow().clone();
+        if name == listing.name {
+            return Some((self.contents.clone(), listing));
+        }
+        let manifest = self.manifest.borrow().clone().filter(|_| name == format!("{}@manifest", listing.name))?;
+        let size = to_u64(manifest.len());
+        Some((manifest, Listing { name: name.into(), size, facts: vec![], ..listing }))
     }
     fn list(&self) -> Vec<(String, String)> {
-        vec![(self.0.name.clone(), String::new())]
+        vec![(self.listing.borrow().name.clone(), String::new())]
     }
     fn is_draining(&self) -> bool {
         false
@@ -78,8 +100,11 @@ impl Fake {
         let fake = Rc::new(Self {
             path: directory.path().join("s"),
             contents,
-            listing,
+            listing: RefCell::new(listing),
+            manifest: RefCell::default(),
             acts: RefCell::default(),
+            habit: Cell::new((1, Act::Answer)),
+            is_down: Cell::new(false),
             hates_status: Cell::new(false),
             reads: RefCell::default(),
             connections: Cell::new(0),
@@ -90,6 +115,9 @@ impl Fake {
         tokio::task::spawn_local(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 serving.connections.set(serving.connections.get() + 1);
+                if serving.is_down.get() {
+                    continue;
+                }
                 tokio::task::spawn_local(Rc::clone(&serving).serve(socket));
             }
         });
@@ -98,6 +126,12 @@ impl Fake {
 
     fn plan(&self, acts: impl IntoIterator<Item = Act>) {
         self.acts.borrow_mut().extend(acts);
+    }
+
+    fn next_act(&self) -> Act {
+        let (every, habit) = self.habit.get();
+        let is_turn = self.reads.borrow().len().is_multiple_of(every);
+        self.acts.borrow_mut().pop_front().unwrap_or(if is_turn { habit } else { Act::Answer })
     }
 
     fn uri(&self) -> Uri {
@@ -109,7 +143,7 @@ impl Fake {
         let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
         let mut handshake = ServerHandshake::new(&mut output);
         let negotiated = loop {
-            let progress = handshake.advance(&mut input, &Only(&self.listing), &mut output).unwrap();
+            let progress = handshake.advance(&mut input, &*self, &mut output).unwrap();
             if stream.write_all(&mut output).await.is_err() {
                 return;
             }
@@ -125,7 +159,7 @@ impl Fake {
                 }
             }
         };
-        let mode = negotiated.replies;
+        let (mode, contents) = (negotiated.replies, negotiated.export);
         loop {
             while let Some(header) = request::decode(&input, mode).unwrap() {
                 input.advance(request::header_length(mode));
@@ -144,17 +178,40 @@ impl Fake {
                     continue;
                 }
                 self.reads.borrow_mut().push(range);
-                match self.acts.borrow_mut().pop_front().unwrap_or(Act::Answer) {
-                    Act::Answer => {
-                        let data = &self.contents[to_usize(range.start())..to_usize(range.end())];
-                        reply::put_data_header(&mut output, mode, to, range.start(), range.length(), Last::Yes);
-                        output.extend_from_slice(data);
+                let mut data = contents[to_usize(range.start())..to_usize(range.end())].to_vec();
+                let act = self.next_act();
+                match act {
+                    Act::Answer | Act::Truncate => {}
+                    Act::Flip => *data.last_mut().unwrap() ^= 0x10,
+                    Act::Zeros => data.fill(0),
+                    Act::Other => data = sample_contents(data.len(), 77),
+                    Act::Hole => {
+                        let length = u32::try_from(range.length()).unwrap();
+                        reply::put_hole(&mut output, mode, to, range.start(), length, Last::Yes);
+                        continue;
                     }
-                    Act::Fail(kind) => reply::put_error(&mut output, mode, to, kind, "as planned", None),
-                    Act::HangUp => return,
-                    Act::Ignore => {}
-                    Act::Babble => output.extend_from_slice(b"What was that again?"),
+                    Act::Fail(kind) => {
+                        reply::put_error(&mut output, mode, to, kind, "as planned", None);
+                        continue;
+                    }
+                    Act::HangUp => {
+                        // What was answered before gets through.
+                        let _ = stream.write_all(&mut output).await;
+                        return;
+                    }
+                    Act::Ignore => continue,
+                    Act::Babble => {
+                        output.extend_from_slice(b"What was that again?");
+                        continue;
+                    }
                 }
+                reply::put_data_header(&mut output, mode, to, range.start(), range.length(), Last::Yes);
+                if act == Act::Truncate {
+                    output.extend_from_slice(&data[..data.len() / 2]);
+                    let _ = stream.write_all(&mut output).await;
+                    return;
+                }
+                output.extend_from_slice(&data);
             }
             if stream.write_all(&mut output).await.is_err() {
                 return;
@@ -285,7 +342,7 @@ fn many_requests_that_fail_together_turn_once() {
         let remote = open(&[&first, &second]).await;
         first.plan([Act::Fail(ErrorKind::Io); 50]);
         let reads = (0..50).map(|index| read(&remote, index * 1000, index * 1000 + 999));
-        for (index, result) in futures_util::future::join_all(reads).await.into_iter().enumerate() {
+        for (index, result) in join_all(reads).await.into_iter().enumerate() {
             assert!(result.unwrap() == second.contents[index * 1000..][..999]);
         }
         assert_eq!(remote.current(), second.uri());
@@ -421,7 +478,7 @@ fn further_connections_are_opened_only_where_they_see_one_view() {
             let remote = Remote::open(vec![fake.uri()], Expectation::default(), settings).await.unwrap();
             for _ in 0..20 {
                 let reads = (0..30).map(|index| read(&remote, index * 1000, index * 1000 + 999));
-                for (index, result) in futures_util::future::join_all(reads).await.into_iter().enumerate() {
+                for (index, result) in join_all(reads).await.into_iter().enumerate() {
                     assert!(result.unwrap() == fake.contents[index * 1000..][..999]);
                 }
             }

@@ -263,7 +263,9 @@ mod tests {
         for host in ["localhost", "LOCALHOST:80", "127.0.0.1", "127.1.2.3:9", "[::1]", "[::1]:9"] {
             assert!(is_loopback(host), "{host}");
         }
-        for host in ["", "evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "[::2]", "0.0.0.0", "[", "::1"] {
+        for host in
+            ["", "evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "[::2]", "0.0.0.0", "[", "::1"]
+        {
             assert!(!is_loopback(host), "{host}");
         }
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::args::Verify;
 use super::output;
@@ -35,10 +36,12 @@ pub(super) fn run(arguments: Verify) -> anyhow::Result<ExitCode> {
 async fn verify(arguments: Verify) -> anyhow::Result<ExitCode> {
     let Verify { image, rate, no_repair, server } = arguments;
     let client = reach(server).await?;
+    // Before there is a job that it could leave behind.
+    let mut interrupt = signal(SignalKind::interrupt())?;
     // Says which images there are if this is none of them.
     find_image(&client, &image).await?;
     let job = client.verify(&image, &VerifyOrder { rate, repair: !no_repair }).await?;
-    let end = follow(&client, job).await?;
+    let end = follow(&client, job, &mut interrupt).await?;
     output::print(&report(&end))?;
     match end.state {
         JobState::Done => Ok(exit_code(&end)),
@@ -50,7 +53,7 @@ async fn verify(arguments: Verify) -> anyhow::Result<ExitCode> {
 
 /// Shows how a job gets on until it has ended, and gives its last status. The first SIGINT calls it off, the second
 /// does not wait for that.
-async fn follow(client: &Client, job: u64) -> anyhow::Result<JobStatus> {
+async fn follow(client: &Client, job: u64, interrupt: &mut Signal) -> anyhow::Result<JobStatus> {
     let mut interrupts = 0;
     let mut status = client.job(job).await?;
     let bar = bar(status.total_bytes)?;
@@ -61,8 +64,7 @@ async fn follow(client: &Client, job: u64) -> anyhow::Result<JobStatus> {
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK) => status = client.job(job).await?,
-            interrupt = tokio::signal::ctrl_c() => {
-                interrupt?;
+            _ = interrupt.recv() => {
                 interrupts += 1;
                 status = client.cancel(job).await?;
             }

@@ -19,8 +19,9 @@ use tokio::net::{TcpStream, UnixStream};
 use super::place::AdminAddress;
 use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, Status, VerifyOrder};
 
-/// How long a server may take to say something about itself.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a server may take to say something about itself. Longer than it lets others keep a place of a connection
+/// without saying anything.
+const PATIENCE: Duration = Duration::from_secs(15);
 /// How long it may take to carry out an order: as long as it lets a connection live.
 const ORDER_PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes of the longest answer that is taken: some hundred thousand clients.

@@ -15,6 +15,9 @@ pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Refusal>> + Send 
 ///
 /// *Who implements it*: each role that a server can have. *Who calls it*: the admin API, on the main thread, for one
 /// request at a time or several. What has to be done on workers is handed over to them.
+///
+/// *Cancel safety*: an answer is dropped when whoever ordered it hangs up, or after a minute. The order is then carried out
+/// whole or not at all.
 pub trait Operated: Send + Sync + std::fmt::Debug {
     /// What the server does.
     fn role(&self) -> Role;

@@ -24,13 +24,14 @@
 //! | 3 | [`upstream`] | an export of another server |
 //! | 3 | [`mirror`] | a cache of the tier below |
 //! | 3 | [`server`] | serves exports to clients |
+//! | 5 | [`control`] | the admin API |
 //! | 6 | [`cli`] | the command line |
 //!
-//! Levels 4 (`fill`: what to fetch ahead of demand) and 5 (`control`: the admin API, redirect) are places kept for
-//! what is to come.
+//! Level 4 (`fill`: what to fetch ahead of demand) is a place kept for what is to come.
 
 pub mod cli;
 pub mod clock;
+pub mod control;
 pub mod disk;
 pub mod error;
 pub mod export;

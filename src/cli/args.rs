@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing::level_filters::LevelFilter;
 
+use crate::control::AdminAddress;
 use crate::disk::Preference;
 use crate::image::Format;
 use crate::mirror::CHUNK_SIZES;
@@ -52,11 +53,38 @@ Examples:
   headwater info nbd://second/debian12
   headwater info --json 'nbd+unix:///?socket=/run/headwater.sock'";
 
+const STATUS_EXAMPLES: &str = "\
+Examples:
+  headwater status
+  headwater status --json --at /run/headwater/4711.sock";
+
+const PIN_EXAMPLES: &str = "\
+Examples:
+  headwater pin debian12
+  headwater pin debian12 --range ..64M --range 1G..1.5G";
+
+const UNPIN_EXAMPLES: &str = "\
+Examples:
+  headwater unpin debian12
+  headwater unpin debian12 --range 1G..";
+
+const VERIFY_EXAMPLES: &str = "\
+Examples:
+  headwater verify debian12
+  headwater verify debian12 --rate 20M --no-repair
+
+Exit status: 0 when nothing is wrong, 3 when damage was found and all of it is repaired, 4 when damage
+remains, 1 when it could not be found out, 2 when the command line makes no sense.";
+
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     Serve(Serve),
     Mirror(Mirror),
     Info(Info),
+    Status(Status),
+    Pin(Pin),
+    Unpin(Unpin),
+    Verify(Verify),
 }
 
 /// Serve real images: raw files, block devices, qcow2 files.
@@ -126,6 +154,73 @@ pub(super) struct Info {
     pub(super) timeout: Duration,
 }
 
+/// Show what a running server does: its images, what is here of them, its upstreams, its clients.
+#[derive(Debug, Args)]
+#[command(after_help = STATUS_EXAMPLES)]
+pub(super) struct Status {
+    /// Print the JSON that the server sends.
+    #[arg(long)]
+    pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) server: RunningServer,
+}
+
+/// Keep an image, or parts of it, in the cache of a running mirror whatever happens.
+#[derive(Debug, Args)]
+#[command(after_help = PIN_EXAMPLES)]
+pub(super) struct Pin {
+    #[command(flatten)]
+    pub(super) parts: Parts,
+    #[command(flatten)]
+    pub(super) server: RunningServer,
+}
+
+/// Let an image, or parts of it, leave the cache again.
+#[derive(Debug, Args)]
+#[command(after_help = UNPIN_EXAMPLES)]
+pub(super) struct Unpin {
+    #[command(flatten)]
+    pub(super) parts: Parts,
+    #[command(flatten)]
+    pub(super) server: RunningServer,
+}
+
+/// Have a running server check what it holds of an image, and fetch again what is damaged.
+///
+/// Clients are served meanwhile. Ctrl-C ends the check.
+#[derive(Debug, Args)]
+#[command(after_help = VERIFY_EXAMPLES)]
+pub(super) struct Verify {
+    /// The name of the image, as `headwater status` has it.
+    pub(super) image: String,
+    /// Read so much in a second at most. [default: as fast as the disk allows]
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    pub(super) rate: Option<u64>,
+    /// Count damage only.
+    #[arg(long)]
+    pub(super) no_repair: bool,
+    #[command(flatten)]
+    pub(super) server: RunningServer,
+}
+
+/// An image of a running server, or parts of it.
+#[derive(Debug, Args)]
+pub(super) struct Parts {
+    /// The name of the image, as `headwater status` has it.
+    pub(super) image: String,
+    /// A part of the image (repeatable): A..B, A.. to its end, ..B from its beginning. [default: all of it]
+    #[arg(long, value_name = "A..B")]
+    pub(super) range: Vec<Span>,
+}
+
+/// Which server is meant.
+#[derive(Debug, Args)]
+pub(super) struct RunningServer {
+    /// The server's --admin address. [default: the only server that runs here]
+    #[arg(long, value_name = "ADDR")]
+    pub(super) at: Option<AdminAddress>,
+}
+
 /// What all servers have.
 #[derive(Debug, Args)]
 pub(super) struct Daemon {
@@ -145,6 +240,10 @@ pub(super) struct Daemon {
     /// How long a client may take to negotiate.
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub(super) handshake_timeout: Duration,
+    /// Where `headwater status` and the like reach this server: the path of a unix socket, a loopback ADDR:PORT, or none.
+    /// [default: PID.sock in the runtime directory, such as /run/headwater]
+    #[arg(long, value_name = "ADDR")]
+    pub(super) admin: Option<AdminChoice>,
     /// How files are read and written: io_uring where the kernel allows it, or threads.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) disk_io: DiskIo,
@@ -287,6 +386,60 @@ impl std::str::FromStr for NamedUris {
     }
 }
 
+/// Whether and where there is an admin API.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum AdminChoice {
+    None,
+    At(AdminAddress),
+}
+
+impl std::str::FromStr for AdminChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self::None);
+        }
+        text.parse().map(Self::At).map_err(|error: crate::control::place::ParseAdminError| error.to_string())
+    }
+}
+
+/// A part of an image whose size is not known yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Span {
+    /// Its first byte.
+    pub(super) start: u64,
+    /// One past its last byte; the end of the image if there is none.
+    pub(super) end: Option<u64>,
+}
+
+impl std::str::FromStr for Span {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (start, end) = text.split_once("..").ok_or("write A..B, A.. or ..B, with sizes such as 1G")?;
+        if start.is_empty() && end.is_empty() {
+            return Err("leave --range away for all of the image".into());
+        }
+        let size = |text: &str| match text.parse() {
+            Ok(ByteSize(bytes)) => Ok(bytes),
+            Err(error) => Err(format!("{text:?}: {error}")),
+        };
+        let start = if start.is_empty() { 0 } else { size(start)? };
+        let end = if end.is_empty() { None } else { Some(size(end)?) };
+        if end.is_some_and(|end| end <= start) {
+            return Err("the range is empty: it begins where it ends, or later".into());
+        }
+        Ok(Self { start, end })
+    }
+}
+
+/// Bytes in a second.
+fn rate(text: &str) -> Result<u64, String> {
+    let ByteSize(bytes) = text.parse().map_err(|error: crate::units::ParseSizeError| error.to_string())?;
+    Some(bytes).filter(|bytes| *bytes > 0).ok_or_else(|| "it would never end".to_owned())
+}
+
 /// What the protocol allows as the name of an export.
 fn checked_name(name: String) -> Result<String, String> {
     if name.len() > crate::nbd::wire::MAX_STRING {
@@ -351,6 +504,31 @@ mod tests {
             assert_eq!((parsed.name.as_str(), parsed.uris.len()), (name, count), "{text}");
         }
         assert!("d=a.raw".parse::<NamedUris>().is_err());
+    }
+
+    #[test]
+    fn ranges_may_lack_an_end() {
+        let span = |start, end| Ok(Span { start, end });
+        for (text, parsed) in [
+            ("1G..2G", span(1 << 30, Some(2 << 30))),
+            ("0..1", span(0, Some(1))),
+            ("64K..", span(65_536, None)),
+            ("..1.5M", span(0, Some(3 << 19))),
+        ] {
+            assert_eq!(text.parse(), parsed, "{text}");
+        }
+        for text in ["", "..", "1G", "2G..1G", "1..1", "..0", "a..b", "1...2", "1..2..3", "-1..2"] {
+            assert!(text.parse::<Span>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_admin_api_is_somewhere_or_nowhere() {
+        assert_eq!("none".parse(), Ok(AdminChoice::None));
+        assert_eq!("/run/a".parse(), Ok(AdminChoice::At(AdminAddress::Unix("/run/a".into()))));
+        assert!("0.0.0.0:1".parse::<AdminChoice>().unwrap_err().contains("ssh -L"));
+        assert_eq!(rate("1M"), Ok(1 << 20));
+        assert!(rate("0").is_err() && rate("fast").is_err());
     }
 
     #[test]

@@ -8,8 +8,10 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::args::Daemon;
+use super::args::{AdminChoice, Daemon};
 use super::output;
+use crate::control::place::Surroundings;
+use crate::control::{Admin, AdminListener, Operated};
 use crate::export::Registry;
 use crate::net::{ListenAddress, Listener};
 use crate::server::{Server, Settings};
@@ -24,6 +26,9 @@ const SETTLE: Duration = Duration::from_secs(10);
 pub(super) trait Exports {
     /// Opens the exports and puts them into the registry. `listeners` are those of this server.
     async fn open(&mut self, registry: &Registry, workers: &Workers, listeners: &[Listener]) -> anyhow::Result<()>;
+
+    /// What operators may ask of the exports, once they are open.
+    fn operated(&self) -> Arc<dyn Operated>;
 
     /// Makes everything durable, once there are no clients any more.
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()>;
@@ -48,11 +53,13 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         result = exports.open(&registry, &workers, &listeners) => result?,
         () = signals.next() => return Ok(()),
     }
+    let admin = listen_to_operators(daemon.admin)?;
     let greeting = greeting(&registry, &listeners)?;
     for listener in &listeners {
         tracing::info!(%listener, workers = count, "listening");
     }
     let server = Server::start(Arc::clone(&registry), listeners, Arc::clone(&workers), settings);
+    let admin = admin.map(|listener| Admin::start(listener, exports.operated(), server.clients()));
     output::print(&greeting)?;
     notify_manager(&sd_notify::NotifyState::Ready);
     signals.next().await;
@@ -70,6 +77,7 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
             false
         }
     };
+    drop(admin);
     tokio::time::timeout(SETTLE, exports.settle(&registry, &workers))
         .await
         .context("making things durable took too long")??;
@@ -119,6 +127,30 @@ fn listen(daemon: &Daemon) -> anyhow::Result<Vec<Listener>> {
         listeners.extend(Listener::bind(&address)?);
     }
     Ok(listeners)
+}
+
+/// The admin socket. One that was asked for must be had; without the default one, clients can still be served.
+fn listen_to_operators(choice: Option<AdminChoice>) -> anyhow::Result<Option<AdminListener>> {
+    let listener = match choice {
+        Some(AdminChoice::None) => return Ok(None),
+        Some(AdminChoice::At(address)) => AdminListener::bind(&address)?,
+        None => match default_admin() {
+            Ok(listener) => listener,
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::warn!(error, "no admin API: --admin names another place for it");
+                return Ok(None);
+            }
+        },
+    };
+    tracing::info!(address = %listener.address()?, "admin API");
+    Ok(Some(listener))
+}
+
+fn default_admin() -> anyhow::Result<AdminListener> {
+    let place =
+        Surroundings::of_process().default_place(std::process::id()).context("cannot use the runtime directory")?;
+    Ok(AdminListener::bind(&place)?)
 }
 
 /// One line for each export: how to reach it by the first listener.

@@ -4,17 +4,24 @@
 //! | --- | --- |
 //! | `args` | commands, flags, and the help that teaches them |
 //! | `daemon` | what `serve` and `mirror` have in common: listening, serving, ending |
-//! | `serve`, `mirror`, `info` | one command each |
+//! | `serve`, `mirror`, `info`, `status`, `pin`, `verify` | one command each; `pin` has `unpin` too |
+//! | `running` | finding the running server that a command is for |
+//! | `table` | columns for people |
 //! | `output` | the standard output stream |
 //!
-//! Exit status: 0 when all went well, 1 on a failure, 2 when the command line makes no sense.
+//! Exit status: 0 when all went well, 1 on a failure, 2 when the command line makes no sense; `verify` has more.
 
 mod args;
 mod daemon;
 mod info;
 mod mirror;
 mod output;
+mod pin;
+mod running;
 mod serve;
+mod status;
+mod table;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -27,12 +34,16 @@ pub fn run() -> ExitCode {
     let Arguments { command, logging } = Arguments::parse();
     crate::telemetry::start_logging(logging.level(), logging.format());
     let result = match command {
-        Command::Serve(arguments) => serve::run(arguments),
-        Command::Mirror(arguments) => mirror::run(arguments),
-        Command::Info(arguments) => info::run(&arguments),
+        Command::Serve(arguments) => serve::run(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Mirror(arguments) => mirror::run(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Info(arguments) => info::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Status(arguments) => status::run(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Pin(arguments) => pin::pin(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Unpin(arguments) => pin::unpin(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Verify(arguments) => verify::run(arguments),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             output::complain(&error);
             ExitCode::FAILURE

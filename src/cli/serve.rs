@@ -1,13 +1,18 @@
 //! `headwater serve`.
 
+use std::sync::Arc;
+
 use anyhow::{Context, ensure};
 use futures_util::future::join_all;
 
 use super::args::{FormatArgument, NamedPath, Serve};
 use super::daemon::{self, Exports};
-use crate::export::Registry;
+use crate::control::status::{CacheStatus, ImageStatus, Kind, PinReport, Role, VerifyOrder};
+use crate::control::{Answer, Jobs, Operated, Refusal};
+use crate::export::{Registry, SharedExport};
 use crate::image::{self, Options};
 use crate::net::Listener;
+use crate::ranges::ByteRange;
 use crate::worker::Workers;
 
 pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
@@ -23,12 +28,13 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
         format: arguments.format.into(),
         backing_directories: arguments.backing,
     };
-    daemon::run(arguments.daemon, Images { images: arguments.images, options })
+    daemon::run(arguments.daemon, Images { images: arguments.images, options, open: RealImages::default() })
 }
 
 struct Images {
     images: Vec<NamedPath>,
     options: Options,
+    open: RealImages,
 }
 
 impl Exports for Images {
@@ -37,9 +43,14 @@ impl Exports for Images {
             let image = image::open(path, &self.options)?;
             let facts = image.facts();
             tracing::info!(name, path = %path.display(), size = facts.size, writable = facts.writable, "serving");
-            registry.insert(name, image)?;
+            registry.insert(name, Arc::clone(&image))?;
+            self.open.images.push(RealImage { name: name.clone(), path: path.display().to_string(), image });
         }
         Ok(())
+    }
+
+    fn operated(&self) -> Arc<dyn Operated> {
+        Arc::new(self.open.clone())
     }
 
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
@@ -50,5 +61,79 @@ impl Exports for Images {
         });
         // All of them, also when one fails.
         join_all(flushes).await.into_iter().collect()
+    }
+}
+
+/// Images as operators see them: all of each is here, so there is little to do with them.
+#[derive(Debug, Clone, Default)]
+struct RealImages {
+    images: Vec<RealImage>,
+    jobs: Jobs,
+}
+
+#[derive(Debug, Clone)]
+struct RealImage {
+    name: String,
+    path: String,
+    image: SharedExport,
+}
+
+impl RealImages {
+    fn refuse<T>(&self, image: String, why: &'static str) -> Answer<'_, T> {
+        let is_here = self.images.iter().any(|other| other.name == image);
+        let refusal = if is_here { Refusal::Invalid(why.to_owned()) } else { Refusal::UnknownImage(image) };
+        Box::pin(async move { Err(refusal) })
+    }
+}
+
+impl RealImage {
+    fn status(&self) -> ImageStatus {
+        let facts = self.image.facts();
+        ImageStatus {
+            name: self.name.clone(),
+            kind: Kind::Real,
+            size: facts.size,
+            writable: facts.writable,
+            chunk_size: None,
+            identity: facts.identity.map(|identity| identity.to_string()),
+            path: self.path.clone(),
+            clients: 0,
+            mirror: None,
+        }
+    }
+}
+
+const NOTHING_TO_PIN: &str = "this is a real image: all of it is here, and stays";
+const NOTHING_TO_CHECK_AGAINST: &str = "this is a real image, and nothing says what its bytes ought to be";
+
+impl Operated for RealImages {
+    fn role(&self) -> Role {
+        Role::Serve
+    }
+
+    fn images(&self) -> Vec<ImageStatus> {
+        let mut images: Vec<_> = self.images.iter().map(RealImage::status).collect();
+        images.sort_by(|a, b| a.name.cmp(&b.name));
+        images
+    }
+
+    fn cache(&self) -> Option<CacheStatus> {
+        None
+    }
+
+    fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+
+    fn pin(&self, image: String, _: Option<Vec<ByteRange>>) -> Answer<'_, PinReport> {
+        self.refuse(image, NOTHING_TO_PIN)
+    }
+
+    fn unpin(&self, image: String, _: Option<Vec<ByteRange>>) -> Answer<'_, PinReport> {
+        self.refuse(image, NOTHING_TO_PIN)
+    }
+
+    fn verify(&self, image: String, _: VerifyOrder) -> Answer<'_, u64> {
+        self.refuse(image, NOTHING_TO_CHECK_AGAINST)
     }
 }

@@ -9,9 +9,10 @@ use bytes::BytesMut;
 use thiserror::Error;
 
 use super::Shared;
+use super::clients::{Counts, Entry};
 use super::directory::Exports;
 use super::limits::ConnectionBudget;
-use super::requests::{Counts, Session};
+use super::requests::Session;
 use super::transmission::{End, Transmission};
 use crate::clock;
 use crate::export::{Context, SharedExport};
@@ -70,12 +71,13 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
         Err(reason) => return tracing::debug!(peer, %reason, "no client"),
     };
     let export = chosen.listing.name.clone();
-    let session = Rc::new(session(*chosen));
+    let entry = shared.clients.enter(&peer, &export);
+    let session = Rc::new(session(*chosen, &entry));
     tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");
     let began = clock::now();
     let budget = ConnectionBudget::new(Arc::clone(&shared.budget));
     let (stream, end) = Transmission::new(stream, Rc::clone(&session), budget, input, drain).run().await;
-    let Counts { requests, read_bytes, written_bytes, errors } = &session.counts;
+    let Counts { requests, read_bytes, written_bytes, errors, .. } = &**entry.counts();
     tracing::info!(
         peer,
         export,
@@ -87,12 +89,13 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
         reason = %end,
         "client left"
     );
+    drop(entry);
     if matches!(end, End::Drained) {
         part_from(&stream).await;
     }
 }
 
-fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>) -> Session {
+fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>, entry: &Entry) -> Session {
     let Negotiated { export: (export, offered), listing, replies, contexts, knows_block_sizes } = chosen;
     let contexts: Vec<_> = contexts.into_iter().map(|position| (context_id(position), offered[position])).collect();
     Session {
@@ -109,7 +112,7 @@ fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>) -> Session {
         outbox: Rc::default(),
         executing: Cell::new(0),
         is_broken: Cell::new(false),
-        counts: Counts::default(),
+        counts: Arc::clone(entry.counts()),
     }
 }
 

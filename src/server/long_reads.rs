@@ -10,7 +10,7 @@ use std::rc::Rc;
 use bytes::{BufMut, BytesMut};
 
 use super::outbox::Streaming;
-use super::requests::{Counts, Session};
+use super::requests::Session;
 use crate::export::{FileRange, TryRead};
 use crate::nbd::handshake::ReplyMode;
 use crate::nbd::reply::{self, Last, ReplyTo};
@@ -122,7 +122,7 @@ impl LongRead {
         if !sent {
             return Step::MustWait;
         }
-        Counts::add(&session.counts.read_bytes, segment.length());
+        session.counts.read_bytes.add(segment.length());
         self.rest = ByteRange::between(segment.end(), self.rest.end());
         if self.rest.is_empty() && self.stream.take().is_some() {
             session.end_of_frame(self.to);

@@ -11,6 +11,7 @@
 //! | `outbox` | replies on their way to the socket |
 //! | `buffers` | memory for both directions, shared by the connections of a worker |
 //! | `spin` | waiting for the next request awake |
+//! | `clients` | who is connected, and what each has done |
 //! | `limits` | how much one connection, and all together, may have in flight |
 //!
 //! A connection lives and dies on one worker. All requests that have arrived together are parsed together; what can
@@ -19,6 +20,7 @@
 //! pile up.
 
 mod buffers;
+mod clients;
 mod connection;
 mod directory;
 mod limits;
@@ -38,6 +40,7 @@ use tokio::task::JoinSet;
 use crate::export::Registry;
 use crate::net::{Detached, Listener};
 use crate::worker::Workers;
+pub use clients::{ClientStatus, ClientTable};
 use limits::SharedBudget;
 
 /// What an operator may set.
@@ -82,6 +85,7 @@ struct Shared {
     settings: Settings,
     budget: Arc<SharedBudget>,
     draining: watch::Receiver<bool>,
+    clients: ClientTable,
 }
 
 impl Server {
@@ -91,7 +95,8 @@ impl Server {
         let (draining, receiver) = watch::channel(false);
         let slots = Arc::new(Semaphore::new(settings.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
         let budget = Arc::new(SharedBudget::new(settings.shared_bytes));
-        let shared = Arc::new(Shared { registry, settings, budget, draining: receiver });
+        let shared =
+            Arc::new(Shared { registry, settings, budget, draining: receiver, clients: ClientTable::default() });
         let mut accepting = JoinSet::new();
         for listener in listeners {
             let acceptor =
@@ -99,6 +104,11 @@ impl Server {
             accepting.spawn_local(acceptor.run(listener));
         }
         Self { shared, workers, slots, draining, accepting }
+    }
+
+    /// Who is connected, now and later.
+    pub fn clients(&self) -> ClientTable {
+        self.shared.clients.clone()
     }
 
     /// Stops accepting, answers what has been received, closes all connections. Says whether all of it was done

@@ -9,10 +9,12 @@
 use std::cell::{Cell, RefCell};
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, Stream, StreamExt};
 
+use super::clients::Counts;
 use super::outbox::{Frame, Outbox, Streaming};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{Context, Piece, SharedExport};
@@ -52,22 +54,7 @@ pub(super) struct Session {
     pub(super) executing: Cell<usize>,
     /// A reply was cut short: nothing that is sent after it can be understood.
     pub(super) is_broken: Cell<bool>,
-    pub(super) counts: Counts,
-}
-
-/// What a connection has done, for its log line.
-#[derive(Debug, Default)]
-pub(super) struct Counts {
-    pub(super) requests: Cell<u64>,
-    pub(super) read_bytes: Cell<u64>,
-    pub(super) written_bytes: Cell<u64>,
-    pub(super) errors: Cell<u64>,
-}
-
-impl Counts {
-    pub(super) fn add(counter: &Cell<u64>, amount: u64) {
-        counter.set(counter.get() + amount);
-    }
+    pub(super) counts: Arc<Counts>,
 }
 
 /// Bytes that a request holds, from its start until it is done or dropped.
@@ -139,7 +126,7 @@ impl Session {
     /// Sends an error.
     pub(super) fn fail(&self, to: ReplyTo, error: &Error, at: Option<u64>) {
         tracing::debug!(errno = errno::name(error.kind()), offset = to.offset, error = %error.chain(), "request failed");
-        Counts::add(&self.counts.errors, 1);
+        self.counts.errors.add(1);
         // Kernel and qemu turn "shutting down" into an error of the guest's disk; whatever is going down, it is not
         // this connection.
         let kind = if error.kind() == ErrorKind::Shutdown { ErrorKind::Io } else { error.kind() };
@@ -188,7 +175,7 @@ impl Session {
     fn send_chunk(&self, to: ReplyTo, at: u64, piece: Piece, last: Last) {
         let mut frame = Frame::default();
         let length = piece.length();
-        Counts::add(&self.counts.read_bytes, length);
+        self.counts.read_bytes.add(length);
         match piece {
             Piece::Data(data) => {
                 reply::put_data_header(frame.header(), self.mode(), to, at, length, last);
@@ -203,7 +190,7 @@ impl Session {
     }
 
     fn send_whole(&self, to: ReplyTo, range: ByteRange, pieces: Vec<Piece>) {
-        Counts::add(&self.counts.read_bytes, range.length());
+        self.counts.read_bytes.add(range.length());
         let mut frame = Frame::default();
         reply::put_data_header(frame.header(), self.mode(), to, range.start(), range.length(), Last::Yes);
         pieces.into_iter().flat_map(spelled_out).for_each(|data| frame.data(data));
@@ -229,7 +216,7 @@ impl Session {
             stream.send(data).await;
         }
         self.stream_reads(stream, to, range.end(), reads).await;
-        Counts::add(&self.counts.read_bytes, range.length());
+        self.counts.read_bytes.add(range.length());
     }
 
     /// Streams `range`, the rest of a frame of which a part has been sent, and ends the reply.
@@ -237,7 +224,7 @@ impl Session {
         let segments = stream::iter(range.pieces(SEGMENT));
         let reads = segments.map(async |part| (part, self.export.read(part).await)).buffered(WINDOW);
         self.stream_reads(stream, to, range.end(), pin!(reads)).await;
-        Counts::add(&self.counts.read_bytes, range.length());
+        self.counts.read_bytes.add(range.length());
     }
 
     /// Streams what `reads` bring, up to `end`, where the frame ends, and ends the reply.
@@ -342,7 +329,7 @@ impl WriteJob {
 
     /// Writes one segment.
     pub(super) async fn write(self: Rc<Self>, offset: u64, data: Bytes, held: Held) {
-        Counts::add(&self.session.counts.written_bytes, to_u64(data.len()));
+        self.session.counts.written_bytes.add(to_u64(data.len()));
         let result = self.session.export.write(offset, data, self.durability).await;
         drop(held);
         if let Err(error) = result {

@@ -21,7 +21,7 @@ use super::buffers;
 use super::limits::{ConnectionBudget, REQUESTS};
 use super::long_reads::{self, LongReads, SHORT, Step, is_long};
 use super::outbox::HIGH_WATER;
-use super::requests::{Counts, Held, STREAMED, Session, cost, perform};
+use super::requests::{Held, STREAMED, Session, cost, perform};
 use super::spin::Spin;
 use crate::clock;
 use crate::export::FileRange;
@@ -169,6 +169,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
         self.flush()?;
         let turn = turn.max(self.answer_long_reads()?);
         self.budget.settle(self.used());
+        self.session.counts.note_in_flight(self.work.len() + self.long_reads.len(), self.used());
         if turn == Turn::Others {
             tokio::task::yield_now().await;
             // What has come meanwhile is looked at before more of a long read is sent.
@@ -406,7 +407,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             }
         }
         self.input.advance(header_length(self.session.rules.mode));
-        Counts::add(&self.session.counts.requests, 1);
+        self.session.counts.requests.add(1);
         match checked {
             Checked::Refused { kind, message, payload } => {
                 self.payload = Some(Payload::Skip { left: payload, to, kind, message });
@@ -444,7 +445,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
         // With a copy: many short replies leave in one send.
         let answered = long_reads::send_chunk(&self.session, to, range, fragments, Last::Yes, None);
         if answered {
-            Counts::add(&self.session.counts.read_bytes, range.length());
+            self.session.counts.read_bytes.add(range.length());
         }
         answered
     }

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use crate::support::{Daemon, Scratch, headwater, noise, run, run_failing};
+use crate::support::{Daemon, Scratch, append, headwater, noise, run, run_failing};
 
 fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_headwater"))
@@ -15,10 +15,20 @@ fn exit_code(command: &mut Command) -> i32 {
 #[test]
 fn help_teaches_by_examples() {
     let help = run(program().arg("--help"));
-    for word in ["serve", "mirror", "info", "Example", "qemu-system-x86_64 -drive file=nbd://"] {
+    for word in [
+        "serve",
+        "mirror",
+        "info",
+        "status",
+        "pin",
+        "unpin",
+        "verify",
+        "Example",
+        "qemu-system-x86_64 -drive file=nbd://",
+    ] {
         assert!(help.contains(word), "{help}");
     }
-    for command in ["serve", "mirror", "info"] {
+    for command in ["serve", "mirror", "info", "status", "pin", "unpin", "verify"] {
         let help = run(program().args([command, "--help"]));
         assert!(help.contains("Examples:") && help.lines().all(|line| line.len() <= 100), "{help}");
     }
@@ -34,6 +44,11 @@ fn a_command_line_without_sense_ends_with_2_and_a_failure_with_1() {
         &["serve", "x", "--listen", "nonsense:port"],
         &["mirror", "nbd://h/x", "--cache", "/tmp/x", "--chunk-size", "3K"],
         &["info", "http://h/x"],
+        &["serve", "x", "--admin", "0.0.0.0:9"],
+        &["serve", "x", "--admin", "nowhere"],
+        &["status", "--at", "nowhere"],
+        &["pin", "x", "--range", "2G..1G"],
+        &["verify", "x", "--rate", "0"],
         &["dance"],
     ] {
         assert_eq!(exit_code(program().args(arguments)), 2, "{arguments:?}");
@@ -49,7 +64,7 @@ fn one_uri_for_each_export_is_printed_and_nothing_else() {
     let mut command = program();
     command.arg("serve").arg(&image).arg(format!("second={}", image.display()));
     let mut child = command
-        .args(["--listen", "127.0.0.1:0", "--listen", "[::1]:0", "--log-format=text"])
+        .args(["--listen", "127.0.0.1:0", "--listen", "[::1]:0", "--log-format=text", "--admin=none"])
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -73,7 +88,7 @@ fn the_default_address_is_nbds_own_port_on_loopback() {
     inner.arg("serve").arg(&image);
     let mut command = Command::new("unshare");
     command.args(["--net", "sh", "-c", "ip link set lo up && exec \"$@\"", "sh"]);
-    command.arg(inner.get_program()).args(inner.get_args()).stdout(Stdio::piped()).stderr(Stdio::null());
+    append(&mut command, &inner).stdout(Stdio::piped()).stderr(Stdio::null());
     let server = Daemon::start(command, 1, &log);
     assert_eq!(server.uri(), "nbd://127.0.0.1/image");
 }

@@ -7,7 +7,7 @@ use headwater::error::ErrorKind;
 use headwater::nbd::wire::{CommandFlags, command};
 
 use crate::support::client::Client;
-use crate::support::{Daemon, Scratch, headwater, noise};
+use crate::support::{Daemon, Scratch, append, headwater, noise};
 
 const MIB: u64 = 1 << 20;
 
@@ -18,8 +18,7 @@ fn on_small_disk(program: &Command, directory: &std::path::Path, mebibytes: u32,
     let script = format!("mount -t tmpfs -o size={mebibytes}m none \"$0\" && {prepare} && exec \"$@\"");
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation=private", "sh", "-c", &script]).arg(directory);
-    command.arg(program.get_program()).args(program.get_args());
-    command.stdout(Stdio::piped()).stderr(Stdio::null());
+    append(&mut command, program).stdout(Stdio::piped()).stderr(Stdio::null());
     command
 }
 
@@ -81,8 +80,8 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 fn without_io_uring(program: &Command) -> Command {
     let mut command = Command::new("python3");
-    command.args(["-c", WITHOUT_IO_URING]).arg(program.get_program()).args(program.get_args());
-    command.stdout(Stdio::piped());
+    command.args(["-c", WITHOUT_IO_URING]);
+    append(&mut command, program).stdout(Stdio::piped());
     command
 }
 

@@ -12,6 +12,7 @@
 //! | `roles` | our client against our server: the conformance suite over a socket |
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
 //! | `kernel` | the kernel's client, in a virtual machine |
+//! | `admin` | the admin API and the commands that use it |
 //! | `command_line` | what it prints, refuses and returns |
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
@@ -24,6 +25,7 @@
     reason = "a test that panics has failed; the rules of `.clippy.toml` are for the program"
 )]
 
+mod admin;
 mod command_line;
 mod crash;
 mod data_path;

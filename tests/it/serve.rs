@@ -9,7 +9,7 @@ use headwater::nbd::wire::{CommandFlags, command};
 
 use crate::support::client::Client;
 use crate::support::peers::convert;
-use crate::support::{Daemon, Scratch, headwater, nbdsh, nbdsh_command, noise, run, run_failing};
+use crate::support::{Daemon, Scratch, append, headwater, nbdsh, nbdsh_command, noise, run, run_failing};
 
 const MIB: u64 = 1 << 20;
 
@@ -60,8 +60,8 @@ fn fua_and_flush_reach_the_disk() {
     // In a PID namespace that ends with its first process: a tracer that is killed leaves its program behind.
     let mut traced = Command::new("unshare");
     traced.args(["--pid", "--fork", "--kill-child", "strace"]);
-    traced.args(["-f", "-e", "trace=pwritev2,fdatasync,fallocate", "-o"]).arg(&log).arg(program.get_program());
-    traced.args(program.get_args()).stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null());
+    traced.args(["-f", "-e", "trace=pwritev2,fdatasync,fallocate", "-o"]).arg(&log);
+    append(&mut traced, &program).stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null());
     let server = Daemon::start(traced, 1, &scratch.path("serve.log"));
     let mut client = Client::open(server.uri());
     let calls = |name: &str| fs::read_to_string(&log).unwrap().matches(name).count();

@@ -15,7 +15,7 @@ use crate::export::TryWrite;
 use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::{self, Checked, Command, Durability, header_length};
 use crate::ranges::ByteRange;
-use crate::server::requests::{Counts, Held, Session, WriteJob, refusal};
+use crate::server::requests::{Held, Session, WriteJob, refusal};
 use crate::units::{to_u64, to_usize};
 
 /// Writes that are made together at most.
@@ -106,8 +106,8 @@ impl<D: Future<Output = ()>> Transmission<D> {
         }
         // The header of the first is gone already, and there is none behind the last.
         self.input.advance(used - header);
-        Counts::add(&session.counts.requests, to_u64(count - 1));
-        Counts::add(&session.counts.written_bytes, end - range.start());
+        session.counts.requests.add(to_u64(count - 1));
+        session.counts.written_bytes.add(end - range.start());
         match durability {
             Durability::Volatile => answers[..count].iter().for_each(|to| session.finish(*to, Ok(()))),
             // One flush for all that wait for one, of whatever client, costs less than many durable writes.
@@ -152,7 +152,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             let payload = &self.input[..to_usize(here.length())];
             if self.session.export.try_write(here.start(), &[IoSlice::new(payload)]) == TryWrite::Done {
                 self.input.advance(payload.len());
-                Counts::add(&self.session.counts.written_bytes, here.length());
+                self.session.counts.written_bytes.add(here.length());
                 let rest = ByteRange::between(here.end(), rest.end());
                 self.payload = Some(Payload::Write { job, rest, segment: None });
                 return true;

@@ -66,12 +66,20 @@ pub(crate) struct Daemon {
     log: PathBuf,
 }
 
-/// The program with its log going to a file, not started yet.
+/// The program with its log going to a file, not started yet. All whose logs are in one directory have one runtime
+/// directory there, and know of no others.
 pub(crate) fn headwater(log: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_headwater"));
+    command.env("RUNTIME_DIRECTORY", log.with_file_name("run"));
     let log = fs::File::options().create(true).append(true).open(log).unwrap();
     command.args(["--log-format=json", "--log-level=debug"]).stdout(Stdio::piped()).stderr(log);
     command
+}
+
+/// Puts `program`, with its environment, at the end of the command line of `outer`, which is to start it.
+pub(crate) fn append<'a>(outer: &'a mut Command, program: &Command) -> &'a mut Command {
+    let variables = program.get_envs().filter_map(|(name, value)| Some((name, value?)));
+    outer.arg(program.get_program()).args(program.get_args()).envs(variables)
 }
 
 impl Daemon {

@@ -1,0 +1,206 @@
+//! `headwater status`.
+
+use std::fmt::Write;
+
+use super::args;
+use super::output;
+use super::running::{block_on, reach};
+use super::table::{Table, printable};
+use crate::control::AdminAddress;
+use crate::control::status::{CacheStatus, ImageStatus, Kind, MirrorStatus, Status, UpstreamStatus};
+use crate::units::ByteSize;
+
+pub(super) fn run(arguments: args::Status) -> anyhow::Result<()> {
+    let (address, (json, status)) = block_on(async {
+        let client = reach(arguments.server).await?;
+        let status = client.status().await?;
+        Ok((client.address().clone(), status))
+    })?;
+    if arguments.json {
+        return output::print(&format!("{json}\n"));
+    }
+    output::print(&describe(&address, &status)?)
+}
+
+fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
+    let Status { version, pid, role, uptime_seconds, images, clients, cache } = status;
+    let mut text = format!("headwater {version} {role}, process {pid}, up {}, at {address}\n", ago(*uptime_seconds));
+    write!(text, "\nimages\n{}", of_images(images))?;
+    let mirrors: Vec<_> = images.iter().filter_map(|image| Some((&*image.name, image.mirror.as_ref()?))).collect();
+    if !mirrors.is_empty() {
+        write!(text, "\nmirrors\n{}\nupstreams\n{}", of_mirrors(&mirrors), of_upstreams(&mirrors))?;
+    }
+    if let Some(cache) = cache {
+        write!(text, "\ncache {}\n{}", cache.path, of_cache(cache)?)?;
+    }
+    if clients.is_empty() {
+        return Ok(text + "\nno clients\n");
+    }
+    let headings =
+        ["CLIENT", ">ID", "IMAGE", ">CONNECTED", ">REQUESTS", ">READ", ">WRITTEN", ">ERRORS", ">IN FLIGHT", ">BYTES"];
+    let mut table = Table::new(&headings);
+    for client in clients {
+        table.row(vec![
+            client.peer.clone(),
+            client.id.to_string(),
+            client.export.clone(),
+            ago(client.connected_seconds),
+            client.requests.to_string(),
+            size(client.read_bytes),
+            size(client.written_bytes),
+            client.errors.to_string(),
+            client.requests_in_flight.to_string(),
+            size(client.bytes_in_flight),
+        ]);
+    }
+    write!(text, "\nclients\n{table}")?;
+    Ok(text)
+}
+
+fn of_images(images: &[ImageStatus]) -> Table {
+    let mut table = Table::new(&["NAME", "KIND", ">SIZE", ">HERE", ">CLIENTS", "ACCESS", "IDENTITY", "PATH"]);
+    for image in images {
+        let kind = match image.kind {
+            Kind::Real => "real",
+            Kind::Mirror => "mirror",
+        };
+        let here = image.mirror.as_ref().map(|mirror| mirror.resident_bytes.saturating_add(mirror.zero_bytes));
+        table.row(vec![
+            image.name.clone(),
+            kind.to_owned(),
+            size(image.size),
+            percent(here.unwrap_or(image.size), image.size),
+            image.clients.to_string(),
+            if image.writable { "read-write" } else { "read-only" }.to_owned(),
+            // Enough to tell versions apart; --json has all of it.
+            image.identity.as_ref().map_or_else(|| "-".to_owned(), |identity| identity.chars().take(15).collect()),
+            image.path.clone(),
+        ]);
+    }
+    table
+}
+
+fn of_mirrors(mirrors: &[(&str, &MirrorStatus)]) -> Table {
+    let headings = [
+        "NAME",
+        ">RESIDENT",
+        ">ZERO",
+        ">PINNED",
+        ">SHARED",
+        ">HITS",
+        ">MISSES",
+        ">HIT RATE",
+        ">EVICTED",
+        ">DAMAGED",
+        ">FETCHED",
+    ];
+    let mut table = Table::new(&headings);
+    for (name, mirror) in mirrors {
+        table.row(vec![
+            (*name).to_owned(),
+            size(mirror.resident_bytes),
+            size(mirror.zero_bytes),
+            size(mirror.pinned_bytes),
+            size(mirror.deduplicated_bytes),
+            mirror.hits.to_string(),
+            mirror.misses.to_string(),
+            percent(mirror.hits, mirror.hits.saturating_add(mirror.misses)),
+            size(mirror.evicted_bytes),
+            mirror.verify_failures.to_string(),
+            size(mirror.upstream_bytes),
+        ]);
+    }
+    table
+}
+
+fn of_upstreams(mirrors: &[(&str, &MirrorStatus)]) -> Table {
+    let mut table = Table::new(&["IMAGE", "URI", "STATE", ">REQUESTS", ">RECEIVED", ">WRONG", "LAST ERROR"]);
+    for (name, mirror) in mirrors {
+        for upstream in &mirror.upstreams {
+            table.row(vec![
+                (*name).to_owned(),
+                upstream.uri.clone(),
+                state(upstream),
+                upstream.requests.to_string(),
+                size(upstream.received_bytes),
+                upstream.wrong_replies.to_string(),
+                upstream.last_error.clone().unwrap_or_else(|| "-".to_owned()),
+            ]);
+        }
+    }
+    table
+}
+
+fn state(upstream: &UpstreamStatus) -> String {
+    match (upstream.set_aside_seconds, upstream.current, upstream.reachable) {
+        (Some(seconds), _, _) => format!("set aside for {}", ago(seconds)),
+        (None, true, Some(false)) => "in use, unreachable".to_owned(),
+        (None, true, _) => "in use".to_owned(),
+        (None, false, Some(false)) => "unreachable".to_owned(),
+        (None, false, _) => "spare".to_owned(),
+    }
+}
+
+fn of_cache(cache: &CacheStatus) -> anyhow::Result<String> {
+    let mut text = String::new();
+    let mut line = |label: &str, value: String| writeln!(text, "  {label:<10} {}", printable(&value));
+    let bound = cache.limit_bytes.map_or_else(|| "no bound".to_owned(), |limit| format!("of {}", size(limit)));
+    let (allocated, in_flight, pinned) = (cache.allocated_bytes, cache.in_flight_bytes, cache.pinned_bytes);
+    line("allocated", format!("{}, {bound}; {} in flight, {} pinned", size(allocated), size(in_flight), size(pinned)))?;
+    let free = cache.free_bytes.map_or_else(|| "unknown".to_owned(), size);
+    line("free", format!("{free}, of which {} is left free", size(cache.reserve_bytes)))?;
+    let policy = cache.policy.as_deref().unwrap_or("nothing is evicted");
+    let thrashing = if cache.thrashing { ", too small for its load" } else { "" };
+    line("eviction", format!("{policy}; {} evicted, {} bypassed{thrashing}", cache.evictions, cache.bypassed))?;
+    line("shared", format!("{} saved", size(cache.deduplicated_bytes)))?;
+    Ok(text)
+}
+
+fn size(bytes: u64) -> String {
+    ByteSize(bytes).to_string()
+}
+
+fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 {
+        return "-".to_owned();
+    }
+    let tenths = u128::from(part) * 1000 / u128::from(whole);
+    format!("{}.{} %", tenths / 10, tenths % 10)
+}
+
+/// A length of time, to two units.
+fn ago(seconds: f64) -> String {
+    let seconds = std::time::Duration::try_from_secs_f64(seconds).unwrap_or_default().as_secs();
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3_600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        3_600..86_400 => format!("{} h {} min", seconds / 3_600, seconds / 60 % 60),
+        _ => format!("{} d {} h", seconds / 86_400, seconds / 3_600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_and_times_are_short() {
+        assert_eq!(percent(0, 0), "-");
+        assert_eq!(percent(1, 3), "33.3 %");
+        assert_eq!(percent(u64::MAX, u64::MAX), "100.0 %");
+        for (seconds, text) in
+            [(0.9, "0 s"), (61.0, "1 min 1 s"), (7_260.0, "2 h 1 min"), (90_000.0, "1 d 1 h"), (-1.0, "0 s")]
+        {
+            assert_eq!(ago(seconds), text);
+        }
+    }
+
+    #[test]
+    fn upstreams_say_whether_they_are_used() {
+        let upstream = UpstreamStatus { current: true, reachable: Some(true), ..UpstreamStatus::default() };
+        assert_eq!(state(&upstream), "in use");
+        assert_eq!(state(&UpstreamStatus { reachable: Some(false), ..upstream.clone() }), "in use, unreachable");
+        assert_eq!(state(&UpstreamStatus { set_aside_seconds: Some(60.0), ..upstream }), "set aside for 1 min 0 s");
+        assert_eq!(state(&UpstreamStatus::default()), "spare");
+    }
+}

@@ -1,0 +1,220 @@
+//! The other side: requests to a running server.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::client::conn::http1;
+use hyper::{Method, Request, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+
+use super::place::AdminAddress;
+use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, Status, VerifyOrder};
+
+/// How long a server may take to say something about itself. Longer than it lets others keep a place of a connection
+/// without saying anything.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// How long it may take to carry out an order: as long as it lets a connection live.
+const ORDER_PATIENCE: Duration = Duration::from_secs(60);
+/// Bytes of the longest answer that is taken: some hundred thousand clients.
+const LONGEST_ANSWER: usize = 64 << 20;
+
+/// Speaks to the server at one address. Each request has a connection of its own.
+#[derive(Debug, Clone)]
+pub struct Client {
+    address: AdminAddress,
+}
+
+/// Why a request has no answer.
+#[derive(Debug, Error)]
+pub enum CallError {
+    /// Nobody listens there, or not to us.
+    #[error("cannot connect to {address}")]
+    Connect {
+        /// Where.
+        address: AdminAddress,
+        /// The reason of the system.
+        source: io::Error,
+    },
+    /// The server hung up, or does not speak HTTP.
+    #[error("lost the server at {address}")]
+    Lost {
+        /// Where.
+        address: AdminAddress,
+        /// What went wrong.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The server hangs.
+    #[error("the server at {0} does not answer")]
+    TimedOut(AdminAddress),
+    /// The server understood, and does not do it.
+    #[error("{reason}")]
+    Refused {
+        /// The status code of HTTP.
+        status: u16,
+        /// Why.
+        reason: String,
+    },
+    /// Something else listens there, or a very different version.
+    #[error("the server at {address} answers with something else than was asked for: {reason}")]
+    Misunderstood {
+        /// Where.
+        address: AdminAddress,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl CallError {
+    /// Whether nobody listens on a socket that is there.
+    pub(super) fn is_refused_connection(&self) -> bool {
+        matches!(self, Self::Connect { source, .. }
+            if matches!(source.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound))
+    }
+
+    /// The message and those of all causes, as one line.
+    pub(super) fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut next = std::error::Error::source(self);
+        while let Some(cause) = next {
+            text.push_str(&format!(": {cause}"));
+            next = cause.source();
+        }
+        text
+    }
+}
+
+impl Client {
+    /// For the server at `address`, which is not asked anything yet.
+    pub const fn new(address: AdminAddress) -> Self {
+        Self { address }
+    }
+
+    /// Where the server is.
+    pub const fn address(&self) -> &AdminAddress {
+        &self.address
+    }
+
+    /// All that is to be known of the server: the JSON as it came, and what it means.
+    pub async fn status(&self) -> Result<(String, Status), CallError> {
+        let json = self.send(Method::GET, "/v1/status", Bytes::new(), PATIENCE).await?;
+        let status = self.decode(&json)?;
+        Ok((String::from_utf8_lossy(&json).into_owned(), status))
+    }
+
+    /// Pins ranges of an image, or all of it.
+    pub async fn pin(&self, image: &str, order: &PinOrder) -> Result<PinReport, CallError> {
+        self.order(&of_image(image, "pin"), order).await
+    }
+
+    /// Ends that.
+    pub async fn unpin(&self, image: &str, order: &PinOrder) -> Result<PinReport, CallError> {
+        self.order(&of_image(image, "unpin"), order).await
+    }
+
+    /// Has an image checked; gives the number of the job.
+    pub async fn verify(&self, image: &str, order: &VerifyOrder) -> Result<u64, CallError> {
+        let JobStarted { job } = self.order(&of_image(image, "verify"), order).await?;
+        Ok(job)
+    }
+
+    /// How far a job has come.
+    pub async fn job(&self, id: u64) -> Result<JobStatus, CallError> {
+        let json = self.send(Method::GET, &format!("/v1/jobs/{id}"), Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// Calls a job off. It ends soon after.
+    pub async fn cancel(&self, id: u64) -> Result<JobStatus, CallError> {
+        let json = self.send(Method::DELETE, &format!("/v1/jobs/{id}"), Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    async fn order<T: DeserializeOwned>(&self, path: &str, order: &impl Serialize) -> Result<T, CallError> {
+        let body = serde_json::to_vec(order).map_err(|error| self.misunderstood(&error))?;
+        let json = self.send(Method::POST, path, body.into(), ORDER_PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    fn decode<T: DeserializeOwned>(&self, json: &[u8]) -> Result<T, CallError> {
+        serde_json::from_slice(json).map_err(|error| self.misunderstood(&error))
+    }
+
+    fn misunderstood(&self, reason: &impl ToString) -> CallError {
+        CallError::Misunderstood { address: self.address.clone(), reason: reason.to_string() }
+    }
+
+    async fn send(&self, method: Method, path: &str, body: Bytes, limit: Duration) -> Result<Bytes, CallError> {
+        let exchange = async {
+            let failed = |source| CallError::Connect { address: self.address.clone(), source };
+            match &self.address {
+                AdminAddress::Unix(socket) => {
+                    let socket = UnixStream::connect(socket).await.map_err(failed)?;
+                    self.exchange(socket, "localhost", method, path, body).await
+                }
+                AdminAddress::Tcp(address) => {
+                    let socket = TcpStream::connect(address).await.map_err(failed)?;
+                    self.exchange(socket, &address.to_string(), method, path, body).await
+                }
+            }
+        };
+        let answer = tokio::time::timeout(limit, exchange).await;
+        let (status, bytes) = answer.unwrap_or_else(|_| Err(CallError::TimedOut(self.address.clone())))?;
+        if status.is_success() {
+            return Ok(bytes);
+        }
+        let Complaint { error } = self.decode(&bytes)?;
+        Err(CallError::Refused { status: status.as_u16(), reason: error })
+    }
+
+    async fn exchange(
+        &self,
+        socket: impl AsyncRead + AsyncWrite + Unpin,
+        host: &str,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<(StatusCode, Bytes), CallError> {
+        let lost = |source| CallError::Lost { address: self.address.clone(), source };
+        let request = Request::builder().method(method).uri(path).header(header::HOST, host);
+        let request = request.header(header::CONTENT_TYPE, "application/json").body(Full::new(body));
+        let request = request.map_err(|error| lost(error.into()))?;
+        let (mut sender, connection) =
+            http1::handshake(TokioIo::new(socket)).await.map_err(|error| lost(error.into()))?;
+        let asking = async move {
+            let answer = sender.send_request(request).await?;
+            let status = answer.status();
+            let body = Limited::new(answer.into_body(), LONGEST_ANSWER).collect().await?;
+            Ok((status, body.to_bytes()))
+        };
+        // The connection does the work; whatever fails on it fails the request too.
+        let (answer, _) = join(asking, connection).await;
+        answer.map_err(lost)
+    }
+}
+
+/// The path of an order for an image.
+fn of_image(image: &str, verb: &str) -> String {
+    format!("/v1/images/{}/{verb}", utf8_percent_encode(image, NON_ALPHANUMERIC))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_name_is_one_segment_of_a_path() {
+        assert_eq!(of_image("debian12", "pin"), "/v1/images/debian12/pin");
+        assert_eq!(of_image("a b/é?#%", "pin"), "/v1/images/a%20b%2F%C3%A9%3F%23%25/pin");
+        assert_eq!(of_image("..", "pin"), "/v1/images/%2E%2E/pin");
+        assert_eq!(of_image("", "pin"), "/v1/images//pin");
+    }
+}

@@ -1,0 +1,105 @@
+//! The admin API: HTTP and JSON, on a unix socket or on loopback.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | this one | [`Admin`]: accepts and bounds connections |
+//! | `status` | what is said, as types that server and command line share |
+//! | `operated` | [`Operated`]: what a server must be able to do to be operated |
+//! | `jobs` | orders that take long: their progress, and calling them off |
+//! | `api` | requests: routes, bodies, errors |
+//! | `place` | where admin sockets are, and finding the only running server |
+//! | `listen` | the listening socket |
+//! | `client` | the other side: requests to a running server |
+//!
+//! Owns: how operators reach a server, and how their orders look. Does not own: what an order does; the server's roles
+//! do it behind [`Operated`].
+//!
+//! Whoever can open the unix socket may do everything. On loopback that is everybody on this machine, and browsers too
+//! if they were not refused: a request with an `Origin`, or for a `Host` that is not loopback, is answered with 403.
+//!
+//! It runs on the main thread, beside accepting. What may block (counting chunks, asking a file system) goes to a
+//! thread of its own, one at a time.
+
+mod api;
+mod client;
+mod jobs;
+mod listen;
+mod operated;
+pub mod place;
+pub mod status;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::JoinSet;
+
+use crate::server::ClientTable;
+use api::{Api, Reach};
+pub use client::{CallError, Client};
+pub use jobs::{Jobs, Outcome, Progress, RunningJob};
+use listen::Socket;
+pub use listen::{AdminListener, BindError};
+pub use operated::{Answer, Operated, Refusal};
+pub use place::AdminAddress;
+
+/// Connections at the same time; more wait to be accepted.
+const CONNECTIONS: usize = 64;
+/// How long the head of a request may take to arrive.
+const HEAD_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a connection, which carries one request, may last in all.
+const LIFE: Duration = Duration::from_secs(60);
+/// Bytes of the head of a request, and of what hyper keeps of anything that arrives.
+const HEAD_BYTES: usize = 16 << 10;
+/// After accepting failed, which it may do again at once.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// The admin API of a running server. Dropping it ends it and removes its socket.
+#[derive(Debug)]
+pub struct Admin {
+    _serving: JoinSet<()>,
+}
+
+impl Admin {
+    /// Serves `operated` and tells of `clients`. Call within the `LocalRuntime` that the listener belongs to.
+    pub fn start(listener: AdminListener, operated: Arc<dyn Operated>, clients: ClientTable) -> Self {
+        let reach = if listener.is_tcp() { Reach::Machine } else { Reach::Owner };
+        let service = TowerToHyperService::new(Api::new(operated, clients).router(reach));
+        let mut serving = JoinSet::new();
+        serving.spawn_local(accept(listener, service));
+        Self { _serving: serving }
+    }
+}
+
+type Service = TowerToHyperService<axum::Router>;
+
+async fn accept(listener: AdminListener, service: Service) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept(), if connections.len() < CONNECTIONS => match accepted {
+                Ok(Socket::Unix(socket)) => drop(connections.spawn_local(serve(socket, service.clone()))),
+                Ok(Socket::Tcp(socket)) => drop(connections.spawn_local(serve(socket, service.clone()))),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept an admin connection");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            },
+            Some(_) = connections.join_next(), if !connections.is_empty() => {}
+        }
+    }
+}
+
+/// Answers the one request of a connection.
+async fn serve(socket: impl AsyncRead + AsyncWrite + Unpin + 'static, service: Service) {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_PATIENCE).keep_alive(false).max_buf_size(HEAD_BYTES);
+    match tokio::time::timeout(LIFE, http.serve_connection(TokioIo::new(socket), service)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "an admin connection ended early"),
+        Err(_) => tracing::debug!("an admin connection took too long"),
+    }
+}

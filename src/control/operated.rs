@@ -1,0 +1,59 @@
+//! What a server must be able to do to be operated.
+
+use std::pin::Pin;
+
+use thiserror::Error;
+
+use super::jobs::Jobs;
+use super::status::{CacheStatus, ImageStatus, PinReport, Role, VerifyOrder};
+use crate::ranges::ByteRange;
+
+/// What comes of an order.
+pub type Answer<'a, T> = Pin<Box<dyn Future<Output = Result<T, Refusal>> + Send + 'a>>;
+
+/// A server as its operators see it.
+///
+/// *Who implements it*: each role that a server can have. *Who calls it*: the admin API, on the main thread, for one
+/// request at a time or several. What has to be done on workers is handed over to them.
+///
+/// *Cancel safety*: an answer is dropped when whoever ordered it hangs up, or after a minute. The order is then carried out
+/// whole or not at all.
+pub trait Operated: Send + Sync + std::fmt::Debug {
+    /// What the server does.
+    fn role(&self) -> Role;
+
+    /// All images, by name; `clients` is filled in by the caller. May block.
+    fn images(&self) -> Vec<ImageStatus>;
+
+    /// The cache, if there is one. May block.
+    fn cache(&self) -> Option<CacheStatus>;
+
+    /// The table in which orders that take long are kept.
+    fn jobs(&self) -> &Jobs;
+
+    /// Keeps `ranges` of an image whatever happens, or all of it. Durable once answered.
+    fn pin(&self, image: String, ranges: Option<Vec<ByteRange>>) -> Answer<'_, PinReport>;
+
+    /// Ends that.
+    fn unpin(&self, image: String, ranges: Option<Vec<ByteRange>>) -> Answer<'_, PinReport>;
+
+    /// Begins to check what is here of an image; gives the number of the job.
+    fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64>;
+}
+
+/// Why an order is not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Refusal {
+    /// There is no such image.
+    #[error("there is no image {0:?} here")]
+    UnknownImage(String),
+    /// The order makes no sense for this image: one that could never be carried out.
+    #[error("{0}")]
+    Invalid(String),
+    /// Not as things are.
+    #[error("{0}")]
+    Conflict(String),
+    /// It was tried, and failed.
+    #[error("{0}")]
+    Failed(String),
+}

@@ -1,0 +1,267 @@
+//! What is said over the admin API, as types that the server writes and the command line reads. Field names are those
+//! of the JSON; all sizes are in bytes, all counts are since the server started.
+//!
+//! What a server says may grow new fields, so whoever reads it skips those that it does not know. What a server is
+//! asked is held to the letter: an unknown field is an error.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+pub use crate::server::ClientStatus;
+
+/// `GET /v1/status`: all that is to be known of a server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The version of the program.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// What it does.
+    pub role: Role,
+    /// How long it has been serving.
+    pub uptime_seconds: f64,
+    /// Its images, by name.
+    pub images: Vec<ImageStatus>,
+    /// Its clients, oldest first.
+    pub clients: Vec<ClientStatus>,
+    /// The cache that all mirrors share; `null` if there is none.
+    pub cache: Option<CacheStatus>,
+}
+
+/// What a server does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// `headwater serve`.
+    Serve,
+    /// `headwater mirror`.
+    Mirror,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Serve => "serve",
+            Self::Mirror => "mirror",
+        })
+    }
+}
+
+/// Where the bytes of an image are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// All of them are here.
+    Real,
+    /// They come from an upstream.
+    Mirror,
+}
+
+/// One image.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ImageStatus {
+    /// Its name.
+    pub name: String,
+    /// Where its bytes are.
+    pub kind: Kind,
+    /// Its size.
+    pub size: u64,
+    /// Whether clients may write to it.
+    pub writable: bool,
+    /// The unit of fetching and of digests; `null` if it has none.
+    pub chunk_size: Option<u32>,
+    /// What it holds, as `blake3-...`; `null` if that is not known.
+    pub identity: Option<String>,
+    /// The file of a real image, the cache directory of a mirror.
+    pub path: String,
+    /// How many clients use it now.
+    #[serde(default)]
+    pub clients: u64,
+    /// The rest, for a mirror; `null` for a real image.
+    pub mirror: Option<MirrorStatus>,
+}
+
+/// What a mirror has and has done.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MirrorStatus {
+    /// Here, checked and durable.
+    pub resident_bytes: u64,
+    /// Never evicted; a part of them may not be here yet.
+    pub pinned_bytes: u64,
+    /// Known to be zero and not stored.
+    pub zero_bytes: u64,
+    /// Not fetched because another image of this cache had them.
+    pub deduplicated_bytes: u64,
+    /// Chunks that were here when they were asked for.
+    pub hits: u64,
+    /// Chunks that were not.
+    pub misses: u64,
+    /// Bytes answered from here.
+    pub hit_bytes: u64,
+    /// Bytes that clients had to wait for.
+    pub miss_bytes: u64,
+    /// Chunks removed to make room.
+    pub evictions: u64,
+    /// Their bytes.
+    pub evicted_bytes: u64,
+    /// Chunks, fetched or in the cache, whose bytes were not what they should be.
+    pub verify_failures: u64,
+    /// Chunks that were answered but could not be stored.
+    pub unstored_chunks: u64,
+    /// Bytes that came from upstreams.
+    pub upstream_bytes: u64,
+    /// Where they come from, in order of preference.
+    pub upstreams: Vec<UpstreamStatus>,
+}
+
+/// One server that a mirror is filled from.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UpstreamStatus {
+    /// Its address.
+    pub uri: String,
+    /// Whether requests go there now.
+    pub current: bool,
+    /// Whether the last attempt to use it succeeded; `null` if there was none.
+    pub reachable: Option<bool>,
+    /// Bytes received from it.
+    pub received_bytes: u64,
+    /// Requests that it answered.
+    pub requests: u64,
+    /// Replies with wrong bytes.
+    pub wrong_replies: u64,
+    /// It is not asked for so long, because it lied; `null` if it may be asked.
+    pub set_aside_seconds: Option<f64>,
+    /// What went wrong last.
+    pub last_error: Option<String>,
+}
+
+/// The cache of a server's mirrors.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CacheStatus {
+    /// Its directory.
+    pub path: String,
+    /// The bound, `--cache-size`; `null` if there is none.
+    pub limit_bytes: Option<u64>,
+    /// Allocated on disk now.
+    pub allocated_bytes: u64,
+    /// Reserved for what is being fetched.
+    pub in_flight_bytes: u64,
+    /// Allocated, and never evicted.
+    pub pinned_bytes: u64,
+    /// What is left free of the file system, `--reserve`.
+    pub reserve_bytes: u64,
+    /// Free in the file system now; `null` if it cannot say.
+    pub free_bytes: Option<u64>,
+    /// The order of eviction, `--policy`; `null` if nothing is evicted.
+    pub policy: Option<String>,
+    /// Chunks removed to make room.
+    pub evictions: u64,
+    /// Chunks answered without being stored, because storing them would not have paid.
+    pub bypassed: u64,
+    /// Whether the working set is larger than the cache.
+    pub thrashing: bool,
+    /// Saved by chunks that several images share.
+    pub deduplicated_bytes: u64,
+}
+
+/// A part of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Range {
+    /// Its first byte.
+    pub start: u64,
+    /// Its bytes.
+    pub length: u64,
+}
+
+/// `POST /v1/images/NAME/pin` and `.../unpin`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PinOrder {
+    /// Which parts; `null` for all of it.
+    pub ranges: Option<Vec<Range>>,
+}
+
+/// The answer to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PinReport {
+    /// Pinned of the image now.
+    pub pinned_bytes: u64,
+    /// Of them, not here yet.
+    pub missing_bytes: u64,
+}
+
+/// `POST /v1/images/NAME/verify`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VerifyOrder {
+    /// Bytes per second at most; `null`: as fast as the disk allows.
+    pub rate: Option<u64>,
+    /// Whether what is wrong is fetched again.
+    pub repair: bool,
+}
+
+impl Default for VerifyOrder {
+    fn default() -> Self {
+        Self { rate: None, repair: true }
+    }
+}
+
+/// The answer to orders that take long: ask for `GET /v1/jobs/ID`, or call them off with `DELETE`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobStarted {
+    /// The number of the job.
+    pub job: u64,
+}
+
+/// `GET /v1/jobs/ID`: how far a job has come.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobStatus {
+    /// Its number.
+    pub job: u64,
+    /// The image that it works on.
+    pub image: String,
+    /// Whether it is at work, and if not, why.
+    pub state: JobState,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// How long it has run.
+    pub seconds: f64,
+    /// Bytes to be looked at.
+    pub total_bytes: u64,
+    /// Bytes looked at.
+    pub done_bytes: u64,
+    /// Chunks that were checked.
+    pub checked_chunks: u64,
+    /// Those that were wrong.
+    pub damaged_chunks: u64,
+    /// Those of them that are right again.
+    pub repaired_chunks: u64,
+    /// Those of them that are not.
+    pub unrepaired_chunks: u64,
+}
+
+/// Whether a job is at work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JobState {
+    /// It is at work.
+    Running,
+    /// It came to its end.
+    Done,
+    /// It was called off.
+    Cancelled,
+    /// It could not go on.
+    Failed,
+}
+
+/// What everything that cannot be done is answered with, beside the status code.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Complaint {
+    /// Why, for a human.
+    pub error: String,
+}

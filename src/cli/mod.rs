@@ -4,13 +4,14 @@
 //! | --- | --- |
 //! | `args` | commands, flags, and the help that teaches them |
 //! | `daemon` | what `serve` and `mirror` have in common: listening, serving, ending |
-//! | `serve`, `mirror`, `info` | one command each |
+//! | `serve`, `mirror`, `index`, `info` | one command each |
 //! | `output` | the standard output stream |
 //!
 //! Exit status: 0 when all went well, 1 on a failure, 2 when the command line makes no sense.
 
 mod args;
 mod daemon;
+mod index;
 mod info;
 mod mirror;
 mod output;
@@ -29,6 +30,7 @@ pub fn run() -> ExitCode {
     let result = match command {
         Command::Serve(arguments) => serve::run(arguments),
         Command::Mirror(arguments) => mirror::run(arguments),
+        Command::Index(arguments) => index::run(arguments),
         Command::Info(arguments) => info::run(&arguments),
     };
     match result {

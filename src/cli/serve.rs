@@ -1,11 +1,14 @@
 //! `headwater serve`.
 
-use anyhow::{Context, ensure};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, anyhow, ensure};
 use futures_util::future::join_all;
 
 use super::args::{FormatArgument, NamedPath, Serve};
 use super::daemon::{self, Exports};
 use crate::export::Registry;
+use crate::image::index::{Background, Settings};
 use crate::image::{self, Options};
 use crate::net::Listener;
 use crate::worker::Workers;
@@ -23,26 +26,51 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
         format: arguments.format.into(),
         backing_directories: arguments.backing,
     };
-    daemon::run(arguments.daemon, Images { images: arguments.images, options })
+    // One thread: it has the time.
+    let settings = Settings { threads: 1, rate: Some(arguments.index_rate), ..Settings::default() };
+    let images = Images {
+        images: arguments.images,
+        options,
+        index: arguments.index.then_some(settings),
+        indexing: Mutex::default(),
+    };
+    daemon::run(arguments.daemon, images)
 }
 
 struct Images {
     images: Vec<NamedPath>,
     options: Options,
+    /// How missing manifests are made, if they are to be.
+    index: Option<Settings>,
+    /// That being done.
+    indexing: Mutex<Option<Background>>,
 }
 
 impl Exports for Images {
     async fn open(&mut self, registry: &Registry, _: &Workers, _: &[Listener]) -> anyhow::Result<()> {
+        let mut seals = Vec::new();
         for NamedPath { name, path } in &self.images {
-            let image = image::open(path, &self.options)?;
-            let facts = image.facts();
+            let image = image::open_image(path, &self.options)?;
+            if self.index.is_some() {
+                let reason = |reason| anyhow!("--index: {} can have no manifest: {reason}", path.display());
+                seals.push(image.seal.as_ref().map(Arc::clone).map_err(reason)?);
+            }
+            let facts = image.export.facts();
             tracing::info!(name, path = %path.display(), size = facts.size, writable = facts.writable, "serving");
-            registry.insert(name, image)?;
+            registry.insert(name, image.export)?;
+        }
+        if let Some(settings) = self.index.take() {
+            let indexing = Background::start(seals, self.options.format, settings).context("cannot start indexing")?;
+            self.indexing = Mutex::new(Some(indexing));
         }
         Ok(())
     }
 
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
+        let indexing = self.indexing.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(indexing) = indexing {
+            tokio::task::spawn_blocking(|| indexing.stop()).await?;
+        }
         let flushes = registry.all().into_iter().map(|(name, export)| async move {
             let result = workers.ask(move || async move { export.flush().await.map_err(|error| error.chain()) }).await;
             let result = result.unwrap_or_else(|| Err("its worker died".into())).map_err(anyhow::Error::msg);

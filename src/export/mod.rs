@@ -25,7 +25,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 
 pub use facts::{Context, Facts, ImageId, NodeId, Residency};
-pub use registry::{DuplicateName, Registry};
+pub use registry::{DuplicateName, Registry, split_content_name};
 
 use crate::disk::File;
 use crate::error::{Error, ErrorKind, Result};

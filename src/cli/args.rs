@@ -137,7 +137,7 @@ pub(super) struct Index {
     /// Raw files and qcow2 files without backing files. Nobody may write to them meanwhile.
     #[arg(required = true, value_name = "PATH")]
     pub(super) images: Vec<PathBuf>,
-    /// The unit of digests: a power of two from 4K to 4M. [default: 64K, or that of the manifest that is there]
+    /// The unit of digests: a power of two from 4K to 4M. Identities differ with it. [default: 64K]
     #[arg(long, value_name = "SIZE", value_parser = chunk_size)]
     pub(super) chunk_size: Option<u32>,
     /// Threads that read and hash. [default: one for each CPU]

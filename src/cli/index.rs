@@ -74,9 +74,7 @@ fn index_one(path: PathBuf, arguments: &args::Index, cancel: &AtomicBool) -> any
         return Ok(Indexed::new(path, header, false, 0));
     }
     let mut settings = Settings { rate: arguments.rate, ..Settings::default() };
-    if let Some(chunk_size) = arguments.chunk_size.or_else(|| found.map(|header| header.shape.chunk_size)) {
-        settings.chunk_size = chunk_size;
-    }
+    settings.chunk_size = arguments.chunk_size.unwrap_or(settings.chunk_size);
     settings.threads = arguments.threads.map_or(settings.threads, usize::from);
     let bar = progress_bar(&path)?;
     let show = |Progress { done, total }| {

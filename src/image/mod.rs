@@ -162,6 +162,13 @@ fn begins_like_qcow2(path: &Path) -> io::Result<bool> {
     }
 }
 
+/// Whether the header of the qcow2 file at `path` names a backing file, at whose name it has an offset.
+fn has_backing_file(path: &Path) -> bool {
+    use std::os::unix::fs::FileExt;
+    let mut header = [0; 16];
+    std::fs::File::open(path).and_then(|file| file.read_exact_at(&mut header, 0)).is_ok() && header[8..] != [0; 8]
+}
+
 #[cfg(feature = "qcow2")]
 fn open_qcow2(path: &Path, options: &Options, decoded_bytes: u64) -> Result<Image, OpenError> {
     let image = qcow2::Qcow2Image::open(path, &options.backing_directories, decoded_bytes)

@@ -15,10 +15,10 @@ fn exit_code(command: &mut Command) -> i32 {
 #[test]
 fn help_teaches_by_examples() {
     let help = run(program().arg("--help"));
-    for word in ["serve", "mirror", "info", "Example", "qemu-system-x86_64 -drive file=nbd://"] {
+    for word in ["serve", "mirror", "index", "info", "Example", "qemu-system-x86_64 -drive file=nbd://"] {
         assert!(help.contains(word), "{help}");
     }
-    for command in ["serve", "mirror", "info"] {
+    for command in ["serve", "mirror", "index", "info"] {
         let help = run(program().args([command, "--help"]));
         assert!(help.contains("Examples:") && help.lines().all(|line| line.len() <= 100), "{help}");
     }
@@ -33,12 +33,16 @@ fn a_command_line_without_sense_ends_with_2_and_a_failure_with_1() {
         &["mirror", "not a uri", "--cache", "/tmp/x"],
         &["serve", "x", "--listen", "nonsense:port"],
         &["mirror", "nbd://h/x", "--cache", "/tmp/x", "--chunk-size", "3K"],
+        &["index"],
+        &["index", "x", "--chunk-size", "3K"],
+        &["index", "x", "--rate", "0"],
         &["info", "http://h/x"],
         &["dance"],
     ] {
         assert_eq!(exit_code(program().args(arguments)), 2, "{arguments:?}");
     }
     assert_eq!(exit_code(program().args(["serve", "/nonexistent.raw", "--listen", "127.0.0.1:0"])), 1);
+    assert_eq!(exit_code(program().args(["index", "/nonexistent.raw"])), 1);
     assert_eq!(exit_code(program().args(["info", "nbd://127.0.0.1:1/x"])), 1);
 }
 

@@ -155,8 +155,13 @@ fn tell_unfit(path: &Path, unfit: &Unfit) {
 
 fn open(path: &Path, format: Format) -> Result<(super::Image, Arc<Seal>), IndexError> {
     let options = Options { read_only: true, format, backing_directories: Vec::new() };
-    let image = super::open_unsealed(path, &options, super::FEW_DECODED_BYTES)?;
-    let seal = image.seal.clone().map_err(|source| IndexError::CannotSeal { path: path.to_owned(), source })?;
+    let cannot_seal = |source| IndexError::CannotSeal { path: path.to_owned(), source };
+    let image = super::open_unsealed(path, &options, super::FEW_DECODED_BYTES).map_err(|error| match error {
+        // Without directories it is the backing file that was refused.
+        OpenError::Qcow2 { .. } if super::has_backing_file(path) => cannot_seal(CannotSeal::SeveralFiles),
+        error => error.into(),
+    })?;
+    let seal = image.seal.clone().map_err(cannot_seal)?;
     Ok((image, seal))
 }
 

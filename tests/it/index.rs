@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use headwater::manifest::{self, ImageId};
 
+use crate::serve::LoopDevice;
 use crate::support::client::Client;
 use crate::support::peers::convert;
 use crate::support::{Daemon, Scratch, eventually, headwater, noise, run, run_failing};
@@ -147,6 +148,19 @@ fn the_contents_of_qcow2_files_are_indexed() {
     run(create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(&raw).arg(&overlay));
     let complaint = run_failing(index(&scratch, &[]).arg(&overlay).stderr(Stdio::piped()));
     assert!(complaint.contains("several files"), "{complaint}");
+}
+
+#[test]
+fn block_devices_are_not_indexed() {
+    let scratch = Scratch::new();
+    let image = scratch.file("image.raw", &noise(1 << 20, 1));
+    let device = LoopDevice::on(&image);
+    let complaint = run_failing(index(&scratch, &[&device.0]).stderr(Stdio::piped()));
+    assert!(complaint.contains("block device, which has no time of modification"), "{complaint}");
+    let mut serve = headwater(&scratch.path("log"));
+    serve.args(["serve", "--read-only", "--index", &device.0, "--unix"]).arg(scratch.path("s")).stderr(Stdio::piped());
+    let complaint = run_failing(&mut serve);
+    assert!(complaint.contains("--index:") && complaint.contains("block device"), "{complaint}");
 }
 
 #[test]

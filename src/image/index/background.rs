@@ -7,6 +7,7 @@ use std::thread::{self, JoinHandle};
 
 use super::{IndexError, Made, Settings, make};
 use crate::image::{Format, Seal};
+use crate::manifest::Header;
 use crate::units::ByteSize;
 
 /// How nice the thread is to all others; the most is 19.
@@ -58,6 +59,11 @@ impl Drop for Background {
 
 fn index(image: &Seal, format: Format, settings: &Settings, cancel: &AtomicBool) {
     let path = image.path().display();
+    // It may have been made since the image was opened: for another name of the same file, or by hand.
+    if let Ok(Some(Header { id: identity, .. })) = image.load() {
+        tracing::info!(%path, %identity, "the image has a manifest");
+        return;
+    }
     tracing::info!(%path, rate = settings.rate.map(ByteSize).map(tracing::field::debug), "indexing in the background");
     match make(image.path(), format, settings, cancel, &|_| {}) {
         Ok(Made { read_bytes, .. }) => {

@@ -328,7 +328,9 @@ fn the_background_gives_every_image_its_identity_and_stops_when_told() {
     first.sparse(2 * MIB, &[(0, vec![1; 10_000])]);
     second.sparse(64 * MIB, &[(0, sample_contents(64 << 20, 1))]);
     let (one, two) = (first.image(), second.image());
-    let seals = vec![one.seal.unwrap(), two.seal.unwrap()];
+    // The second image is served by two names.
+    let again = second.image();
+    let seals = vec![one.seal.unwrap(), two.seal.unwrap(), again.seal.unwrap()];
     // 64 MiB in 64 hours.
     let slow = Settings { rate: Some(300), ..settings(65_536, 1) };
     let background = Background::start(seals.clone(), Format::Raw, slow).unwrap();
@@ -341,7 +343,7 @@ fn the_background_gives_every_image_its_identity_and_stops_when_told() {
     assert_eq!(two.export.facts().identity, None);
     let fast = Settings { rate: Some(1 << 40), ..settings(65_536, 1) };
     let background = Background::start(seals, Format::Raw, fast).unwrap();
-    while two.export.facts().identity.is_none() {
+    while again.export.facts().identity.is_none() {
         assert!(clock::now() - began < Duration::from_secs(60));
         thread::yield_now();
     }

@@ -48,6 +48,12 @@ Examples:
   headwater mirror nbd://first/debian12,nbd://spare/debian12 --cache /srv/cache
   headwater mirror nbd+unix:///root?socket=/run/a.sock --cache /srv/cache --unix /run/b.sock";
 
+const INDEX_EXAMPLES: &str = "\
+Examples:
+  headwater index debian12.raw
+  headwater index /srv/images/*.raw --rate 200M
+  headwater index --json --threads 4 data.qcow2";
+
 const INFO_EXAMPLES: &str = "\
 Examples:
   headwater info nbd://second/debian12
@@ -80,6 +86,7 @@ remains, 1 when it could not be found out, 2 when the command line makes no sens
 pub(super) enum Command {
     Serve(Serve),
     Mirror(Mirror),
+    Index(Index),
     Info(Info),
     Status(Status),
     Pin(Pin),
@@ -108,6 +115,13 @@ pub(super) struct Serve {
     /// with a backing file is refused, because the name of that file is content of the image.
     #[arg(long, value_name = "DIR")]
     pub(super) backing: Vec<PathBuf>,
+    /// Make missing manifests in the background (see headwater index); images announce their identity when theirs is
+    /// there. Raw images need --read-only for that.
+    #[arg(long)]
+    pub(super) index: bool,
+    /// How much of the images --index reads per second.
+    #[arg(long, value_name = "SIZE", default_value = "100M", value_parser = rate)]
+    pub(super) index_rate: u64,
     #[command(flatten)]
     pub(super) daemon: Daemon,
 }
@@ -138,6 +152,37 @@ pub(super) struct Mirror {
     pub(super) upstream_timeout: Duration,
     #[command(flatten)]
     pub(super) daemon: Daemon,
+}
+
+/// Make the manifests of images: a digest of every chunk, and one over all, which is the identity of the image.
+///
+/// The manifest of PATH is PATH.manifest. A server that finds it announces the identity, as long as nobody changes the
+/// image, and mirrors hold every chunk against it. Prints the identity and the path of each image. What an interrupted
+/// run has done is kept, and the next one goes on from there.
+#[derive(Debug, Args)]
+#[command(after_help = INDEX_EXAMPLES)]
+pub(super) struct Index {
+    /// Raw files and qcow2 files without backing files. Nobody may write to them meanwhile.
+    #[arg(required = true, value_name = "PATH")]
+    pub(super) images: Vec<PathBuf>,
+    /// The unit of digests: a power of two from 4K to 4M. Identities differ with it. [default: 64K]
+    #[arg(long, value_name = "SIZE", value_parser = chunk_size)]
+    pub(super) chunk_size: Option<u32>,
+    /// Threads that read and hash. [default: one for each CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(super) threads: Option<u16>,
+    /// How much to read per second. [default: all that there is to be had]
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    pub(super) rate: Option<u64>,
+    /// Make it also where one is there that fits.
+    #[arg(long)]
+    pub(super) force: bool,
+    /// What the files hold.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) format: FormatArgument,
+    /// Print JSON.
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 /// Show what a server offers: size, flags, block sizes, contexts; of a mirror, what is there.
@@ -456,6 +501,11 @@ fn chunk_size(text: &str) -> Result<u32, String> {
         .ok_or_else(|| "a chunk is a power of two from 4K to 4M".to_owned())
 }
 
+fn rate(text: &str) -> Result<u64, String> {
+    let ByteSize(bytes) = text.parse().map_err(|error: crate::units::ParseSizeError| error.to_string())?;
+    if bytes == 0 { Err("more than nothing".to_owned()) } else { Ok(bytes) }
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
     Duration::try_from_secs_f64(seconds)
@@ -538,6 +588,8 @@ mod tests {
         for text in ["2K", "8M", "65000", "64X", ""] {
             assert!(chunk_size(text).is_err(), "{text}");
         }
+        assert_eq!(rate("100M"), Ok(100 << 20));
+        assert!(rate("0").is_err() && rate("fast").is_err());
         assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
         for text in ["0", "-1", "NaN", "inf", "100000", "x"] {
             assert!(seconds(text).is_err(), "{text}");

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `args` | commands, flags, and the help that teaches them |
 //! | `daemon` | what `serve` and `mirror` have in common: listening, serving, ending |
-//! | `serve`, `mirror`, `info`, `status`, `pin`, `verify` | one command each; `pin` has `unpin` too |
+//! | `serve`, `mirror`, `index`, `info`, `status`, `pin`, `verify` | one command each; `pin` has `unpin` too |
 //! | `running` | finding the running server that a command is for |
 //! | `table` | columns for people |
 //! | `output` | the standard output stream |
@@ -13,6 +13,7 @@
 
 mod args;
 mod daemon;
+mod index;
 mod info;
 mod mirror;
 mod output;
@@ -36,6 +37,7 @@ pub fn run() -> ExitCode {
     let result = match command {
         Command::Serve(arguments) => serve::run(arguments).map(|()| ExitCode::SUCCESS),
         Command::Mirror(arguments) => mirror::run(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Index(arguments) => index::run(arguments).map(|()| ExitCode::SUCCESS),
         Command::Info(arguments) => info::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Status(arguments) => status::run(arguments).map(|()| ExitCode::SUCCESS),
         Command::Pin(arguments) => pin::pin(arguments).map(|()| ExitCode::SUCCESS),

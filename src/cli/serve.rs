@@ -1,8 +1,8 @@
 //! `headwater serve`.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use futures_util::future::join_all;
 
 use super::args::{FormatArgument, NamedPath, Serve};
@@ -10,6 +10,7 @@ use super::daemon::{self, Exports};
 use crate::control::status::{CacheStatus, ImageStatus, Kind, PinReport, Role, VerifyOrder};
 use crate::control::{Answer, Jobs, Operated, Refusal};
 use crate::export::{Registry, SharedExport};
+use crate::image::index::{Background, Settings};
 use crate::image::{self, Options};
 use crate::net::Listener;
 use crate::ranges::ByteRange;
@@ -28,23 +29,45 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
         format: arguments.format.into(),
         backing_directories: arguments.backing,
     };
-    daemon::run(arguments.daemon, Images { images: arguments.images, options, open: RealImages::default() })
+    // One thread: it has the time.
+    let settings = Settings { threads: 1, rate: Some(arguments.index_rate), ..Settings::default() };
+    let images = Images {
+        images: arguments.images,
+        options,
+        index: arguments.index.then_some(settings),
+        indexing: Mutex::default(),
+        open: RealImages::default(),
+    };
+    daemon::run(arguments.daemon, images)
 }
 
 struct Images {
     images: Vec<NamedPath>,
     options: Options,
+    /// How missing manifests are made, if they are to be.
+    index: Option<Settings>,
+    /// That being done.
+    indexing: Mutex<Option<Background>>,
     open: RealImages,
 }
 
 impl Exports for Images {
     async fn open(&mut self, registry: &Registry, _: &Workers, _: &[Listener]) -> anyhow::Result<()> {
+        let mut seals = Vec::new();
         for NamedPath { name, path } in &self.images {
-            let image = image::open(path, &self.options)?;
-            let facts = image.facts();
+            let image = image::open_image(path, &self.options)?;
+            if self.index.is_some() {
+                let reason = |reason| anyhow!("--index: {} can have no manifest: {reason}", path.display());
+                seals.push(image.seal.as_ref().map(Arc::clone).map_err(reason)?);
+            }
+            let facts = image.export.facts();
             tracing::info!(name, path = %path.display(), size = facts.size, writable = facts.writable, "serving");
-            registry.insert(name, Arc::clone(&image))?;
-            self.open.images.push(RealImage { name: name.clone(), path: path.display().to_string(), image });
+            registry.insert(name, Arc::clone(&image.export))?;
+            self.open.images.push(RealImage { name: name.clone(), path: path.display().to_string(), image: image.export });
+        }
+        if let Some(settings) = self.index.take() {
+            let indexing = Background::start(seals, self.options.format, settings).context("cannot start indexing")?;
+            self.indexing = Mutex::new(Some(indexing));
         }
         Ok(())
     }
@@ -54,6 +77,10 @@ impl Exports for Images {
     }
 
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
+        let indexing = self.indexing.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(indexing) = indexing {
+            tokio::task::spawn_blocking(|| indexing.stop()).await?;
+        }
         let flushes = registry.all().into_iter().map(|(name, export)| async move {
             let result = workers.ask(move || async move { export.flush().await.map_err(|error| error.chain()) }).await;
             let result = result.unwrap_or_else(|| Err("its worker died".into())).map_err(anyhow::Error::msg);

@@ -1,11 +1,32 @@
 //! The exports of one server, by name.
+//!
+//! Beside the names that were given there are others, which are understood and not listed:
+//!
+//! | name | means |
+//! | --- | --- |
+//! | `NAME@blake3-HEX` | NAME, if its identity is just that |
+//! | `NAME@manifest` | the manifest of NAME, if it has one |
+//! | `NAME@blake3-HEX@manifest` | both at once |
+//!
+//! A name that was given is itself, whatever it looks like.
 
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock};
 
 use thiserror::Error;
 
-use super::SharedExport;
+use super::{ImageId, SharedExport};
+
+/// What is behind the name of an image to name its manifest.
+const MANIFEST_SUFFIX: &str = "@manifest";
+
+/// Splits `NAME@blake3-HEX` into the name and the identity that it asks for; any other name is given back whole.
+pub fn split_content_name(name: &str) -> (&str, Option<ImageId>) {
+    match name.rsplit_once('@').map(|(name, id)| (name, id.parse())) {
+        Some((name, Ok(id))) => (name, Some(id)),
+        _ => (name, None),
+    }
+}
 
 /// Names and what they stand for. Read at each handshake, changed rarely.
 #[derive(Debug, Default)]
@@ -35,8 +56,35 @@ impl Registry {
         Ok(())
     }
 
-    /// The export called `name`, with its name. The empty name stands for the only export, if there is just one.
+    /// What `name` stands for (see the head of this file), with its full name. Without the part before the first `@` it
+    /// stands for the only export, if there is just one.
     pub fn find(&self, name: &str) -> Option<(String, SharedExport)> {
+        if let Some(found) = self.find_given(name) {
+            return Some(found);
+        }
+        let (rest, wants_manifest) = match name.strip_suffix(MANIFEST_SUFFIX) {
+            Some(rest) => (rest, true),
+            None => (name, false),
+        };
+        let (given, id) = split_content_name(rest);
+        // With an identity asked for the name is not over at the suffix alone; without either it was looked up above.
+        let (mut found, export) = match self.find_given(rest) {
+            Some(found) if wants_manifest => found,
+            _ => {
+                let (found, export) = self.find_given(given)?;
+                let id = id.filter(|id| export.facts().identity == Some(*id))?;
+                (format!("{found}@{id}"), export)
+            }
+        };
+        if !wants_manifest {
+            return Some((found, export));
+        }
+        found.push_str(MANIFEST_SUFFIX);
+        export.manifest().map(|manifest| (found, manifest))
+    }
+
+    /// The export with this name, or the only one if the name is empty.
+    fn find_given(&self, name: &str) -> Option<(String, SharedExport)> {
         let exports = self.exports.read().unwrap_or_else(PoisonError::into_inner);
         let found = match exports.get_key_value(name) {
             None if name.is_empty() && exports.len() == 1 => exports.first_key_value(),
@@ -55,7 +103,10 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Result;
     use crate::export::memory::Memory;
+    use crate::export::{Export, Facts, LocalFuture, Piece};
+    use crate::ranges::ByteRange;
     use std::sync::Arc;
 
     #[test]
@@ -69,6 +120,65 @@ mod tests {
         registry.insert("", Arc::new(Memory::zeroed(3))).unwrap();
         assert_eq!(registry.find("").unwrap().1.facts().size, 3);
         assert_eq!(registry.all().len(), 3);
+    }
+
+    /// An image with an identity and a manifest of so many bytes.
+    #[derive(Debug)]
+    struct Known(ImageId, u64);
+
+    impl Export for Known {
+        fn facts(&self) -> Facts {
+            Facts { identity: Some(self.0), ..Facts::read_only(10, "") }
+        }
+
+        fn read(&self, _: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
+            unreachable!("nobody reads here")
+        }
+
+        fn manifest(&self) -> Option<SharedExport> {
+            Some(Arc::new(Memory::zeroed(self.1)))
+        }
+    }
+
+    #[test]
+    fn contents_and_manifests_have_names_that_are_not_listed() {
+        let (id, other) = (ImageId([0xab; 32]), ImageId([0xcd; 32]));
+        let registry = Registry::new();
+        registry.insert("a", Arc::new(Known(id, 5000))).unwrap();
+        let found = |name: &str| registry.find(name).map(|(name, export)| (name, export.facts().size));
+        let by_id = format!("a@{id}");
+        // With and without the name, of which there is one only.
+        for name in ["a", ""] {
+            assert_eq!(found(&format!("{name}@{id}")), Some((by_id.clone(), 10)));
+            assert_eq!(found(&format!("{name}@manifest")), Some(("a@manifest".into(), 5000)));
+            assert_eq!(found(&format!("{name}@{id}@manifest")), Some((format!("{by_id}@manifest"), 5000)));
+            assert_eq!(found(&format!("{name}@{other}")), None);
+            assert_eq!(found(&format!("{name}@{other}@manifest")), None);
+            assert_eq!(found(&format!("{name}@manifest@manifest")), None);
+            assert_eq!(found(&format!("{name}@manifest@{id}")), None);
+            assert_eq!(found(&format!("{name}@")), None);
+        }
+        registry.insert("plain", Arc::new(Memory::zeroed(7))).unwrap();
+        assert_eq!(found("plain@manifest"), None, "it has none");
+        assert_eq!(found(&format!("plain@{id}")), None);
+        assert_eq!(found(&format!("@{id}")), None, "there are two");
+        assert_eq!(registry.all().len(), 2);
+        // Names that were given look as they like.
+        registry.insert("a@manifest", Arc::new(Memory::zeroed(1))).unwrap();
+        registry.insert("b@c", Arc::new(Known(other, 3))).unwrap();
+        assert_eq!(found("a@manifest"), Some(("a@manifest".into(), 1)));
+        assert_eq!(found(&format!("b@c@{other}")).unwrap().1, 10);
+        assert_eq!(found("b@c@manifest").unwrap().1, 3);
+    }
+
+    #[test]
+    fn content_names_are_split() {
+        let id = ImageId([0xab; 32]);
+        assert_eq!(split_content_name(&format!("a/b@c@{id}")), ("a/b@c", Some(id)));
+        assert_eq!(split_content_name(&format!("@{id}")), ("", Some(id)));
+        for name in ["", "a", "a@b", "a@manifest", "a@blake3-00", &id.to_string()] {
+            assert_eq!(split_content_name(name), (name, None), "{name}");
+        }
     }
 
     #[test]

@@ -24,9 +24,10 @@ use imago::{FormatAccess, Mapping, Storage as _, StorageOpenOptions};
 use moka::sync::Cache;
 use tokio::task::coop::consume_budget;
 
+use super::seal::{CannotSeal, Seal};
 use crate::disk::{Access, File, Inline};
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::{Context, Export, Facts, LocalFuture, Piece, TryRead, push_extent, push_piece};
+use crate::export::{Context, Export, Facts, LocalFuture, Piece, SharedExport, TryRead, push_extent, push_piece};
 use crate::nbd::Extent;
 use crate::nbd::wire::Allocation;
 use crate::ranges::ByteRange;
@@ -38,13 +39,12 @@ const WINDOW: u64 = MIB;
 const WINDOWS_AT_ONCE: usize = 1024;
 /// Windows remembered: 64 GiB of image, some 100 bytes each for an image that is not fragmented.
 const WINDOWS: u64 = 64 * KIB;
-/// Decoded clusters kept, in bytes. The page cache holds the file itself.
-const DECODED_BYTES: u64 = 64 * MIB;
 
 /// A qcow2 file.
 #[derive(Debug)]
 pub(super) struct Qcow2Image {
     path: PathBuf,
+    seal: std::result::Result<Arc<Seal>, CannotSeal>,
     /// Shared with the threads that look things up and decode.
     lookup: Arc<Lookup>,
 }
@@ -79,8 +79,9 @@ enum Place {
 }
 
 impl Qcow2Image {
-    /// Opens the file at `path`; its backing files must lie in one of `directories`. Blocks.
-    pub(super) fn open(path: &Path, directories: &[PathBuf]) -> io::Result<Self> {
+    /// Opens the file at `path`; its backing files must lie in one of `directories`. So many bytes of decoded clusters
+    /// are kept in memory. Blocks.
+    pub(super) fn open(path: &Path, directories: &[PathBuf], decoded_bytes: u64) -> io::Result<Self> {
         let cluster = check(path)?;
         let gate = Gate { directories: directories.iter().map(fs::canonicalize).collect::<io::Result<_>>()? };
         let storage = Storage::open(StorageOpenOptions::new().filename(path))?;
@@ -93,10 +94,20 @@ impl Qcow2Image {
             windows: Cache::new(WINDOWS),
             decoded: Cache::builder()
                 .weigher(|_, cluster: &Bytes| u32::try_from(cluster.len()).unwrap_or(u32::MAX))
-                .max_capacity(DECODED_BYTES)
+                .max_capacity(decoded_bytes)
                 .build(),
         };
-        Ok(Self { path: path.to_owned(), lookup: Arc::new(lookup.with_files()?) })
+        let lookup = lookup.with_files()?;
+        let seal = match &lookup.files[..] {
+            [(_, file)] => Seal::new(Arc::clone(file), lookup.format.size()).map(Arc::new),
+            _ => Err(CannotSeal::SeveralFiles),
+        };
+        Ok(Self { path: path.to_owned(), seal, lookup: Arc::new(lookup) })
+    }
+
+    /// What gives it its identity; or why it cannot have one.
+    pub(super) fn seal(&self) -> std::result::Result<Arc<Seal>, CannotSeal> {
+        self.seal.clone()
     }
 
     async fn blocking<T: Send + 'static>(
@@ -355,7 +366,10 @@ impl ImplicitOpenGate<Storage> for Gate {
 
 impl Export for Qcow2Image {
     fn facts(&self) -> Facts {
-        Facts::read_only(self.lookup.format.size(), format!("{} (qcow2)", super::description(&self.path)))
+        Facts {
+            identity: self.seal.as_ref().ok().and_then(|seal| seal.identity()),
+            ..Facts::read_only(self.lookup.format.size(), format!("{} (qcow2)", super::description(&self.path)))
+        }
     }
 
     fn try_read(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
@@ -378,6 +392,10 @@ impl Export for Qcow2Image {
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         Box::pin(async move { self.read_pieces(range).await.map_err(|error| self.failed("read", range, error)) })
+    }
+
+    fn manifest(&self) -> Option<SharedExport> {
+        self.seal.as_ref().ok()?.manifest()
     }
 
     fn extents(&self, range: ByteRange, context: Context, limit: usize) -> LocalFuture<'_, Result<Vec<Extent>>> {

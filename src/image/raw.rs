@@ -12,10 +12,11 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::Mutex as AsyncMutex;
 
 use super::layout::{Layout, WINDOW};
+use super::seal::{CannotSeal, Seal};
 use crate::disk::{Access, File, Inline, Kind, Span};
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{
-    Context, Export, Facts, FileRange, LocalFuture, Piece, TryRead, TryWrite, push_extent, push_piece,
+    Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite, push_extent, push_piece,
 };
 use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
@@ -42,6 +43,7 @@ const DEVICE_BLOCK: u64 = 4096;
 pub struct RawImage {
     file: Arc<File>,
     writable: bool,
+    seal: Result<Arc<Seal>, CannotSeal>,
     /// Shared with the threads that look at the file for us.
     layout: Arc<Layout>,
     /// What clients are told, for the life of the image, whatever is found out later.
@@ -129,9 +131,12 @@ impl RawImage {
             Kind::Regular => can_punch,
             Kind::BlockDevice => writable && queue_limit(&file, "write_zeroes_max_bytes"),
         };
+        let file = Arc::new(file);
+        let sealed = || Seal::new(Arc::clone(&file), file.size()).map(Arc::new);
         Self {
             layout: Arc::new(Layout::new(file.size())),
-            file: Arc::new(file),
+            seal: if writable { Err(CannotSeal::Writable) } else { sealed() },
+            file,
             writable,
             offers: Offers { trim: can_punch, fast_zero },
             can_punch: AtomicBool::new(can_punch),
@@ -139,6 +144,11 @@ impl RawImage {
             changes: AtomicUsize::new(0),
             syncs: Arc::default(),
         }
+    }
+
+    /// What gives it its identity; or why it cannot have one.
+    pub(super) fn seal(&self) -> Result<Arc<Seal>, CannotSeal> {
+        self.seal.clone()
     }
 
     fn failed(&self, what: &str, range: ByteRange, error: io::Error) -> Error {
@@ -372,6 +382,7 @@ impl Export for RawImage {
             writable: self.writable,
             can_trim: self.offers.trim,
             can_zero_fast: self.offers.fast_zero,
+            identity: self.seal.as_ref().ok().and_then(|seal| seal.identity()),
             ..Facts::read_only(self.file.size(), super::description(self.file.path()))
         }
     }
@@ -405,6 +416,10 @@ impl Export for RawImage {
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         Box::pin(async move { self.read_pieces(range).await.map_err(|error| self.failed("read", range, error)) })
+    }
+
+    fn manifest(&self) -> Option<SharedExport> {
+        self.seal.as_ref().ok()?.manifest()
     }
 
     fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {

@@ -65,6 +65,32 @@ impl fmt::Debug for Digest {
     }
 }
 
+/// Computes the digest of a chunk from its parts, for chunks that nobody wants in memory as a whole.
+#[derive(Debug)]
+pub struct ChunkHasher {
+    hasher: Box<blake3::Hasher>,
+    is_zero: bool,
+}
+
+impl ChunkHasher {
+    /// For the next part to be the first.
+    #[expect(clippy::new_without_default, reason = "there is no chunk of no bytes")]
+    pub fn new() -> Self {
+        Self { hasher: Box::default(), is_zero: true }
+    }
+
+    /// Takes the next bytes of the chunk.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.is_zero = self.is_zero && is_zero(bytes);
+        self.hasher.update(bytes);
+    }
+
+    /// The digest.
+    pub fn finish(&self) -> Digest {
+        if self.is_zero { Digest::ZERO } else { Digest(*self.hasher.finalize().as_bytes()) }
+    }
+}
+
 /// Whether all bytes are zero. Stops at the first block that is not, which for data is the first.
 pub fn is_zero(bytes: &[u8]) -> bool {
     let blocks = bytes.chunks_exact(64);
@@ -214,6 +240,17 @@ mod tests {
             format!("{:?}", Digest::of(b"abc")),
             "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
         );
+    }
+
+    #[test]
+    fn a_chunk_in_parts_has_the_digest_of_the_whole() {
+        for bytes in [[0; 10_000], [7; 10_000], std::array::from_fn(|index| u8::from(index == 9_999))] {
+            for length in [1, 64, 1000, 4096, 10_000] {
+                let mut hasher = ChunkHasher::new();
+                bytes.chunks(length).for_each(|part| hasher.update(part));
+                assert_eq!(hasher.finish(), Digest::of(&bytes), "{length}");
+            }
+        }
     }
 
     #[test]

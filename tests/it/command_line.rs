@@ -18,6 +18,7 @@ fn help_teaches_by_examples() {
     for word in [
         "serve",
         "mirror",
+        "index",
         "info",
         "status",
         "pin",
@@ -28,7 +29,7 @@ fn help_teaches_by_examples() {
     ] {
         assert!(help.contains(word), "{help}");
     }
-    for command in ["serve", "mirror", "info", "status", "pin", "unpin", "verify"] {
+    for command in ["serve", "mirror", "index", "info", "status", "pin", "unpin", "verify"] {
         let help = run(program().args([command, "--help"]));
         assert!(help.contains("Examples:") && help.lines().all(|line| line.len() <= 100), "{help}");
     }
@@ -43,6 +44,9 @@ fn a_command_line_without_sense_ends_with_2_and_a_failure_with_1() {
         &["mirror", "not a uri", "--cache", "/tmp/x"],
         &["serve", "x", "--listen", "nonsense:port"],
         &["mirror", "nbd://h/x", "--cache", "/tmp/x", "--chunk-size", "3K"],
+        &["index"],
+        &["index", "x", "--chunk-size", "3K"],
+        &["index", "x", "--rate", "0"],
         &["info", "http://h/x"],
         &["serve", "x", "--admin", "0.0.0.0:9"],
         &["serve", "x", "--admin", "nowhere"],
@@ -54,6 +58,7 @@ fn a_command_line_without_sense_ends_with_2_and_a_failure_with_1() {
         assert_eq!(exit_code(program().args(arguments)), 2, "{arguments:?}");
     }
     assert_eq!(exit_code(program().args(["serve", "/nonexistent.raw", "--listen", "127.0.0.1:0"])), 1);
+    assert_eq!(exit_code(program().args(["index", "/nonexistent.raw"])), 1);
     assert_eq!(exit_code(program().args(["info", "nbd://127.0.0.1:1/x"])), 1);
 }
 

@@ -6,6 +6,7 @@
 //! | `handshake`, `transmission` | the server, byte by byte, as good and bad clients use it |
 //! | `data_path` | long reads and merged writes, as the server does them in parts, in any mixture |
 //! | `serve` | real images: files, devices, durability, several views of one image |
+//! | `index` | manifests: made, announced, refused, named |
 //! | `mirror` | what reaches the upstream, and what clients get when it misbehaves |
 //! | `crash` | kill, restart, compare |
 //! | `faults` | full disks, failing disks, refused io_uring |
@@ -31,6 +32,7 @@ mod crash;
 mod data_path;
 mod faults;
 mod handshake;
+mod index;
 mod interop_clients;
 mod interop_upstreams;
 mod kernel;

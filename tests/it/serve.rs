@@ -150,10 +150,10 @@ fn an_image_that_cannot_be_written_is_refused_with_advice() {
 }
 
 /// A loop device, detached when it is dropped.
-struct LoopDevice(String);
+pub(crate) struct LoopDevice(pub(crate) String);
 
 impl LoopDevice {
-    fn on(image: &std::path::Path) -> Self {
+    pub(crate) fn on(image: &std::path::Path) -> Self {
         Self(run(Command::new("losetup").args(["--find", "--show"]).arg(image)).trim().to_owned())
     }
 }

@@ -1,0 +1,79 @@
+//! How fast an image may be read for its digests, and when that is to stop.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::clock;
+
+/// Waiting threads look this often whether they are to stop.
+const GLANCE: Duration = Duration::from_millis(20);
+
+/// Shared by all threads that read one image.
+#[derive(Debug)]
+pub(super) struct Pace<'a> {
+    cancel: &'a AtomicBool,
+    /// Bytes per second; `None`: as fast as it goes.
+    rate: Option<u64>,
+    /// When the next read may begin.
+    due: Mutex<Instant>,
+}
+
+impl<'a> Pace<'a> {
+    pub(super) fn new(rate: Option<u64>, cancel: &'a AtomicBool) -> Self {
+        Self { cancel, rate, due: Mutex::new(clock::now()) }
+    }
+
+    /// Waits until `bytes` may be read. An error of kind [`io::ErrorKind::Interrupted`]: it is to stop.
+    pub(super) fn admit(&self, bytes: u64) -> io::Result<()> {
+        if let Some(rate) = self.rate {
+            let due = {
+                let mut due = self.due.lock().unwrap_or_else(PoisonError::into_inner);
+                // Time that nobody used is not made up for.
+                let begin = (*due).max(clock::now());
+                *due = begin + cost(bytes, rate);
+                begin
+            };
+            while !self.is_cancelled() && clock::now() < due {
+                thread::sleep(due.saturating_duration_since(clock::now()).min(GLANCE));
+            }
+        }
+        if self.is_cancelled() { Err(io::ErrorKind::Interrupted.into()) } else { Ok(()) }
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancel.load(Ordering::Relaxed)
+    }
+}
+
+fn cost(bytes: u64, rate: u64) -> Duration {
+    let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
+    Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_cost_time() {
+        assert_eq!(cost(100, 100), Duration::from_secs(1));
+        assert_eq!(cost(1 << 20, 4 << 20), Duration::from_millis(250));
+        assert_eq!(cost(1, 0), Duration::from_secs(1));
+    }
+
+    #[test]
+    fn readers_share_one_rate_and_stop_when_told() {
+        let cancel = AtomicBool::new(false);
+        let pace = Pace::new(Some(1000), &cancel);
+        let began = clock::now();
+        // The first begins at once, and the second when the first is paid for.
+        pace.admit(50).unwrap();
+        pace.admit(1_000_000_000).unwrap();
+        assert!(clock::now() - began >= Duration::from_millis(50));
+        cancel.store(true, Ordering::Relaxed);
+        assert_eq!(pace.admit(1).unwrap_err().kind(), io::ErrorKind::Interrupted);
+    }
+}

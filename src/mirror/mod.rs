@@ -23,6 +23,7 @@ mod fetch;
 mod flight;
 mod flusher;
 pub mod map;
+pub mod policy;
 mod store;
 #[cfg(test)]
 mod tests;

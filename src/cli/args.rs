@@ -10,6 +10,7 @@ use crate::control::AdminAddress;
 use crate::disk::Preference;
 use crate::image::Format;
 use crate::mirror::CHUNK_SIZES;
+use crate::mirror::policy::Kind as Policy;
 use crate::nbd::Uri;
 use crate::nbd::uri::Security;
 use crate::net::ListenAddress;
@@ -120,7 +121,7 @@ pub(super) struct Serve {
     #[arg(long)]
     pub(super) index: bool,
     /// How much of the images --index reads per second.
-    #[arg(long, value_name = "SIZE", default_value = "100M", value_parser = rate)]
+    #[arg(long, value_name = "SIZE", default_value = "100M", value_parser = positive_size)]
     pub(super) index_rate: u64,
     #[command(flatten)]
     pub(super) daemon: Daemon,
@@ -143,6 +144,17 @@ pub(super) struct Mirror {
     /// The unit of fetching and keeping: a power of two from 4K to 4M. An existing cache keeps its own. [default: 64K]
     #[arg(long, value_name = "SIZE", value_parser = chunk_size)]
     pub(super) chunk_size: Option<u32>,
+    /// Bytes that the cache may take on the disk, whatever happens: chunks, maps, and what is on its way. What does not
+    /// fit pushes out what was used least, or is served without being kept. [default: as much as there is]
+    #[arg(long, value_name = "SIZE", value_parser = positive_size)]
+    pub(super) cache_size: Option<u64>,
+    /// Bytes of the cache's file system that are left free.
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size)]
+    pub(super) reserve: u64,
+    /// What goes first when the cache is full: the least recently used (lru), the least frequently used (lfu), or what
+    /// was used once only (s3fifo).
+    #[arg(long, value_name = "lru|lfu|s3fifo", default_value = "s3fifo")]
+    pub(super) policy: Policy,
     /// Connections to the upstream of each image, if it allows more than one.
     #[arg(long, value_name = "N", default_value = "4", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(super) upstream_connections: u16,
@@ -172,7 +184,7 @@ pub(super) struct Index {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(super) threads: Option<u16>,
     /// How much to read per second. [default: all that there is to be had]
-    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    #[arg(long, value_name = "SIZE", value_parser = positive_size)]
     pub(super) rate: Option<u64>,
     /// Make it also where one is there that fits.
     #[arg(long)]
@@ -239,7 +251,7 @@ pub(super) struct Verify {
     /// The name of the image, as `headwater status` has it.
     pub(super) image: String,
     /// Read so much in a second at most. [default: as fast as the disk allows]
-    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    #[arg(long, value_name = "SIZE", value_parser = positive_size)]
     pub(super) rate: Option<u64>,
     /// Count damage only.
     #[arg(long)]
@@ -479,12 +491,6 @@ impl std::str::FromStr for Span {
     }
 }
 
-/// Bytes in a second.
-fn rate(text: &str) -> Result<u64, String> {
-    let ByteSize(bytes) = text.parse().map_err(|error: crate::units::ParseSizeError| error.to_string())?;
-    Some(bytes).filter(|bytes| *bytes > 0).ok_or_else(|| "it would never end".to_owned())
-}
-
 /// What the protocol allows as the name of an export.
 fn checked_name(name: String) -> Result<String, String> {
     if name.len() > crate::nbd::wire::MAX_STRING {
@@ -501,9 +507,14 @@ fn chunk_size(text: &str) -> Result<u32, String> {
         .ok_or_else(|| "a chunk is a power of two from 4K to 4M".to_owned())
 }
 
-fn rate(text: &str) -> Result<u64, String> {
+fn size(text: &str) -> Result<u64, String> {
     let ByteSize(bytes) = text.parse().map_err(|error: crate::units::ParseSizeError| error.to_string())?;
-    if bytes == 0 { Err("more than nothing".to_owned()) } else { Ok(bytes) }
+    Ok(bytes)
+}
+
+/// Also a rate, in bytes a second.
+fn positive_size(text: &str) -> Result<u64, String> {
+    size(text).and_then(|bytes| if bytes == 0 { Err("more than nothing".to_owned()) } else { Ok(bytes) })
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -577,8 +588,8 @@ mod tests {
         assert_eq!("none".parse(), Ok(AdminChoice::None));
         assert_eq!("/run/a".parse(), Ok(AdminChoice::At(AdminAddress::Unix("/run/a".into()))));
         assert!("0.0.0.0:1".parse::<AdminChoice>().unwrap_err().contains("ssh -L"));
-        assert_eq!(rate("1M"), Ok(1 << 20));
-        assert!(rate("0").is_err() && rate("fast").is_err());
+        assert_eq!(positive_size("1M"), Ok(1 << 20));
+        assert!(positive_size("0").is_err() && positive_size("fast").is_err());
     }
 
     #[test]
@@ -588,8 +599,8 @@ mod tests {
         for text in ["2K", "8M", "65000", "64X", ""] {
             assert!(chunk_size(text).is_err(), "{text}");
         }
-        assert_eq!(rate("100M"), Ok(100 << 20));
-        assert!(rate("0").is_err() && rate("fast").is_err());
+        assert_eq!(positive_size("100M"), Ok(100 << 20));
+        assert!(positive_size("0").is_err() && positive_size("fast").is_err());
         assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
         for text in ["0", "-1", "NaN", "inf", "100000", "x"] {
             assert!(seconds(text).is_err(), "{text}");

@@ -25,10 +25,15 @@ const SETTLE: Duration = Duration::from_secs(10);
 /// What a command adds to a server.
 pub(super) trait Exports {
     /// Opens the exports and puts them into the registry. `listeners` are those of this server.
-    async fn open(&mut self, registry: &Registry, workers: &Workers, listeners: &[Listener]) -> anyhow::Result<()>;
+    async fn open(
+        &mut self,
+        registry: &Arc<Registry>,
+        workers: &Arc<Workers>,
+        listeners: &[Listener],
+    ) -> anyhow::Result<()>;
 
     /// What operators may ask of the exports, once they are open.
-    fn operated(&self) -> Arc<dyn Operated>;
+    fn operated(&self) -> Option<Arc<dyn Operated>>;
 
     /// Makes everything durable, once there are no clients any more.
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()>;
@@ -59,7 +64,8 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         tracing::info!(%listener, workers = count, "listening");
     }
     let server = Server::start(Arc::clone(&registry), listeners, Arc::clone(&workers), settings);
-    let admin = admin.map(|listener| Admin::start(listener, exports.operated(), server.clients()));
+    let admin = admin.zip(exports.operated());
+    let admin = admin.map(|(listener, operated)| Admin::start(listener, operated, server.clients()));
     output::print(&greeting)?;
     notify_manager(&sd_notify::NotifyState::Ready);
     signals.next().await;

@@ -52,7 +52,7 @@ struct Images {
 }
 
 impl Exports for Images {
-    async fn open(&mut self, registry: &Registry, _: &Workers, _: &[Listener]) -> anyhow::Result<()> {
+    async fn open(&mut self, registry: &Arc<Registry>, _: &Arc<Workers>, _: &[Listener]) -> anyhow::Result<()> {
         let mut seals = Vec::new();
         for NamedPath { name, path } in &self.images {
             let image = image::open_image(path, &self.options)?;
@@ -63,7 +63,11 @@ impl Exports for Images {
             let facts = image.export.facts();
             tracing::info!(name, path = %path.display(), size = facts.size, writable = facts.writable, "serving");
             registry.insert(name, Arc::clone(&image.export))?;
-            self.open.images.push(RealImage { name: name.clone(), path: path.display().to_string(), image: image.export });
+            self.open.images.push(RealImage {
+                name: name.clone(),
+                path: path.display().to_string(),
+                image: image.export,
+            });
         }
         if let Some(settings) = self.index.take() {
             let indexing = Background::start(seals, self.options.format, settings).context("cannot start indexing")?;
@@ -72,8 +76,8 @@ impl Exports for Images {
         Ok(())
     }
 
-    fn operated(&self) -> Arc<dyn Operated> {
-        Arc::new(self.open.clone())
+    fn operated(&self) -> Option<Arc<dyn Operated>> {
+        Some(Arc::new(self.open.clone()))
     }
 
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {

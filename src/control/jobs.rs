@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::operated::Refusal;
 use super::status::{JobState, JobStatus};
 use crate::clock;
-use crate::telemetry::Counter;
+use crate::mirror::Findings;
 
 /// Jobs at work at the same time.
 const RUNNING: usize = 8;
@@ -35,26 +35,11 @@ struct Job {
     id: u64,
     image: String,
     total_bytes: u64,
-    progress: Progress,
+    progress: Findings,
     began: Instant,
     cancelled: watch::Sender<bool>,
     /// When it ended, and how.
     end: Mutex<Option<(Instant, Outcome)>>,
-}
-
-/// How far a job has come. Any thread may add.
-#[derive(Debug, Default)]
-pub struct Progress {
-    /// Bytes looked at.
-    pub done_bytes: Counter,
-    /// Chunks that were checked.
-    pub checked_chunks: Counter,
-    /// Those that were wrong.
-    pub damaged_chunks: Counter,
-    /// Those of them that are right again.
-    pub repaired_chunks: Counter,
-    /// Those of them that are not.
-    pub unrepaired_chunks: Counter,
 }
 
 /// How a job ended.
@@ -86,7 +71,7 @@ impl Jobs {
             id: table.count,
             image: image.to_owned(),
             total_bytes,
-            progress: Progress::default(),
+            progress: Findings::default(),
             began: clock::now(),
             cancelled: watch::Sender::new(false),
             end: Mutex::default(),
@@ -137,7 +122,7 @@ impl Job {
             Some((at, Outcome::Cancelled)) => (at, JobState::Cancelled, None),
             Some((at, Outcome::Failed(error))) => (at, JobState::Failed, Some(error)),
         };
-        let Progress { done_bytes, checked_chunks, damaged_chunks, repaired_chunks, unrepaired_chunks } =
+        let Findings { done_bytes, checked_chunks, damaged_chunks, repaired_chunks, unrepaired_chunks } =
             &self.progress;
         JobStatus {
             job: self.id,
@@ -170,7 +155,7 @@ impl RunningJob {
     }
 
     /// Where progress is noted.
-    pub fn progress(&self) -> &Progress {
+    pub fn progress(&self) -> &Findings {
         &self.0.progress
     }
 

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | this one | [`Admin`]: accepts and bounds connections |
 //! | `status` | what is said, as types that server and command line share |
+//! | [`mirrors`] | the mirrors of a server: opened, watched, replaced, operated |
 //! | `operated` | [`Operated`]: what a server must be able to do to be operated |
 //! | `jobs` | orders that take long: their progress, and calling them off |
 //! | `api` | requests: routes, bodies, errors |
@@ -24,6 +25,7 @@ mod api;
 mod client;
 mod jobs;
 mod listen;
+pub mod mirrors;
 mod operated;
 pub mod place;
 pub mod status;
@@ -40,7 +42,7 @@ use tokio::task::JoinSet;
 use crate::server::ClientTable;
 use api::{Api, Reach};
 pub use client::{CallError, Client};
-pub use jobs::{Jobs, Outcome, Progress, RunningJob};
+pub use jobs::{Jobs, Outcome, RunningJob};
 use listen::Socket;
 pub use listen::{AdminListener, BindError};
 pub use operated::{Answer, Operated, Refusal};

@@ -86,6 +86,8 @@ pub struct ImageStatus {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct MirrorStatus {
+    /// Whether there is a manifest that everything is held against.
+    pub verified: bool,
     /// Here, checked and durable.
     pub resident_bytes: u64,
     /// Never evicted; a part of them may not be here yet.
@@ -108,6 +110,8 @@ pub struct MirrorStatus {
     pub evicted_bytes: u64,
     /// Chunks, fetched or in the cache, whose bytes were not what they should be.
     pub verify_failures: u64,
+    /// Pages of the map that could not be read at the start; what they named is fetched again.
+    pub damaged_pages: u64,
     /// Chunks that were answered but could not be stored.
     pub unstored_chunks: u64,
     /// Bytes that came from upstreams.
@@ -164,6 +168,8 @@ pub struct CacheStatus {
     pub bypassed: u64,
     /// Whether the working set is larger than the cache.
     pub thrashing: bool,
+    /// Whether the disk has failed so often that it is not used any more.
+    pub failed: bool,
     /// Saved by chunks that several images share.
     pub deduplicated_bytes: u64,
 }

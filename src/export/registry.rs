@@ -56,6 +56,12 @@ impl Registry {
         Ok(())
     }
 
+    /// Puts another export in the place of the one with this name, for all who connect from now on.
+    pub fn replace(&self, name: &str, export: SharedExport) {
+        let mut exports = self.exports.write().unwrap_or_else(PoisonError::into_inner);
+        exports.insert(name.to_owned(), export);
+    }
+
     /// What `name` stands for (see the head of this file), with its full name. Without the part before the first `@` it
     /// stands for the only export, if there is just one.
     pub fn find(&self, name: &str) -> Option<(String, SharedExport)> {

@@ -143,9 +143,8 @@ impl Cache {
         let Ok(prefix) = directory_name(name).map(|name| name + VERSION_MARK) else { return Vec::new() };
         let entries = fs::read_dir(root).into_iter().flatten().filter_map(io::Result::ok);
         let is_version = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().starts_with(&prefix);
-        let used = |path: &PathBuf| fs::metadata(path.join("lock")).and_then(|lock| lock.modified()).ok();
         let mut paths: Vec<_> = entries.filter(is_version).map(|entry| entry.path()).collect();
-        paths.sort_by_key(|path| std::cmp::Reverse(used(path)));
+        paths.sort_by_key(|path| std::cmp::Reverse(Self::last_used(path)));
         paths
     }
 
@@ -162,6 +161,16 @@ impl Cache {
     /// Whether something was there that could not be read, and is not used.
     pub const fn is_damaged(&self) -> bool {
         self.is_damaged
+    }
+
+    /// Where the first cache of the image `name` is, or would be.
+    pub fn path(root: &Path, name: &str) -> Result<PathBuf, CacheError> {
+        Ok(root.join(directory_name(name)?))
+    }
+
+    /// When the cache in this directory was used last.
+    pub fn last_used(directory: &Path) -> Option<std::time::SystemTime> {
+        fs::metadata(directory.join("lock")).and_then(|lock| lock.modified()).ok()
     }
 
     /// Whether the image `name` has a directory below `root` that a mirror has used.

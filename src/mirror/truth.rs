@@ -47,6 +47,9 @@ pub enum ManifestError {
         /// The image it should be of.
         wanted: ImageId,
     },
+    /// Nobody offers one.
+    #[error("no server has it")]
+    None,
     /// Its chunks are larger than those of the cache, which can then not be checked.
     #[error("its chunks have {manifest} bytes, and those of the cache {cache}")]
     ChunkSize {

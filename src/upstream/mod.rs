@@ -219,7 +219,7 @@ impl Remote {
     }
 
     /// Where the manifest of the image is: `EXPORT@manifest` on each server, in the order in which they are to be tried.
-    pub fn manifest_uris(&self) -> Vec<Uri> {
+    fn manifest_uris(&self) -> Vec<Uri> {
         let of = |server| {
             let uri = self.pool.uri(server);
             Uri { export: format!("{}@manifest", uri.export), ..uri.clone() }
@@ -227,11 +227,15 @@ impl Remote {
         self.pool.order().into_iter().map(of).collect()
     }
 
-    /// Connects to the first server that has a manifest of the image, by one connection. Which image that is the caller
-    /// has to see; if it is the wrong one, or damaged, another of [`Self::manifest_uris`] may have the right one.
-    pub async fn open_manifest(&self) -> Result<Self, OpenError> {
+    /// The manifest of the image, as each server offers it, in the order in which they are to be tried. Who has none is
+    /// left out.
+    pub async fn manifests(&self) -> Vec<Self> {
         let settings = Settings { connections: 1, patience: self.patience, ..self.pool.settings().clone() };
-        Self::open(self.manifest_uris(), Expectation::default(), settings).await
+        let mut offers = Vec::new();
+        for uri in self.manifest_uris() {
+            offers.extend(Self::open(vec![uri], Expectation::default(), settings.clone()).await.ok());
+        }
+        offers
     }
 
     /// Sends a request until it is answered or patience ends.

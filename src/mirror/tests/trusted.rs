@@ -331,6 +331,8 @@ fn the_bound_holds_at_every_moment_and_reads_are_right() {
             mirror.settle().await;
             here.check_bound();
             evictor.abort();
+            // Until it has let go.
+            assert!(evictor.await.unwrap_err().is_cancelled());
             drop(mirror);
             assert_eq!(here.space.usage().used, 4096, "nothing is charged for what is closed");
             // A smaller limit counts from the start.

@@ -1,0 +1,269 @@
+//! The mirrors of a server: opened, watched, and replaced when their upstream has another image.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | this one | [`Mirrors`]: which there are, and what they have in common |
+//! | `open` | which cache belongs to which image, and its manifest |
+//! | `watch` | noticing that the upstream's image has been replaced, or has got a manifest |
+//! | `operate` | mirrors as operators see them |
+//!
+//! An image has *generations*: one for each identity that its upstream has had. Each has a cache of its own, so what is
+//! of one identity never gets into another. New clients get the newest; those that are connected keep theirs for as long
+//! as they stay. Older ones are exported as `NAME@blake3-...`, and what they hold serves newer ones where it is the same.
+//!
+//! Owns: generations, their registration, their watchers. Does not own: caches (`mirror`), connections (`upstream`).
+
+mod open;
+mod operate;
+mod watch;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use futures_util::future::join_all;
+use thiserror::Error;
+
+use super::Jobs;
+use crate::export::{DuplicateName, ImageId, Registry};
+use crate::mirror::{self, CacheError, ManifestError, Mirror, Share, Space, SpaceSettings};
+use crate::nbd::Uri;
+use crate::units::ByteSize;
+use crate::upstream::{self, Remote};
+use crate::worker::Workers;
+
+/// Generations of one image whose caches are kept, beside the newest. Older ones are removed at the start.
+const KEPT_GENERATIONS: usize = 4;
+
+/// An image that is to be mirrored.
+#[derive(Debug, Clone)]
+pub struct PlannedImage {
+    /// Its name here.
+    pub name: String,
+    /// Servers that hold it.
+    pub uris: Vec<Uri>,
+    /// What it must be, where that was said.
+    pub wanted: Option<ImageId>,
+}
+
+/// What is to be mirrored, and how.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The images; no name twice.
+    pub images: Vec<PlannedImage>,
+    /// The directory of all caches.
+    pub cache: PathBuf,
+    /// Its space.
+    pub space: SpaceSettings,
+    /// How each is mirrored.
+    pub mirror: mirror::Settings,
+    /// How upstreams are used.
+    pub upstream: upstream::Settings,
+}
+
+/// Why an image cannot be mirrored.
+#[derive(Debug, Error)]
+pub enum MirrorError {
+    /// Its cache cannot be used.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// No server can be used.
+    #[error("cannot mirror {name:?}: {source}")]
+    Upstream {
+        /// The image.
+        name: String,
+        /// Why.
+        source: upstream::OpenError,
+    },
+    /// The upstream has another image than was asked for by content.
+    #[error("cannot mirror {name:?}: the upstream has {found}, not {wanted}")]
+    OtherContent {
+        /// The image.
+        name: String,
+        /// What was asked for.
+        wanted: ImageId,
+        /// What there is: an identity, or words.
+        found: String,
+    },
+    /// Chunks that are smaller than those of the manifest could not be verified.
+    #[error(
+        "{name:?}: the image's manifest has chunks of {}, so those of {} could not be verified: leave --chunk-size out, or index the image with --chunk-size {}",
+        ByteSize(u64::from(*manifest)), ByteSize(u64::from(*wanted)), ByteSize(u64::from(*wanted))
+    )]
+    ChunkSize {
+        /// The image.
+        name: String,
+        /// Bytes, in the manifest.
+        manifest: u32,
+        /// Bytes, as asked for.
+        wanted: u32,
+    },
+    /// Its manifest cannot be had, though the image was asked for by content.
+    #[error("cannot mirror {name:?}: its manifest cannot be used: {source}")]
+    Manifest {
+        /// The image.
+        name: String,
+        /// Why.
+        source: ManifestError,
+    },
+    /// What cannot be given back is more than the limit.
+    #[error(
+        "{}: maps, manifests and pins of the images take {} and cannot be evicted: --cache-size must be more than that, not {}",
+        path.display(), ByteSize(*used), ByteSize(*limit)
+    )]
+    TooSmall {
+        /// The directory of all caches.
+        path: PathBuf,
+        /// Bytes.
+        used: u64,
+        /// Bytes.
+        limit: u64,
+    },
+    /// Two with one name.
+    #[error(transparent)]
+    DuplicateName(#[from] DuplicateName),
+    /// A thread died.
+    #[error("a thread died while {0:?} was opened")]
+    Died(String),
+}
+
+/// The mirrors of a server. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub struct Mirrors(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    plan: Plan,
+    space: Arc<Space>,
+    registry: Arc<Registry>,
+    /// Not kept alive by us: watchers run on them.
+    workers: Weak<Workers>,
+    /// Newer ones of an image come later.
+    generations: Mutex<Vec<Arc<Generation>>>,
+    jobs: Jobs,
+}
+
+/// One image as it was at one time.
+#[derive(Debug)]
+struct Generation {
+    image: PlannedImage,
+    mirror: Mirror,
+    /// `None`: no server is known to have it any more.
+    remote: Option<Arc<Remote>>,
+}
+
+impl Mirrors {
+    /// Opens all images of `plan` and puts them into `registry`; keeps them running on `workers`.
+    pub async fn open(plan: Plan, registry: Arc<Registry>, workers: &Arc<Workers>) -> Result<Self, MirrorError> {
+        let space = Space::new(&plan.cache, plan.space);
+        let shared = Shared {
+            plan,
+            space,
+            registry,
+            workers: Arc::downgrade(workers),
+            generations: Mutex::default(),
+            jobs: Jobs::default(),
+        };
+        let this = Self(Arc::new(shared));
+        for image in this.0.plan.images.clone() {
+            this.open_image(image, workers).await?;
+        }
+        this.fit(workers).await?;
+        let space = Arc::clone(&this.0.space);
+        workers.run(move || space.run_evictor()).await;
+        Ok(this)
+    }
+
+    /// Has what is there already evicted down to the limit, before anybody is served.
+    async fn fit(&self, workers: &Arc<Workers>) -> Result<(), MirrorError> {
+        let space = Arc::clone(&self.0.space);
+        // Whether it could is seen next.
+        let _ = workers.ask(move || async move { space.make_room().await }).await;
+        let (used, limit) = (self.0.space.usage().used, self.0.plan.space.limit.unwrap_or(u64::MAX));
+        if used >= limit {
+            return Err(MirrorError::TooSmall { path: self.0.plan.cache.clone(), used, limit });
+        }
+        Ok(())
+    }
+
+    /// Opens the newest generation of an image and those that were kept, and has it watched.
+    async fn open_image(&self, image: PlannedImage, workers: &Arc<Workers>) -> Result<(), MirrorError> {
+        let newest = self.open_newest(&image, workers).await?;
+        let Share { size, resident, zero, .. } = newest.mirror.share();
+        let upstream = newest.remote.as_ref().map(|remote| remote.current().to_string()).unwrap_or_default();
+        let identity = newest.mirror.image().map_or_else(|| "unknown".to_owned(), |id| id.to_string());
+        let is_verified = newest.mirror.has_manifest();
+        let name = &image.name;
+        tracing::info!(
+            name,
+            upstream,
+            size,
+            resident,
+            zero,
+            identity,
+            is_verified,
+            "mirroring, {} here",
+            ByteSize(resident)
+        );
+        self.0.registry.insert(name, Arc::new(newest.mirror.clone()))?;
+        self.start(Arc::new(newest), workers).await;
+        self.reopen_older(&image, workers).await;
+        let this = self.clone();
+        let name = image.name.clone();
+        workers.run(move || this.watch(name)).await;
+        Ok(())
+    }
+
+    /// Keeps a generation running.
+    async fn start(&self, generation: Arc<Generation>, workers: &Arc<Workers>) {
+        let flusher = generation.mirror.clone();
+        workers.run(move || flusher.run_flusher()).await;
+        self.generations().push(generation);
+    }
+
+    fn generations(&self) -> MutexGuard<'_, Vec<Arc<Generation>>> {
+        self.0.generations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The generation of an image that new clients get.
+    fn newest(&self, name: &str) -> Option<Arc<Generation>> {
+        let generations = self.generations();
+        let of_image = |generation: &&Arc<Generation>| generation.image.name == name && generation.remote.is_some();
+        generations.iter().rev().find(of_image).cloned()
+    }
+
+    /// Makes everything durable.
+    pub async fn settle(&self, workers: &Workers) {
+        let generations = self.generations().clone();
+        join_all(generations.iter().map(|generation| generation.settle(workers))).await;
+    }
+}
+
+impl Generation {
+    async fn settle(&self, workers: &Workers) {
+        let (name, mirror) = (&self.image.name, &self.mirror);
+        let settling = mirror.clone();
+        if workers.ask(move || async move { settling.settle().await }).await.is_none() {
+            tracing::error!(name, "cannot make everything durable: its worker died");
+        }
+        let Share { resident, zero, .. } = mirror.share();
+        let Some(remote) = &self.remote else { return };
+        let (stats, upstream) = (mirror.stats(), remote.stats());
+        tracing::info!(
+            name,
+            resident,
+            zero,
+            fetched_bytes = upstream.received_bytes.value(),
+            fetch_requests = upstream.requests.value(),
+            retries = upstream.retries.value(),
+            hits = stats.hits.value(),
+            misses = stats.misses.value(),
+            evicted_chunks = stats.evicted_chunks.value(),
+            deduplicated_bytes = stats.deduplicated_bytes.value(),
+            wrong_replies = upstream.wrong_replies.value(),
+            damaged_chunks = stats.damaged_chunks.value(),
+            damaged_pages = stats.damaged_pages.value(),
+            unstored_chunks = stats.unstored_chunks.value(),
+            "mirror closed"
+        );
+    }
+}

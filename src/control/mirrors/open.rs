@@ -1,0 +1,249 @@
+//! Which cache belongs to which image, and its manifest.
+//!
+//! The first cache of an image has its name. When the upstream's image is replaced, the new one gets a cache with a part
+//! of its identity in its name. What belongs to what is said by the caches themselves: by their maps and manifests.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::{Generation, KEPT_GENERATIONS, MirrorError, Mirrors, PlannedImage};
+use crate::export::gone::Gone;
+use crate::export::{Export, Facts, ImageId, SharedExport};
+use crate::mirror::{Cache, ManifestError, Mirror, Truth};
+use crate::upstream::{Expectation, OpenError, Remote};
+use crate::worker::Workers;
+
+impl Mirrors {
+    /// Connects to the upstream of an image and opens the cache that belongs to what it has.
+    pub(super) async fn open_newest(
+        &self,
+        image: &PlannedImage,
+        workers: &Arc<Workers>,
+    ) -> Result<Generation, MirrorError> {
+        let latest = self.latest_cache(&image.name)?;
+        let (remote, identity) = self.reach(image, latest.as_ref(), workers).await?;
+        if let Some(wanted) = image.wanted
+            && identity.is_some_and(|identity| identity != wanted)
+        {
+            let found = identity.map(|identity| identity.to_string()).unwrap_or_default();
+            return Err(MirrorError::OtherContent { name: image.name.clone(), wanted, found });
+        }
+        drop(latest);
+        let identity = identity.or(image.wanted);
+        self.open_generation(image, remote, identity, workers).await
+    }
+
+    /// Opens the cache of one identity of an image, or makes one.
+    pub(super) async fn open_generation(
+        &self,
+        image: &PlannedImage,
+        remote: Arc<Remote>,
+        identity: Option<ImageId>,
+        workers: &Arc<Workers>,
+    ) -> Result<Generation, MirrorError> {
+        let cache = self.cache_of(&image.name, identity, remote.facts().size)?;
+        let (cache, truth) = self.manifest_of(image, cache, identity, &remote, workers).await?;
+        if let (Some(truth), Some(wanted), None) = (&truth, self.0.plan.mirror.chunk_size, cache.header())
+            && wanted < truth.chunk_size()
+        {
+            return Err(MirrorError::ChunkSize { name: image.name.clone(), manifest: truth.chunk_size(), wanted });
+        }
+        let lower: SharedExport = Arc::<Remote>::clone(&remote);
+        let (space, settings) = (Arc::clone(&self.0.space), self.0.plan.mirror.clone());
+        let name = image.name.clone();
+        let open = move || Mirror::open(name, cache, lower, truth, &space, &settings);
+        let opened = tokio::task::spawn_blocking(open).await;
+        let mirror = opened.map_err(|_| MirrorError::Died(image.name.clone()))??;
+        remote.expect(mirror.image(), mirror.node());
+        Ok(Generation { image: image.clone(), mirror, remote: Some(remote) })
+    }
+
+    /// The cache that was used last, of all that an image has.
+    fn latest_cache(&self, name: &str) -> Result<Option<Cache>, MirrorError> {
+        let root = &self.0.plan.cache;
+        let mut paths = Cache::versions(root, name);
+        if Cache::exists(root, name) {
+            paths.extend(Cache::path(root, name).ok());
+        }
+        paths.sort_by_key(|path| std::cmp::Reverse(Cache::last_used(path)));
+        Ok(paths.first().map(|path| Cache::reopen(path)).transpose()?)
+    }
+
+    /// Connects to the upstream. A cache that knows its image does without for now. Tells what image it is, if that is
+    /// known.
+    async fn reach(
+        &self,
+        image: &PlannedImage,
+        latest: Option<&Cache>,
+        workers: &Arc<Workers>,
+    ) -> Result<(Arc<Remote>, Option<ImageId>), MirrorError> {
+        let header = latest.and_then(Cache::header).copied();
+        // Size and identity are left to the cache, which can say more about them.
+        let not_through = header.map(|header| header.node);
+        let expectation = Expectation { not_through, identity: image.wanted, ..Expectation::default() };
+        let (uris, settings) = (image.uris.clone(), self.0.plan.upstream.clone());
+        // On a worker, where the connection will be used.
+        let open = {
+            let (uris, settings) = (uris.clone(), settings.clone());
+            move || async move {
+                let remote = Remote::open(uris, expectation, settings).await?;
+                let identity = identity_of(&remote).await;
+                Ok::<_, OpenError>((remote, identity))
+            }
+        };
+        match (workers.ask(open).await.ok_or_else(|| MirrorError::Died(image.name.clone()))?, header) {
+            (Ok((remote, identity)), _) => Ok((Arc::new(remote), identity)),
+            (Err(error), Some(header)) if !error.is_final() => {
+                let name = &image.name;
+                tracing::warn!(name, %error, "the upstream is away: serving what is here, waiting for what is not");
+                let facts = Facts::read_only(header.image_size, "");
+                let remote = Remote::offline(uris, facts, expectation, settings);
+                Ok((Arc::new(remote), latest.and_then(Cache::identity)))
+            }
+            (Err(source), _) => Err(MirrorError::Upstream { name: image.name.clone(), source }),
+        }
+    }
+
+    /// The cache of what is known to be `identity`, or a new one.
+    fn cache_of(&self, name: &str, identity: Option<ImageId>, size: u64) -> Result<Cache, MirrorError> {
+        let root = &self.0.plan.cache;
+        let Some(identity) = identity else { return Ok(Cache::open(root, name)?) };
+        for path in Cache::versions(root, name) {
+            let cache = Cache::reopen(&path)?;
+            if cache.identity() == Some(identity) {
+                return Ok(cache);
+            }
+        }
+        if Cache::exists(root, name) && !self.is_open(name) {
+            let first = Cache::open(root, name)?;
+            let is_same = match first.identity() {
+                Some(known) => known == identity,
+                // Filled when nothing was known of it. Each chunk will be held against the manifest.
+                None => first.header().is_none_or(|header| header.image_size == size),
+            };
+            if is_same {
+                return Ok(first);
+            }
+        } else if !self.is_open(name) {
+            return Ok(Cache::open(root, name)?);
+        }
+        Ok(Cache::open_version(root, name, identity)?)
+    }
+
+    /// Whether the first cache of an image is in use here.
+    fn is_open(&self, name: &str) -> bool {
+        let path = Cache::path(&self.0.plan.cache, name).ok();
+        self.generations().iter().any(|generation| Some(generation.mirror.directory()) == path.as_deref())
+    }
+
+    /// The manifest of an image: what the cache has, or what the upstream gives.
+    async fn manifest_of(
+        &self,
+        image: &PlannedImage,
+        cache: Cache,
+        identity: Option<ImageId>,
+        remote: &Arc<Remote>,
+        workers: &Arc<Workers>,
+    ) -> Result<(Cache, Option<Truth>), MirrorError> {
+        let Some(identity) = identity else { return Ok((cache, None)) };
+        let name = image.name.clone();
+        let (cache, truth) = tokio::task::spawn_blocking(move || {
+            let truth = cache.manifest(&name).filter(|truth| truth.id() == identity);
+            (cache, truth)
+        })
+        .await
+        .map_err(|_| MirrorError::Died(image.name.clone()))?;
+        if truth.is_some() || !remote.is_reachable() {
+            return Ok((cache, truth));
+        }
+        let (remote, directory) = (Arc::clone(remote), cache.directory().to_owned());
+        let fetched = workers.ask(move || fetch_manifest(remote, identity, directory)).await;
+        match fetched.ok_or_else(|| MirrorError::Died(image.name.clone()))? {
+            Ok(truth) => Ok((cache, Some(truth))),
+            Err(source) if image.wanted.is_some() => Err(MirrorError::Manifest { name: image.name.clone(), source }),
+            Err(error) => {
+                tracing::warn!(name = image.name, %error, "no manifest: what is fetched is not verified");
+                Ok((cache, None))
+            }
+        }
+    }
+
+    /// Opens the caches of older generations: they count, can be evicted, and serve what they hold. The oldest and the
+    /// empty ones are removed.
+    pub(super) async fn reopen_older(&self, image: &PlannedImage, workers: &Arc<Workers>) {
+        let root = &self.0.plan.cache;
+        let mut paths = Cache::versions(root, &image.name);
+        paths.extend(Cache::path(root, &image.name).ok().filter(|path| path.exists()));
+        let is_open = |path: &PathBuf| {
+            self.generations().iter().any(|generation| generation.mirror.directory() == path.as_path())
+        };
+        paths.retain(|path| !is_open(path));
+        for (index, path) in paths.into_iter().enumerate() {
+            if let Err(error) = self.reopen_one(image, &path, index < KEPT_GENERATIONS, workers).await {
+                tracing::warn!(path = %path.display(), %error, "cannot use the cache of an older generation");
+            }
+        }
+    }
+
+    async fn reopen_one(
+        &self,
+        image: &PlannedImage,
+        path: &std::path::Path,
+        keep: bool,
+        workers: &Arc<Workers>,
+    ) -> Result<(), MirrorError> {
+        let cache = Cache::reopen(path)?;
+        let (Some(header), Some(identity), true) = (cache.header().copied(), cache.identity(), keep) else {
+            tracing::info!(path = %path.display(), "removing the cache of an older generation");
+            return cache.remove().map_err(|source| {
+                let path = path.to_owned();
+                crate::mirror::CacheError::System { what: "remove", path, source }.into()
+            });
+        };
+        let mut facts = Facts::read_only(header.image_size, "an older generation");
+        facts.identity = Some(identity);
+        let settings = crate::mirror::Settings { chunk_size: None, ..self.0.plan.mirror.clone() };
+        let (name, space) = (image.name.clone(), Arc::clone(&self.0.space));
+        let lower: SharedExport = Arc::new(Gone::new(facts));
+        let open = move || Mirror::open(name, cache, lower, None, &space, &settings);
+        let mirror = tokio::task::spawn_blocking(open).await.map_err(|_| MirrorError::Died(image.name.clone()))??;
+        self.register_older(image, identity, &mirror);
+        self.start(Arc::new(Generation { image: image.clone(), mirror, remote: None }), workers).await;
+        Ok(())
+    }
+
+    /// Lets clients that know an older generation by its content still have it.
+    pub(super) fn register_older(&self, image: &PlannedImage, identity: ImageId, mirror: &Mirror) {
+        let name = format!("{}@{identity}", image.name);
+        if let Err(error) = self.0.registry.insert(&name, Arc::new(mirror.clone())) {
+            tracing::debug!(%error, "not exported by its content");
+        }
+    }
+}
+
+/// What image the servers have: what the one in use says, or if it says nothing, what another says that has as many
+/// bytes.
+pub(super) async fn identity_of(remote: &Remote) -> Option<ImageId> {
+    let facts = remote.facts();
+    if facts.identity.is_some() {
+        return facts.identity;
+    }
+    let looks = remote.inspect().await.into_iter().filter_map(|(_, look)| look.ok());
+    looks.filter(|look| look.size == facts.size).find_map(|look| look.identity)
+}
+
+/// Fetches the manifest of `identity` from the first server that has it.
+pub(super) async fn fetch_manifest(
+    remote: Arc<Remote>,
+    identity: ImageId,
+    directory: PathBuf,
+) -> Result<Truth, ManifestError> {
+    let mut last = None;
+    for source in remote.manifests().await {
+        match Truth::fetch(&source, identity, &directory).await {
+            Ok(truth) => return Ok(truth),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.unwrap_or(ManifestError::None))
+}

@@ -1,0 +1,177 @@
+//! Mirrors as operators see them.
+
+use std::sync::Arc;
+
+use super::{Generation, Mirrors};
+use crate::control::status::{
+    CacheStatus, ImageStatus, Kind, MirrorStatus, PinReport, Role, UpstreamStatus, VerifyOrder,
+};
+use crate::control::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
+use crate::mirror::{Mirror, PinError, Pinned, Scrub, Share};
+use crate::ranges::ByteRange;
+use crate::upstream::ServerStatus;
+
+impl Generation {
+    /// Looks at every chunk.
+    fn status(&self, is_newest: bool) -> ImageStatus {
+        let Share { size, resident, zero, pinned } = self.mirror.share();
+        let stats = self.mirror.stats();
+        let identity = self.mirror.image().map(|identity| identity.to_string());
+        let name = match &identity {
+            Some(identity) if !is_newest => format!("{}@{identity}", self.image.name),
+            _ => self.image.name.clone(),
+        };
+        ImageStatus {
+            name,
+            kind: Kind::Mirror,
+            size,
+            writable: false,
+            chunk_size: u32::try_from(self.mirror.chunk_size()).ok(),
+            identity,
+            path: self.mirror.directory().display().to_string(),
+            clients: 0,
+            mirror: Some(MirrorStatus {
+                verified: self.mirror.has_manifest(),
+                resident_bytes: resident,
+                pinned_bytes: pinned,
+                zero_bytes: zero,
+                deduplicated_bytes: stats.deduplicated_bytes.value(),
+                hits: stats.hits.value(),
+                misses: stats.misses.value(),
+                hit_bytes: stats.hit_bytes.value(),
+                miss_bytes: stats.miss_bytes.value(),
+                evictions: stats.evicted_chunks.value(),
+                evicted_bytes: stats.evicted_chunks.value() * self.mirror.chunk_size(),
+                verify_failures: stats.damaged_chunks.value() + stats.wrong_replies.value(),
+                damaged_pages: stats.damaged_pages.value(),
+                unstored_chunks: stats.unstored_chunks.value(),
+                upstream_bytes: self.remote.as_ref().map_or(0, |remote| remote.stats().received_bytes.value()),
+                upstreams: self.remote.iter().flat_map(|remote| remote.servers()).map(upstream).collect(),
+            }),
+        }
+    }
+}
+
+fn upstream(server: ServerStatus) -> UpstreamStatus {
+    UpstreamStatus {
+        uri: server.uri.to_string(),
+        current: server.is_current,
+        reachable: match (server.connections, &server.last_error) {
+            (0, None) => None,
+            (connections, _) => Some(connections > 0),
+        },
+        received_bytes: server.received_bytes,
+        requests: server.requests,
+        wrong_replies: server.wrong_replies,
+        set_aside_seconds: server.set_aside_for.map(|time| time.as_secs_f64()),
+        last_error: server.last_error,
+    }
+}
+
+impl Mirrors {
+    /// The generation that an operator names: by its image, or an older one by its content too.
+    fn find(&self, name: &str) -> Result<Arc<Generation>, Refusal> {
+        let of_content = || {
+            let generations = self.generations();
+            let is_it = |generation: &&Arc<Generation>| {
+                let identity = generation.mirror.image();
+                identity.is_some_and(|identity| format!("{}@{identity}", generation.image.name) == name)
+            };
+            generations.iter().find(is_it).cloned()
+        };
+        self.newest(name).or_else(of_content).ok_or_else(|| Refusal::UnknownImage(name.to_owned()))
+    }
+
+    async fn change_pins(
+        &self,
+        image: String,
+        ranges: Option<Vec<ByteRange>>,
+        is_pinned: bool,
+    ) -> Result<PinReport, Refusal> {
+        let generation = self.find(&image)?;
+        let mirror = &generation.mirror;
+        let size = mirror.share().size;
+        let ranges = ranges.unwrap_or_else(|| vec![ByteRange::between(0, size)]);
+        if let Some(range) = ranges.iter().find(|range| range.end() > size) {
+            let end = range.end();
+            return Err(Refusal::Invalid(format!("{image:?} has {size} bytes, and the range ends at {end}")));
+        }
+        let result = if is_pinned { mirror.pin(&ranges).await } else { mirror.unpin(&ranges).await };
+        match result {
+            Ok(Pinned { bytes, here }) => Ok(PinReport { pinned_bytes: bytes, missing_bytes: bytes - here }),
+            Err(error @ PinError::NoRoom { .. }) => Err(Refusal::Conflict(error.to_string())),
+            Err(error @ PinError::Disk(_)) => Err(Refusal::Failed(error.to_string())),
+        }
+    }
+
+    async fn begin_scrub(&self, image: String, order: VerifyOrder) -> Result<u64, Refusal> {
+        let generation = self.find(&image)?;
+        let workers = self.0.workers.upgrade().ok_or_else(|| Refusal::Failed("the server is ending".to_owned()))?;
+        let job = self.0.jobs.begin(&image, generation.mirror.share().size)?;
+        let id = job.id();
+        let mirror = generation.mirror.clone();
+        workers.run(move || async move { scrub(&mirror, job, order).await }).await;
+        Ok(id)
+    }
+}
+
+async fn scrub(mirror: &Mirror, job: RunningJob, order: VerifyOrder) {
+    let scrub = Scrub { rate: order.rate, repair: order.repair };
+    let outcome = tokio::select! {
+        () = mirror.scrub(scrub, job.progress()) => Outcome::Done,
+        () = job.cancelled() => Outcome::Cancelled,
+    };
+    job.end(outcome);
+}
+
+impl Operated for Mirrors {
+    fn role(&self) -> Role {
+        Role::Mirror
+    }
+
+    fn images(&self) -> Vec<ImageStatus> {
+        let generations = self.generations().clone();
+        let newest = |generation: &Arc<Generation>| {
+            self.newest(&generation.image.name).is_some_and(|newest| Arc::ptr_eq(&newest, generation))
+        };
+        let mut images: Vec<_> = generations.iter().map(|generation| generation.status(newest(generation))).collect();
+        images.sort_by(|one, other| one.name.cmp(&other.name));
+        images
+    }
+
+    fn cache(&self) -> Option<CacheStatus> {
+        let (space, usage) = (&self.0.space, self.0.space.usage());
+        let (settings, stats) = (space.settings(), space.stats());
+        Some(CacheStatus {
+            path: space.root().display().to_string(),
+            limit_bytes: settings.limit,
+            allocated_bytes: usage.used - usage.in_flight,
+            in_flight_bytes: usage.in_flight,
+            pinned_bytes: usage.pinned,
+            reserve_bytes: settings.reserve,
+            free_bytes: usage.free,
+            policy: Some(settings.policy.to_string()),
+            evictions: stats.evicted_chunks.value(),
+            bypassed: stats.bypassed_chunks.value(),
+            thrashing: usage.is_thrashing,
+            failed: usage.is_disk_out,
+            deduplicated_bytes: stats.deduplicated_bytes.value(),
+        })
+    }
+
+    fn jobs(&self) -> &Jobs {
+        &self.0.jobs
+    }
+
+    fn pin(&self, image: String, ranges: Option<Vec<ByteRange>>) -> Answer<'_, PinReport> {
+        Box::pin(self.change_pins(image, ranges, true))
+    }
+
+    fn unpin(&self, image: String, ranges: Option<Vec<ByteRange>>) -> Answer<'_, PinReport> {
+        Box::pin(self.change_pins(image, ranges, false))
+    }
+
+    fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64> {
+        Box::pin(self.begin_scrub(image, order))
+    }
+}

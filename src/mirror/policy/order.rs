@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::duel::{Distance, Duel};
 use super::{Clock, Kind, Policy, Segment, Word, WordOf};
 
-/// The answers that are remembered: for an eighth of the segments that are here, at most for so many. 24 bytes each.
+/// The answers that are remembered: for an eighth of the segments that are here, at most for so many. 60 bytes each.
 const MOST_ANSWERS: usize = 4096;
 const SHARE_OF_ANSWERS: usize = 8;
 
@@ -86,13 +86,14 @@ impl Order {
 
     /// Whether a segment that has no chunk here is to get one: `chunk`, counted within the segment.
     ///
-    /// To be asked before each chunk that is fetched because of a read, as long as its segment has none. An answer
-    /// holds for the chunks of a segment that come one after another, but a chunk that is wanted a second time, while
-    /// the refusal is remembered, is let in: to bypass never costs more than to fetch everything twice.
+    /// To be asked before each chunk that is fetched because of a read, as long as its segment has none, and once for
+    /// each fetch. An answer holds for the chunks of a segment that come one after another. But when a chunk is wanted a
+    /// second time while the refusal is remembered, the segment is let in: as long as that lasts, to bypass costs two
+    /// fetches at most.
     pub fn should_admit(&mut self, segment: Segment, chunk: u32, space: Space, word_of: WordOf<'_>) -> bool {
         if let Some(answer) = self.answers.get(segment) {
-            if let Answer::Bypassed { chunk: first } = *answer
-                && (first == chunk || space == Space::Free)
+            if let Answer::Bypassed(wanted) = answer
+                && (!wanted.add(chunk) || space == Space::Free)
             {
                 *answer = Answer::Admitted;
                 self.counters.regretted += 1;
@@ -108,7 +109,7 @@ impl Order {
             duel.missed(segment, Distance::Long, resident, space);
             space == Space::Free || duel.admits(segment)
         });
-        let answer = if admit { Answer::Admitted } else { Answer::Bypassed { chunk } };
+        let answer = if admit { Answer::Admitted } else { Answer::Bypassed(Chunks::of(chunk)) };
         self.answers.push(segment, answer, (resident / SHARE_OF_ANSWERS).clamp(1, MOST_ANSWERS));
         if !admit {
             self.counters.bypassed += 1;
@@ -194,10 +195,30 @@ impl Order {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Answer {
     Admitted,
-    /// When this chunk was asked for first.
-    Bypassed {
-        chunk: u32,
-    },
+    /// And these chunks were wanted since.
+    Bypassed(Chunks),
+}
+
+/// Chunks of a segment, a bit for each: as many as there are at most, of 4 KiB in a MiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Chunks([u64; 4]);
+
+impl Chunks {
+    fn of(chunk: u32) -> Self {
+        let mut chunks = Self::default();
+        chunks.add(chunk);
+        chunks
+    }
+
+    /// Whether it was not there yet.
+    fn add(&mut self, chunk: u32) -> bool {
+        let [word, ..] = (chunk / 64 % 4).to_le_bytes();
+        let word = &mut self.0[usize::from(word)];
+        let bit = 1 << (chunk % 64);
+        let new = *word & bit == 0;
+        *word |= bit;
+        new
+    }
 }
 
 /// What was answered for the segments that were asked for last.

@@ -156,7 +156,7 @@ impl Inner {
     }
 
     /// `None`: some of the chunks are not resident, now at the latest.
-    async fn read_resident(&self, range: ByteRange) -> Option<Bytes> {
+    pub(super) async fn read_resident(&self, range: ByteRange) -> Option<Bytes> {
         let length = to_usize(range.length());
         let departures = self.segments.departures(range);
         match self.store.data().read_exact_at(BytesMut::with_capacity(length), length, range.start()).await {

@@ -385,15 +385,16 @@ impl Inner {
     fn adopt(&self, truth: Truth) {
         let all = ByteRange::between(0, self.geometry.size());
         let _table = self.flights.lock();
-        // What is being written was not held against it.
+        // What is on its way, or is being made durable, was not held against it.
         self.pending.distrust();
         for chunk in self.geometry.chunks(all) {
+            self.states.change(chunk, State::Volatile, State::Absent);
+            self.states.change(chunk, State::Resident, State::Unverified);
             if truth.is_zero(self.geometry, chunk) {
-                self.states.change(chunk, State::Absent, State::Zero);
+                self.mark_zero(chunk);
                 continue;
             }
             self.states.change(chunk, State::Zero, State::Absent);
-            self.states.change(chunk, State::Resident, State::Unverified);
             if self.states.get(chunk) == State::Unverified
                 && let Some(key) = truth.key(self.geometry, chunk)
             {
@@ -402,6 +403,12 @@ impl Inner {
         }
         // Another one cannot have come in between: mirrors are given one manifest.
         let _ = self.truth.set(truth);
+    }
+
+    /// Marks a chunk that is known to be zero, if it is absent. What has bytes on the disk stays absent, and can be
+    /// evicted. To be called under the lock of the flights.
+    fn mark_zero(&self, chunk: Chunk) -> bool {
+        !self.segments.is_charged(chunk) && self.states.change(chunk, State::Absent, State::Zero)
     }
 
     const fn segment(&self, number: u32) -> Segment {

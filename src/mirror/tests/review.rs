@@ -129,11 +129,8 @@ impl Export for LateToSayZero {
 fn what_the_upstream_said_was_zero_is_not_believed_once_there_is_a_manifest() {
     on_both(|| async {
         let contents = solid(4 * to_usize(CHUNK));
-        let lower = Arc::new(LateToSayZero {
-            below: memory(&contents),
-            asked: Notify::new(),
-            may_answer: Notify::new(),
-        });
+        let lower =
+            Arc::new(LateToSayZero { below: memory(&contents), asked: Notify::new(), may_answer: Notify::new() });
         let here = Bounded::new(None, Kind::Lru);
         let mirror = here.open("x", lower.clone(), None).await;
         let truth = truth_of(&contents, 16 << 10, mirror.directory()).await;

@@ -378,8 +378,7 @@ impl Inner {
         self.space.charge(bytes);
         let word = |number| self.segments.heat().word(number);
         self.space.restore(segments.into_iter().map(|number| (self.segment(number), word(number))).collect());
-        // Nobody refuses what was granted once.
-        let _ = self.space.pin(0, self.pinned_cost(&self.pins.ranges()));
+        self.restore_pins();
     }
 
     fn adopt(&self, truth: Truth) {
@@ -457,6 +456,7 @@ impl Drop for Inner {
             }
         }
         self.space.discharge(bytes);
+        self.let_go_of_pins();
         self.space.twins.remove_image(self.number);
     }
 }

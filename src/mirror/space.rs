@@ -289,6 +289,12 @@ impl Space {
         self.pinned.fetch_update(Ordering::AcqRel, Ordering::Relaxed, change).map(drop).map_err(|_| most)
     }
 
+    /// Changes what pins keep, whatever that comes to.
+    pub(super) fn pin_anyway(&self, before: u64, after: u64) {
+        self.pinned.fetch_add(after, Ordering::AcqRel);
+        self.pinned.fetch_sub(before, Ordering::AcqRel);
+    }
+
     /// The word of a segment, for the order of eviction.
     fn word_of(&self, segment: Segment) -> Word {
         self.member(segment.image).map_or_else(Word::default, |member| member.segments.heat().word(segment.number))

@@ -51,6 +51,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -163,6 +164,8 @@ struct Inner {
     number: u32,
     /// Bytes of the disk that are taken whatever is in the cache.
     fixed: u64,
+    /// And bytes of the manifest.
+    manifest: AtomicU64,
     segments: Segments,
     /// Chunks that have left but whose bytes somebody still sends.
     lingering: Mutex<Vec<Chunk>>,
@@ -210,7 +213,6 @@ impl Mirror {
             },
         };
         let geometry = header.geometry();
-        let manifest_length = truth.as_ref().map_or(0, Truth::file_length);
         let (store, states, loaded) = Store::attach(cache, &header)?;
         loaded.tell(&name);
         let (pins, pins_error) = Pins::load(store.directory(), geometry.size());
@@ -233,7 +235,8 @@ impl Mirror {
                 queues: Queues::new(),
                 chart: Chart::new(geometry),
                 pending: Pending::default(),
-                fixed: store::fixed_bytes(geometry, manifest_length, segments.count_all()),
+                fixed: store::fixed_bytes(geometry, segments.count_all()),
+                manifest: AtomicU64::new(0),
                 store,
                 space: Arc::clone(space),
                 number,
@@ -260,6 +263,10 @@ impl Mirror {
 
     /// From now on, holds everything against this manifest: what is here too, when it is used next.
     pub fn adopt(&self, truth: Truth) -> Result<(), ManifestError> {
+        // It is there, whether it can be used or not.
+        let length = truth.file_length();
+        self.0.space.charge(length);
+        self.0.space.discharge(self.0.manifest.swap(length, Ordering::Relaxed));
         truth.check_geometry(self.0.geometry)?;
         self.0.adopt(truth);
         Ok(())
@@ -418,8 +425,8 @@ impl Inner {
         Place { image: self.number, chunk: chunk.number() }
     }
 
-    const fn fixed_bytes(&self) -> u64 {
-        self.fixed
+    fn fixed_bytes(&self) -> u64 {
+        self.fixed + self.manifest.load(Ordering::Relaxed)
     }
 
     fn lingering(&self) -> MutexGuard<'_, Vec<Chunk>> {
@@ -447,7 +454,7 @@ impl Inner {
 impl Drop for Inner {
     /// Leaves the space: nothing of this mirror is charged any more, and its bytes serve no other image.
     fn drop(&mut self) {
-        let mut bytes = self.fixed;
+        let mut bytes = self.fixed_bytes();
         for number in 0..self.segments.count_all() {
             if self.segments.count(number) > 0 {
                 self.space.emptied(self.segment(number));

@@ -280,13 +280,13 @@ impl Loaded {
     }
 }
 
-/// Bytes of the disk that the files of a cache take beside its chunks: map, manifest, what is hot (twice while it is
-/// replaced), pins, the lock, the directory, and the first blocks of each file's own index.
-pub(super) fn fixed_bytes(geometry: Geometry, manifest_length: u64, segments: u32) -> u64 {
+/// Bytes of the disk that the files of a cache take beside its chunks and its manifest: map, what is hot (twice while it
+/// is replaced), pins, the lock, the directory, and the first blocks of each file's own index.
+pub(super) fn fixed_bytes(geometry: Geometry, segments: u32) -> u64 {
     const SMALL_FILES: u64 = 64 << 10;
     let block = to_u64(BLOCK);
     let heat = (64 + 5 * u64::from(segments)).next_multiple_of(block);
-    map::file_length(geometry) + manifest_length.next_multiple_of(block) + 2 * heat + SMALL_FILES
+    map::file_length(geometry) + 2 * heat + SMALL_FILES
 }
 
 impl Store {

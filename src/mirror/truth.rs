@@ -162,9 +162,9 @@ impl Truth {
         self.header.shape.image_size
     }
 
-    /// Bytes of the file.
+    /// Bytes of the disk that the file takes.
     pub(super) const fn file_length(&self) -> u64 {
-        self.header.shape.manifest_length()
+        self.header.shape.manifest_length().next_multiple_of(BLOCK as u64)
     }
 
     /// Refuses a cache whose chunks cannot be checked by this.

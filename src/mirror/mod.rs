@@ -304,6 +304,11 @@ impl Mirror {
         self.0.truth.get().is_some()
     }
 
+    /// Bytes of the image.
+    pub fn size(&self) -> u64 {
+        self.0.geometry.size()
+    }
+
     /// Bytes of a chunk.
     pub fn chunk_size(&self) -> u64 {
         self.0.geometry.chunk_size()

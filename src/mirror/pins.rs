@@ -18,6 +18,8 @@ use crate::ranges::ByteRange;
 use crate::units::ByteSize;
 
 const NAME: &str = "pins";
+/// One that is being made.
+pub(super) const NEW_NAME: &str = "pins.new";
 /// Ranges in one image; more are a mistake.
 const MOST: usize = 4096;
 
@@ -189,7 +191,7 @@ impl Pins {
         if ranges.len() > MOST {
             return Err(io::Error::other(format!("an image cannot have more than {MOST} pinned ranges")));
         }
-        let (path, new_path) = (self.directory.join(NAME), self.directory.join("pins.new"));
+        let (path, new_path) = (self.directory.join(NAME), self.directory.join(NEW_NAME));
         let mut options = fs::OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new_path)?;
         file.write_all(&encode(&ranges))?;

@@ -17,6 +17,7 @@ use thiserror::Error;
 use super::Truth;
 use super::chunks::{Geometry, State, States};
 use super::map::{self, BLOCK, Found, Header, HeaderError};
+use super::{pins, truth};
 use crate::disk::{Access, File};
 use crate::export::ImageId;
 use crate::ranges::ByteRange;
@@ -130,6 +131,10 @@ impl Cache {
         }
         // For people; the lock itself is the kernel's.
         let _ = fs::write(&lock_path, format!("process {}\n", std::process::id()));
+        // What was being made when a process ended counts for nothing, and nobody has charged it.
+        for name in ["map.new", "heat.new", pins::NEW_NAME, truth::NEW_NAME] {
+            let _ = fs::remove_file(directory.join(name));
+        }
         let (header, is_damaged) = read_header(&directory.join("map"))?;
         if is_damaged {
             let path = directory.display();

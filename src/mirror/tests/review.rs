@@ -278,3 +278,18 @@ fn what_comes_back_during_a_read_that_began_without_it_is_not_taken_for_what_was
         assert!(early.is_none_or(|bytes| bytes == contents[..to_usize(CHUNK)]));
     });
 }
+
+#[test]
+fn what_was_being_made_is_gone_after_a_restart() {
+    on_both(|| async {
+        let contents = solid(4 * to_usize(CHUNK));
+        let here = Bounded::new(Some(64 * MIB), Kind::Lru);
+        drop(here.open("x", memory(&contents), None).await);
+        for name in ["manifest.new", "pins.new", "heat.new", "map.new"] {
+            fs::write(here.root.path().join("x").join(name), vec![1; 100_000]).unwrap();
+        }
+        let here = here.restarted(Some(64 * MIB), Kind::Lru);
+        let _mirror = here.open("x", memory(&contents), None).await;
+        here.check_bound();
+    });
+}

@@ -502,7 +502,7 @@ async fn check_states(here: &Bounded, mirror: &Mirror, damaged: &BTreeSet<u64>) 
     // What was answered is stored afterwards.
     inner.stored().await;
     let data = fs::read(here.root.path().join("x/data")).unwrap();
-    let mut cost = inner.fixed + 4096;
+    let mut cost = inner.fixed_bytes() + 4096;
     for chunk in inner.geometry.chunks(ByteRange::between(0, inner.geometry.size())) {
         let state = inner.states.get(chunk);
         let is_here = matches!(state, State::Volatile | State::Resident | State::Unverified | State::Leaving);

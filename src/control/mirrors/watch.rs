@@ -48,6 +48,10 @@ impl Mirrors {
     /// Opens what the upstream has now beside what it had, for all who connect from now on.
     async fn replace(&self, old: &Arc<Generation>, facts: &Facts) -> Result<(), MirrorError> {
         let image = &old.image;
+        // Under another name too, for clients that know it by its content.
+        if let Some(identity) = old.mirror.image() {
+            self.register_older(image, identity, &old.mirror);
+        }
         if let Some(known) = self.earlier(&image.name, facts.identity) {
             tracing::warn!(
                 name = image.name,
@@ -77,9 +81,6 @@ impl Mirrors {
         let export: SharedExport = Arc::new(new.mirror.clone());
         self.0.registry.replace(&image.name, export);
         self.start(Arc::new(new), &workers).await;
-        if let Some(identity) = old.mirror.image() {
-            self.register_older(image, identity, &old.mirror);
-        }
         Ok(())
     }
 

@@ -12,8 +12,7 @@ use std::time::Duration;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{Instant, timeout_at};
 
-use super::chunks::{Geometry, State, States};
-use super::flight::Flights;
+use super::chunks::Geometry;
 use crate::error::{ErrorKind, Result};
 use crate::export::{Context, SharedExport};
 use crate::nbd::wire::Allocation;
@@ -65,8 +64,8 @@ impl Chart {
         Self { geometry, regions }
     }
 
-    /// Marks what the upstream says is zero in all regions that `range` touches, as far as it says so until
-    /// `deadline`. `marked` is told of each range with a chunk that was marked.
+    /// Gives `mark` what the upstream says is zero in all regions that `range` touches, as far as it says so until
+    /// `deadline`.
     ///
     /// Cancel safety: whoever comes next asks for the rest.
     pub(super) async fn cover(
@@ -74,8 +73,7 @@ impl Chart {
         range: ByteRange,
         deadline: Instant,
         lower: &SharedExport,
-        (states, flights): (&States, &Flights),
-        marked: impl Fn(ByteRange),
+        mark: impl Fn(ByteRange),
     ) {
         for number in range.start() / REGION..range.end().div_ceil(REGION) {
             let region = &self.regions[to_usize(number)];
@@ -87,7 +85,7 @@ impl Chart {
                 continue;
             }
             let whole = ByteRange::between(number * REGION, self.geometry.size().min((number + 1) * REGION));
-            let ask = self.ask(whole, &mut asking.reached, lower, (states, flights), &marked);
+            let ask = self.ask(whole, &mut asking.reached, lower, &mark);
             match timeout_at(deadline, ask).await {
                 Ok(Ok(())) => region.is_known.store(true, Ordering::Release),
                 // It has answered, and will not say.
@@ -109,8 +107,7 @@ impl Chart {
         region: ByteRange,
         reached: &mut u64,
         lower: &SharedExport,
-        (states, flights): (&States, &Flights),
-        marked: &impl Fn(ByteRange),
+        mark: &impl Fn(ByteRange),
     ) -> Result<()> {
         if !lower.facts().contexts.contains(&Context::Allocation) {
             return Ok(());
@@ -124,21 +121,12 @@ impl Chart {
             for extent in lower.extents(rest, Context::Allocation, EXTENTS).await? {
                 let range = ByteRange::between(start, (start + extent.length).min(region.end()));
                 if extent.status & u64::from(Allocation::ZERO.bits()) != 0 {
-                    self.mark(range, states, flights);
-                    marked(range);
+                    mark(range);
                 }
                 start = range.end();
             }
             *reached = start - region.start();
         }
         Ok(())
-    }
-
-    fn mark(&self, range: ByteRange, states: &States, flights: &Flights) {
-        let _table = flights.lock();
-        for chunk in self.geometry.whole_chunks(range) {
-            // A chunk in flight is absent too; its fetch finds it marked and lands at once.
-            states.change(chunk, State::Absent, State::Zero);
-        }
     }
 }

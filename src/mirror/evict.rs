@@ -28,6 +28,8 @@ use crate::units::{MIB, to_u64};
 const ROUND: u64 = 64 * MIB;
 /// The largest page of the page cache.
 const LARGEST_PAGE: u64 = 2 * MIB;
+/// Segments of which nothing can go that one choice passes over.
+const PASSED_OVER: u32 = 256;
 /// Rounds of the clock between two savings of what is hot.
 const SAVE_EVERY: u32 = 60;
 
@@ -58,6 +60,8 @@ impl Space {
             let shortage = self.shortage();
             if shortage == 0 {
                 self.lacking.store(0, Ordering::Release);
+                // Who waits may have asked before others gave back what they did not need.
+                self.freed.notify_waiters();
                 return;
             }
             let mut freed = self.round(shortage.min(ROUND)).await;
@@ -94,17 +98,24 @@ impl Space {
         freed
     }
 
-    /// The next to go, by image.
+    /// The next to go, by image. What is pinned or in use is passed over.
     fn choose(&self, wanted: u64) -> BTreeMap<u32, Vec<u32>> {
         let mut chosen: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
-        let mut bytes = 0;
+        let (mut bytes, mut passed_over) = (0, 0);
         while bytes < wanted
+            && passed_over < PASSED_OVER
             && let Some(segment) = self.victim()
         {
-            if let Some(member) = self.member(segment.image) {
-                bytes += u64::from(member.segments.count(segment.number)) * member.geometry.chunk_size();
-            }
+            let evictable = self.member(segment.image).map_or(0, |member| member.evictable(segment.number));
+            bytes += evictable;
+            passed_over += u32::from(evictable == 0);
             chosen.entry(segment.image).or_default().push(segment.number);
+        }
+        // And those that have to try again.
+        for member in self.members() {
+            if !member.lingering().is_empty() {
+                chosen.entry(member.number).or_default();
+            }
         }
         chosen
     }
@@ -135,7 +146,10 @@ impl Inner {
         let mut lingering = std::mem::take(&mut *self.lingering());
         lingering.extend(leaving.into_iter().map(|(chunk, _)| chunk));
         lingering.sort_unstable();
-        let neighbours = |left: &Chunk, right: &Chunk| left.number() + 1 == right.number();
+        // Only as much as one large page can hold together: what is in use must not keep more on the disk.
+        let place = |chunk: &Chunk| self.geometry.range(*chunk).start() / LARGEST_PAGE;
+        let neighbours =
+            |left: &Chunk, right: &Chunk| left.number() + 1 == right.number() && place(left) == place(right);
         let mut freed = 0;
         for run in lingering.chunk_by(neighbours) {
             if self.punch_out(run).await {
@@ -149,6 +163,20 @@ impl Inner {
         freed
     }
 
+    /// Bytes of the chunks of a segment that can leave, once they are durable.
+    fn evictable(&self, number: u32) -> u64 {
+        let chunks = self.segments.chunks(number).filter(|chunk| self.may_leave(*chunk, self.states.get(*chunk)));
+        if self.segments.is_held(number) { 0 } else { chunks.map(|chunk| self.segments.cost(chunk)).sum() }
+    }
+
+    fn may_leave(&self, chunk: Chunk, state: State) -> bool {
+        match state {
+            State::Resident | State::Unverified | State::Volatile => !self.pins.touch(self.geometry.range(chunk)),
+            State::Absent => self.segments.is_charged(chunk),
+            State::Leaving | State::Zero => false,
+        }
+    }
+
     /// Lets chunks of a segment begin to leave: those that are durable here, not pinned, and not on their way to
     /// somebody; and what is charged without being used.
     fn take_out(&self, number: u32) -> Vec<(Chunk, State)> {
@@ -159,12 +187,7 @@ impl Inner {
         let table = self.flights.lock();
         for chunk in self.segments.chunks(number) {
             let state = self.states.get(chunk);
-            let may_leave = match state {
-                State::Resident | State::Unverified => !self.pins.touch(self.geometry.range(chunk)),
-                State::Absent => self.segments.is_charged(chunk),
-                State::Volatile | State::Leaving | State::Zero => false,
-            };
-            if may_leave && !table.contains_key(&chunk) {
+            if state != State::Volatile && self.may_leave(chunk, state) && !table.contains_key(&chunk) {
                 self.states.set(chunk, State::Leaving);
                 leaving.push((chunk, state));
             }

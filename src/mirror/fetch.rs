@@ -21,6 +21,7 @@ use tokio::time::{Instant, timeout_at};
 use super::arrival::{Arrival, Write, contiguous, split};
 use super::chunks::{Chunk, State};
 use super::flight::{ChunkData, Claim, Slice};
+use super::flusher::Epoch;
 use super::space::Reservation;
 use super::{EXTENTS_PATIENCE, Inner, Truth};
 use crate::clock;
@@ -243,7 +244,6 @@ impl Inner {
             let bytes = Slice { whole: bytes.clone(), range: start..start + to_usize(part.length()) };
             if self.is_right(claim.chunk, &bytes) {
                 self.space.disk_worked();
-                self.states.change(claim.chunk, State::Unverified, State::Resident);
                 // The flight leaves the table with its claim, here.
                 claim.flight.land(Ok(ChunkData::Bytes(bytes)));
                 continue;
@@ -255,7 +255,9 @@ impl Inner {
             );
             self.stats.damaged_chunks.add(1);
             self.forget(claim.chunk);
-            self.give_back(claim.chunk).await;
+            if self.is_unused(claim.chunk) {
+                self.give_back(claim.chunk).await;
+            }
             bad.push(claim);
         }
         bad
@@ -278,7 +280,14 @@ impl Inner {
             self.pending.distrust();
         }
         self.states.set(chunk, State::Absent);
+        self.segments.depart(self.segments.of(chunk));
         self.pending.changed(chunk, chunk);
+    }
+
+    /// Whether nobody sends from a chunk that is absent, so that it may be punched out.
+    fn is_unused(&self, chunk: Chunk) -> bool {
+        let range = self.geometry.range(chunk);
+        !self.segments.is_held(self.segments.of(chunk)) && self.store.data().drop_pages(range, range)
     }
 
     /// Punches out what a chunk left that is absent, and for which there is a claim. What cannot be punched out stays
@@ -306,6 +315,7 @@ impl Inner {
     /// Brings neighbouring chunks over, lands them, stores them.
     async fn fetch(&self, claims: &[Claim]) {
         let Some(deadline) = claims.iter().map(|claim| claim.deadline).min() else { return };
+        let epoch = self.pending.epoch();
         let now = Instant::now();
         let left = deadline.saturating_duration_since(now);
         // Too little to be answered in.
@@ -320,20 +330,20 @@ impl Inner {
             claim.flight.land(Ok(ChunkData::Zero));
             self.flights.lock().remove(&claim.chunk);
         }
-        let room = self.room_for(&data).await;
+        let room = self.room_for(&data, epoch).await;
         let data = self.copy_twins(data, &room).await;
         let groups = data.chunk_by(|left, right| left.chunk.number() + 1 == right.chunk.number());
         join_all(groups.map(|group| self.fetch_data(group, deadline, &room))).await;
     }
 
     /// Reserves space for those chunks that are to be kept.
-    async fn room_for(&self, claims: &[&Claim]) -> Room {
+    async fn room_for(&self, claims: &[&Claim], epoch: Epoch) -> Room {
         let kept: Vec<_> = claims.iter().map(|claim| claim.chunk).filter(|chunk| self.should_keep(*chunk)).collect();
         let bytes = kept.iter().map(|chunk| self.segments.cost(*chunk)).sum();
         let reservation = if kept.is_empty() { None } else { self.space.reserve(bytes).await };
         let kept = if reservation.is_some() { kept } else { Vec::new() };
         self.space.stats().bypassed_chunks.add(to_u64(claims.len() - kept.len()));
-        Room { kept, reservation: RefCell::new(reservation) }
+        Room { kept, reservation: RefCell::new(reservation), epoch }
     }
 
     /// Whether the segment of a chunk is worth its space.
@@ -435,14 +445,16 @@ impl Inner {
         crash_point("arrived");
         for arrival in &mut arrivals {
             let mut table = self.flights.lock();
+            let is_current = room.epoch == self.pending.epoch();
             match &arrival.data {
-                ChunkData::Zero => {
-                    self.states.set(arrival.chunk, State::Zero);
+                ChunkData::Zero if is_current && self.mark_zero(arrival.chunk) => {
                     self.pending.changed(arrival.chunk, arrival.chunk);
                 }
+                ChunkData::Zero => {}
                 // What is still leaving cannot be written over.
                 ChunkData::Bytes(_) => {
-                    arrival.is_kept = room.keeps(arrival.chunk) && self.states.get(arrival.chunk) == State::Absent;
+                    let is_absent = self.states.get(arrival.chunk) == State::Absent;
+                    arrival.is_kept = is_current && is_absent && room.keeps(arrival.chunk);
                 }
             }
             if !arrival.is_kept {
@@ -462,7 +474,6 @@ impl Inner {
         let Some(first) = arrivals.first() else { return };
         let offset = self.geometry.range(first.chunk).start();
         let checksums: Vec<_> = arrivals.iter().map(Arrival::checksum).collect();
-        let epoch = self.pending.epoch();
         let mut result = self.write_data(&slice, offset).await;
         if result.as_ref().is_err_and(is_full) {
             self.space.ask(to_u64(slice.len()) + SPARE).await;
@@ -476,17 +487,18 @@ impl Inner {
             }
         }
         let mut table = self.flights.lock();
+        let is_stored = result.is_ok() && room.epoch == self.pending.epoch();
         for (arrival, checksum) in arrivals.iter().zip(checksums) {
             // Also what could not be written whole: a part of it may be there.
             self.charge(arrival.chunk, room);
-            if result.is_ok() {
+            if is_stored {
                 self.states.set_checksum(arrival.chunk, checksum);
                 self.states.set(arrival.chunk, State::Volatile);
                 table.remove(&arrival.chunk);
             }
         }
         drop(table);
-        if result.is_err() {
+        if !is_stored {
             for arrival in arrivals {
                 self.give_back(arrival.chunk).await;
                 self.flights.lock().remove(&arrival.chunk);
@@ -494,7 +506,7 @@ impl Inner {
             return;
         }
         for arrival in arrivals {
-            self.pending.wrote(arrival.chunk, self.geometry.range(arrival.chunk).length(), epoch);
+            self.pending.wrote(arrival.chunk, self.geometry.range(arrival.chunk).length(), room.epoch);
             if let Some(key) = self.truth.get().and_then(|truth| truth.key(self.geometry, arrival.chunk)) {
                 self.space.twins.add(key, self.place(arrival.chunk));
             }
@@ -527,6 +539,8 @@ struct Room {
     /// Chunks that are to be stored, in order.
     kept: Vec<Chunk>,
     reservation: RefCell<Option<Reservation>>,
+    /// When the fetch began. What came before a manifest, or before something was lost, is answered and not kept.
+    epoch: Epoch,
 }
 
 impl Room {

@@ -61,7 +61,8 @@ impl Pending {
         self.group.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The current epoch. To be asked before a write begins.
+    /// The current epoch. To be asked before what is to be written is fetched: a manifest that comes meanwhile begins a new
+    /// one too.
     pub(super) fn epoch(&self) -> Epoch {
         Epoch(self.epoch.load(Ordering::SeqCst))
     }

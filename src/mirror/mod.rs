@@ -51,6 +51,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -163,6 +164,8 @@ struct Inner {
     number: u32,
     /// Bytes of the disk that are taken whatever is in the cache.
     fixed: u64,
+    /// And bytes of the manifest.
+    manifest: AtomicU64,
     segments: Segments,
     /// Chunks that have left but whose bytes somebody still sends.
     lingering: Mutex<Vec<Chunk>>,
@@ -210,7 +213,6 @@ impl Mirror {
             },
         };
         let geometry = header.geometry();
-        let manifest_length = truth.as_ref().map_or(0, Truth::file_length);
         let (store, states, loaded) = Store::attach(cache, &header)?;
         loaded.tell(&name);
         let (pins, pins_error) = Pins::load(store.directory(), geometry.size());
@@ -233,7 +235,8 @@ impl Mirror {
                 queues: Queues::new(),
                 chart: Chart::new(geometry),
                 pending: Pending::default(),
-                fixed: store::fixed_bytes(geometry, manifest_length, segments.count_all()),
+                fixed: store::fixed_bytes(geometry, segments.count_all()),
+                manifest: AtomicU64::new(0),
                 store,
                 space: Arc::clone(space),
                 number,
@@ -260,6 +263,10 @@ impl Mirror {
 
     /// From now on, holds everything against this manifest: what is here too, when it is used next.
     pub fn adopt(&self, truth: Truth) -> Result<(), ManifestError> {
+        // It is there, whether it can be used or not.
+        let length = truth.file_length();
+        self.0.space.charge(length);
+        self.0.space.discharge(self.0.manifest.swap(length, Ordering::Relaxed));
         truth.check_geometry(self.0.geometry)?;
         self.0.adopt(truth);
         Ok(())
@@ -295,6 +302,11 @@ impl Mirror {
     /// Whether there is a manifest, so that everything is verified.
     pub fn has_manifest(&self) -> bool {
         self.0.truth.get().is_some()
+    }
+
+    /// Bytes of the image.
+    pub fn size(&self) -> u64 {
+        self.0.geometry.size()
     }
 
     /// Bytes of a chunk.
@@ -378,22 +390,22 @@ impl Inner {
         self.space.charge(bytes);
         let word = |number| self.segments.heat().word(number);
         self.space.restore(segments.into_iter().map(|number| (self.segment(number), word(number))).collect());
-        // Nobody refuses what was granted once.
-        let _ = self.space.pin(0, self.pinned_cost(&self.pins.ranges()));
+        self.restore_pins();
     }
 
     fn adopt(&self, truth: Truth) {
         let all = ByteRange::between(0, self.geometry.size());
         let _table = self.flights.lock();
-        // What is being written was not held against it.
+        // What is on its way, or is being made durable, was not held against it.
         self.pending.distrust();
         for chunk in self.geometry.chunks(all) {
+            self.states.change(chunk, State::Volatile, State::Absent);
+            self.states.change(chunk, State::Resident, State::Unverified);
             if truth.is_zero(self.geometry, chunk) {
-                self.states.change(chunk, State::Absent, State::Zero);
+                self.mark_zero(chunk);
                 continue;
             }
             self.states.change(chunk, State::Zero, State::Absent);
-            self.states.change(chunk, State::Resident, State::Unverified);
             if self.states.get(chunk) == State::Unverified
                 && let Some(key) = truth.key(self.geometry, chunk)
             {
@@ -404,6 +416,12 @@ impl Inner {
         let _ = self.truth.set(truth);
     }
 
+    /// Marks a chunk that is known to be zero, if it is absent. What has bytes on the disk stays absent, and can be
+    /// evicted. To be called under the lock of the flights.
+    fn mark_zero(&self, chunk: Chunk) -> bool {
+        !self.segments.is_charged(chunk) && self.states.change(chunk, State::Absent, State::Zero)
+    }
+
     const fn segment(&self, number: u32) -> Segment {
         Segment { image: self.number, number }
     }
@@ -412,8 +430,8 @@ impl Inner {
         Place { image: self.number, chunk: chunk.number() }
     }
 
-    const fn fixed_bytes(&self) -> u64 {
-        self.fixed
+    fn fixed_bytes(&self) -> u64 {
+        self.fixed + self.manifest.load(Ordering::Relaxed)
     }
 
     fn lingering(&self) -> MutexGuard<'_, Vec<Chunk>> {
@@ -441,7 +459,7 @@ impl Inner {
 impl Drop for Inner {
     /// Leaves the space: nothing of this mirror is charged any more, and its bytes serve no other image.
     fn drop(&mut self) {
-        let mut bytes = self.fixed;
+        let mut bytes = self.fixed_bytes();
         for number in 0..self.segments.count_all() {
             if self.segments.count(number) > 0 {
                 self.space.emptied(self.segment(number));
@@ -450,6 +468,7 @@ impl Drop for Inner {
             }
         }
         self.space.discharge(bytes);
+        self.let_go_of_pins();
         self.space.twins.remove_image(self.number);
     }
 }

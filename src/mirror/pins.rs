@@ -7,11 +7,10 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use tokio::sync::Mutex as AsyncMutex;
 
 use super::chunks::{Chunk, State, checksum};
 use super::{Inner, Mirror};
@@ -19,6 +18,8 @@ use crate::ranges::ByteRange;
 use crate::units::ByteSize;
 
 const NAME: &str = "pins";
+/// One that is being made.
+pub(super) const NEW_NAME: &str = "pins.new";
 /// Ranges in one image; more are a mistake.
 const MOST: usize = 4096;
 
@@ -26,8 +27,9 @@ const MOST: usize = 4096;
 pub(super) struct Pins {
     directory: PathBuf,
     ranges: RwLock<Vec<ByteRange>>,
-    /// Held by whoever changes them.
-    changing: AsyncMutex<()>,
+    /// Bytes of the disk that the space keeps for them: what they cost when they were granted, of chunks that may have
+    /// become zero since. Locked by whoever changes them, while it blocks.
+    granted: Mutex<u64>,
 }
 
 /// What is pinned after a change.
@@ -67,39 +69,59 @@ pub enum PinError {
 impl Mirror {
     /// Pins ranges, which lie within the image: their chunks are never evicted. When this has returned it is durable.
     pub async fn pin(&self, ranges: &[ByteRange]) -> Result<Pinned, PinError> {
-        self.0.change_pins(|now| union(now, ranges)).await
+        let ranges = ranges.to_vec();
+        self.0.change_pins(move |now| union(now, &ranges)).await
     }
 
     /// Takes pins back.
     pub async fn unpin(&self, ranges: &[ByteRange]) -> Result<Pinned, PinError> {
-        self.0.change_pins(|now| difference(now, ranges)).await
+        let ranges = ranges.to_vec();
+        self.0.change_pins(move |now| difference(now, &ranges)).await
     }
 }
 
 impl Inner {
+    /// Cancel safety: it is carried out whole.
     async fn change_pins(
         self: &Arc<Self>,
-        change: impl FnOnce(&[ByteRange]) -> Vec<ByteRange>,
+        change: impl FnOnce(&[ByteRange]) -> Vec<ByteRange> + Send + 'static,
     ) -> Result<Pinned, PinError> {
-        let _changing = self.pins.changing.lock().await;
-        let before = self.pins.ranges();
-        let after = change(&before);
-        let (old_cost, new_cost) = (self.pinned_cost(&before), self.pinned_cost(&after));
-        self.space.pin(old_cost, new_cost).map_err(|most| PinError::NoRoom {
+        let inner = Arc::clone(self);
+        let changed = tokio::task::spawn_blocking(move || inner.change_pins_now(change)).await;
+        changed.unwrap_or_else(|_| Err(io::Error::other("the thread died").into()))
+    }
+
+    /// Blocks.
+    fn change_pins_now(&self, change: impl FnOnce(&[ByteRange]) -> Vec<ByteRange>) -> Result<Pinned, PinError> {
+        let mut granted = self.pins.granted.lock().unwrap_or_else(PoisonError::into_inner);
+        let after = change(&self.pins.ranges());
+        let cost = self.pinned_cost(&after);
+        self.space.pin(*granted, cost).map_err(|most| PinError::NoRoom {
             image: self.name.clone(),
-            wanted: new_cost.saturating_sub(old_cost),
+            wanted: cost.saturating_sub(*granted),
             pinned: self.space.usage().pinned,
             most,
             limit: self.space.limit(),
         })?;
-        let (inner, ranges) = (Arc::clone(self), after.clone());
-        let written = tokio::task::spawn_blocking(move || inner.pins.replace(ranges)).await;
-        if let Err(error) = written.unwrap_or_else(|_| Err(io::Error::other("the thread died"))) {
-            // Less than before is never refused.
-            let _ = self.space.pin(new_cost, old_cost);
+        if let Err(error) = self.pins.replace(after.clone()) {
+            self.space.pin_anyway(cost, *granted);
             return Err(error.into());
         }
+        *granted = cost;
         Ok(self.pinned(&after))
+    }
+
+    /// Has the space keep what was granted before a restart, also if that is more than it would grant now.
+    pub(super) fn restore_pins(&self) {
+        let mut granted = self.pins.granted.lock().unwrap_or_else(PoisonError::into_inner);
+        let cost = self.pinned_cost(&self.pins.ranges());
+        self.space.pin_anyway(std::mem::replace(&mut granted, cost), cost);
+    }
+
+    /// The space keeps nothing for pins any more.
+    pub(super) fn let_go_of_pins(&mut self) {
+        let granted = self.pins.granted.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.space.pin_anyway(std::mem::take(granted), 0);
     }
 
     /// Bytes of the disk that the chunks of `ranges` take at most.
@@ -148,7 +170,7 @@ impl Pins {
             Err(error) if error.kind() == io::ErrorKind::NotFound => (Vec::new(), None),
             Err(error) => (Vec::new(), Some(error.to_string())),
         };
-        (Self { directory: directory.to_owned(), ranges: RwLock::new(ranges), changing: AsyncMutex::default() }, error)
+        (Self { directory: directory.to_owned(), ranges: RwLock::new(ranges), granted: Mutex::default() }, error)
     }
 
     /// All of them, apart from each other and in order.
@@ -169,7 +191,7 @@ impl Pins {
         if ranges.len() > MOST {
             return Err(io::Error::other(format!("an image cannot have more than {MOST} pinned ranges")));
         }
-        let (path, new_path) = (self.directory.join(NAME), self.directory.join("pins.new"));
+        let (path, new_path) = (self.directory.join(NAME), self.directory.join(NEW_NAME));
         let mut options = fs::OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new_path)?;
         file.write_all(&encode(&ranges))?;

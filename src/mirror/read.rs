@@ -156,9 +156,9 @@ impl Inner {
     }
 
     /// `None`: some of the chunks are not resident, now at the latest.
-    async fn read_resident(&self, range: ByteRange) -> Option<Bytes> {
+    pub(super) async fn read_resident(&self, range: ByteRange) -> Option<Bytes> {
         let length = to_usize(range.length());
-        let departures = self.segments.departures(range);
+        let departures = self.departures_of_resident(range)?;
         match self.store.data().read_exact_at(BytesMut::with_capacity(length), length, range.start()).await {
             Ok(bytes) => self.is_still_resident(range, departures).then(|| bytes.freeze()),
             Err(error) => {
@@ -169,6 +169,14 @@ impl Inner {
                 None
             }
         }
+    }
+
+    /// What [`is_still_resident`](Self::is_still_resident) has to be asked with after a read that begins now. `None`:
+    /// some of the chunks are not resident.
+    fn departures_of_resident(&self, range: ByteRange) -> Option<u32> {
+        // In this order: what is resident after the count was taken cannot leave without being counted.
+        let departures = self.segments.departures(range);
+        self.all_are(range, State::Resident).then_some(departures)
     }
 
     /// Whether what was just read is what it was when it was found resident: a chunk that was found bad or evicted
@@ -185,10 +193,9 @@ impl Inner {
         if self.all_are(range, State::Zero) {
             return TryRead::Hole;
         }
-        let result = if self.all_are(range, State::Resident) {
-            self.try_read_resident(range, output)
-        } else {
-            self.try_read_checked(range, output)
+        let result = match self.departures_of_resident(range) {
+            Some(departures) => self.try_read_resident(range, departures, output),
+            None => self.try_read_checked(range, output),
         };
         if result == TryRead::Data {
             self.note_hits(range);
@@ -196,9 +203,8 @@ impl Inner {
         result
     }
 
-    fn try_read_resident(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
+    fn try_read_resident(&self, range: ByteRange, departures: u32, output: &mut BytesMut) -> TryRead {
         let start = output.len();
-        let departures = self.segments.departures(range);
         match self.store.data().try_read_at(output, to_usize(range.length()), range.start()) {
             Inline::Done if self.is_still_resident(range, departures) => TryRead::Data,
             Inline::Done => {
@@ -243,7 +249,6 @@ impl Inner {
                 output.truncate(start);
                 return TryRead::Wait;
             }
-            self.states.change(chunk, State::Unverified, State::Resident);
             rest = others;
         }
         let (from, length) = (to_usize(range.start() - whole.start()), to_usize(range.length()));
@@ -253,12 +258,22 @@ impl Inner {
     }
 
     /// Whether these are the bytes of a chunk that is here. What has not been used since the start is held against the
-    /// manifest, if there is one; what came over since then has been, and its checksum will do.
+    /// manifest, if there is one, and is resident if it is right; what came over since then has been, and its checksum
+    /// will do.
     pub(super) fn is_right(&self, chunk: Chunk, bytes: &[u8]) -> bool {
-        match self.truth.get() {
-            Some(truth) if self.states.get(chunk) == State::Unverified => truth.is_right(self.geometry, chunk, bytes),
+        let (truth, is_unverified) = (self.truth.get(), self.states.get(chunk) == State::Unverified);
+        let is_right = match truth {
+            Some(truth) if is_unverified => truth.is_right(self.geometry, chunk, bytes),
             _ => checksum(bytes) == self.states.checksum(chunk),
+        };
+        if is_right && is_unverified {
+            let _table = self.flights.lock();
+            // A manifest that has come meanwhile has not been asked.
+            if truth.is_some() == self.truth.get().is_some() {
+                self.states.change(chunk, State::Unverified, State::Resident);
+            }
         }
+        is_right
     }
 
     /// Reads a part of one chunk, whatever becomes of it meanwhile.
@@ -311,8 +326,22 @@ impl Inner {
         if self.truth.get().is_some() {
             return;
         }
-        let marked = |range| self.note_zeroes(range);
-        self.chart.cover(range, deadline, &self.lower, (&self.states, &self.flights), marked).await;
+        self.chart.cover(range, deadline, &self.lower, |range| self.mark_zeroes(range)).await;
+    }
+
+    /// Marks the chunks of `range`, which the upstream says is zero.
+    fn mark_zeroes(&self, range: ByteRange) {
+        let table = self.flights.lock();
+        // It may have come while we asked.
+        if self.truth.get().is_some() {
+            return;
+        }
+        for chunk in self.geometry.whole_chunks(range) {
+            // A chunk in flight is absent too; its fetch finds it marked and lands at once.
+            self.mark_zero(chunk);
+        }
+        drop(table);
+        self.note_zeroes(range);
     }
 
     pub(super) async fn allocation(&self, range: ByteRange, limit: usize) -> Vec<Extent> {

@@ -26,7 +26,7 @@ pub(super) struct Segments {
     geometry: Geometry,
     /// Chunks of a segment.
     chunks_each: u64,
-    heat: Heat,
+    heat: Arc<Heat>,
     /// One bit for each chunk.
     charged: Box<[AtomicU64]>,
     /// Charged chunks in each segment.
@@ -44,7 +44,7 @@ impl Segments {
         Self {
             geometry,
             chunks_each,
-            heat: heat(u32::try_from(count).expect("2^32 segments are 4 EiB")),
+            heat: Arc::new(heat(u32::try_from(count).expect("2^32 segments are 4 EiB"))),
             charged: (0..geometry.count().div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             counts: (0..count).map(|_| AtomicU32::new(0)).collect(),
             holds: (0..count).map(|_| AtomicU32::new(0)).collect(),
@@ -53,7 +53,7 @@ impl Segments {
     }
 
     /// How hot each is.
-    pub(super) const fn heat(&self) -> &Heat {
+    pub(super) const fn heat(&self) -> &Arc<Heat> {
         &self.heat
     }
 

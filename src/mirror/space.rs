@@ -4,7 +4,8 @@
 //! out. So what is on the disk and what is on its way there is never more than the limit, at any time. What does not fit
 //! is served without being kept.
 //!
-//! Lock order: a mirror's flight table, then the book with the order of eviction. The list of members is locked for a moment only.
+//! Lock order: a mirror's flight table, then the book with the order of eviction, then the list of members, which is
+//! locked for a moment only.
 //!
 //! Owns: the account, the order of eviction, the members, the table of twins, the health of the disk. Does not own: the
 //! chunks (each mirror), the order itself (`policy`), giving back (`evict`).
@@ -19,7 +20,7 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use super::Inner;
-use super::policy::{self, Admission, Clock, Kind, Order, Segment, Word};
+use super::policy::{self, Admission, Clock, Heat, Kind, Order, Segment, Word};
 use super::twins::Twins;
 use crate::telemetry::Counter;
 use crate::units::MIB;
@@ -90,6 +91,15 @@ struct Book {
     leaving: HashSet<Segment>,
 }
 
+/// A mirror that shares the space.
+#[derive(Debug)]
+struct Member {
+    mirror: Weak<Inner>,
+    /// By itself, because it is looked at under the lock of the book: whoever holds a mirror there for a moment may be
+    /// the last, and a mirror that is dropped locks the book.
+    heat: Weak<Heat>,
+}
+
 /// The account of one cache directory.
 #[derive(Debug)]
 pub struct Space {
@@ -100,7 +110,7 @@ pub struct Space {
     pinned: AtomicU64,
     book: Mutex<Book>,
     pub(super) clock: Arc<Clock>,
-    members: RwLock<Vec<Weak<Inner>>>,
+    members: RwLock<Vec<Member>>,
     pub(super) twins: Twins,
     /// Somebody wants space.
     pub(super) wanted: Notify,
@@ -178,20 +188,20 @@ impl Space {
         let mut members = self.members.write().unwrap_or_else(PoisonError::into_inner);
         let number = u32::try_from(members.len()).expect("fewer images than 2^32");
         let inner = member(number);
-        members.push(Arc::downgrade(&inner));
+        members.push(Member { mirror: Arc::downgrade(&inner), heat: Arc::downgrade(inner.segments.heat()) });
         inner
     }
 
     /// The member with this number, if it is still there.
     pub(super) fn member(&self, number: u32) -> Option<Arc<Inner>> {
         let members = self.members.read().unwrap_or_else(PoisonError::into_inner);
-        members.get(usize::try_from(number).ok()?)?.upgrade()
+        members.get(usize::try_from(number).ok()?)?.mirror.upgrade()
     }
 
     /// All members that are still there.
     pub(super) fn members(&self) -> Vec<Arc<Inner>> {
         let members = self.members.read().unwrap_or_else(PoisonError::into_inner);
-        members.iter().filter_map(Weak::upgrade).collect()
+        members.iter().filter_map(|member| member.mirror.upgrade()).collect()
     }
 
     /// The most that may be used.
@@ -289,9 +299,17 @@ impl Space {
         self.pinned.fetch_update(Ordering::AcqRel, Ordering::Relaxed, change).map(drop).map_err(|_| most)
     }
 
+    /// Changes what pins keep, whatever that comes to.
+    pub(super) fn pin_anyway(&self, before: u64, after: u64) {
+        self.pinned.fetch_add(after, Ordering::AcqRel);
+        self.pinned.fetch_sub(before, Ordering::AcqRel);
+    }
+
     /// The word of a segment, for the order of eviction.
     fn word_of(&self, segment: Segment) -> Word {
-        self.member(segment.image).map_or_else(Word::default, |member| member.segments.heat().word(segment.number))
+        let members = self.members.read().unwrap_or_else(PoisonError::into_inner);
+        let heat = usize::try_from(segment.image).ok().and_then(|image| members.get(image)?.heat.upgrade());
+        heat.map_or_else(Word::default, |heat| heat.word(segment.number))
     }
 
     /// Whether a segment without a chunk on the disk shall have one; `chunk` is counted within it.

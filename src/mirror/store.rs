@@ -17,6 +17,7 @@ use thiserror::Error;
 use super::Truth;
 use super::chunks::{Geometry, State, States};
 use super::map::{self, BLOCK, Found, Header, HeaderError};
+use super::{pins, truth};
 use crate::disk::{Access, File};
 use crate::export::ImageId;
 use crate::ranges::ByteRange;
@@ -130,6 +131,10 @@ impl Cache {
         }
         // For people; the lock itself is the kernel's.
         let _ = fs::write(&lock_path, format!("process {}\n", std::process::id()));
+        // What was being made when a process ended counts for nothing, and nobody has charged it.
+        for name in ["map.new", "heat.new", pins::NEW_NAME, truth::NEW_NAME] {
+            let _ = fs::remove_file(directory.join(name));
+        }
         let (header, is_damaged) = read_header(&directory.join("map"))?;
         if is_damaged {
             let path = directory.display();
@@ -280,13 +285,13 @@ impl Loaded {
     }
 }
 
-/// Bytes of the disk that the files of a cache take beside its chunks: map, manifest, what is hot (twice while it is
-/// replaced), pins, the lock, the directory, and the first blocks of each file's own index.
-pub(super) fn fixed_bytes(geometry: Geometry, manifest_length: u64, segments: u32) -> u64 {
+/// Bytes of the disk that the files of a cache take beside its chunks and its manifest: map, what is hot (twice while it
+/// is replaced), pins, the lock, the directory, and the first blocks of each file's own index.
+pub(super) fn fixed_bytes(geometry: Geometry, segments: u32) -> u64 {
     const SMALL_FILES: u64 = 64 << 10;
     let block = to_u64(BLOCK);
     let heat = (64 + 5 * u64::from(segments)).next_multiple_of(block);
-    map::file_length(geometry) + manifest_length.next_multiple_of(block) + 2 * heat + SMALL_FILES
+    map::file_length(geometry) + 2 * heat + SMALL_FILES
 }
 
 impl Store {

@@ -1,5 +1,6 @@
 //! Mirrors over exports in memory, on both disk engines. What reached the export below is what counts.
 
+mod review;
 mod trusted;
 
 use std::fs;
@@ -7,8 +8,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use futures_util::future::join_all;
-use futures_util::poll;
+use futures_util::{future::join_all, poll};
 use std::pin::pin;
 use tokio::runtime::{Builder, LocalOptions};
 

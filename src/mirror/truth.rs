@@ -27,7 +27,7 @@ const WINDOW: u64 = MIB;
 
 /// The name of the file, and of one that is being fetched.
 pub(super) const NAME: &str = "manifest";
-const NEW_NAME: &str = "manifest.new";
+pub(super) const NEW_NAME: &str = "manifest.new";
 
 /// Why a manifest cannot be used.
 #[derive(Debug, Error)]
@@ -114,8 +114,23 @@ impl Truth {
         if header.id != wanted || header.shape.manifest_length() != size {
             return Err(ManifestError::Other { wanted });
         }
-        let (path, new_path) = (directory.join(NAME), directory.join(NEW_NAME));
-        let mut file = File::open(&new_path, Access::Create)?;
+        let new_path = directory.join(NEW_NAME);
+        let fetched = Self::fetch_whole(source, header, directory, &new_path).await;
+        if fetched.is_err() {
+            // Nobody has room set aside for it.
+            let _ = fs::remove_file(&new_path);
+        }
+        fetched
+    }
+
+    async fn fetch_whole(
+        source: &dyn Export,
+        header: Header,
+        directory: &Path,
+        new_path: &Path,
+    ) -> Result<Self, ManifestError> {
+        let (size, wanted) = (header.shape.manifest_length(), header.id);
+        let mut file = File::open(new_path, Access::Create)?;
         file.set_size(0)?;
         let head = Header { source: None, ..header }.encode();
         file.write_all_at(Bytes::copy_from_slice(&head), 0, false).await?;
@@ -126,11 +141,10 @@ impl Truth {
             file.write_all_at(bytes.into(), window.start(), false).await?;
         }
         if hasher.finish() != wanted {
-            fs::remove_file(&new_path)?;
             return Err(ManifestError::Other { wanted });
         }
         file.sync_data().await?;
-        let directory = directory.to_owned();
+        let (directory, new_path, path) = (directory.to_owned(), new_path.to_owned(), directory.join(NAME));
         let finish = move || {
             fs::rename(&new_path, &path)?;
             fs::File::open(&directory)?.sync_all()?;
@@ -162,9 +176,9 @@ impl Truth {
         self.header.shape.image_size
     }
 
-    /// Bytes of the file.
+    /// Bytes of the disk that the file takes.
     pub(super) const fn file_length(&self) -> u64 {
-        self.header.shape.manifest_length()
+        self.header.shape.manifest_length().next_multiple_of(BLOCK as u64)
     }
 
     /// Refuses a cache whose chunks cannot be checked by this.

@@ -365,3 +365,28 @@ fn flags_and_block_sizes_are_those_of_the_real_image() {
     let (below, here) = (Client::open(server.uri()).agreed, Client::open(mirror.uri()).agreed);
     assert_eq!((below.size, below.flags, below.block_sizes), (here.size, here.flags, here.block_sizes));
 }
+
+#[test]
+fn an_image_can_be_replaced_again_and_again_and_an_earlier_one_can_come_back() {
+    let scratch = Scratch::new();
+    let serve = |seed| {
+        let bytes = noise(2 << 20, seed);
+        let image = scratch.file("image.raw", &bytes);
+        run(headwater(&scratch.path("index.log")).arg("index").arg(&image));
+        (Daemon::serve(&scratch, &image, &["--read-only"]), bytes)
+    };
+    let (mut server, bytes) = serve(1);
+    let mirror = Daemon::mirror(&scratch, server.uri(), &["--upstream-timeout=1"]);
+    assert!(Client::open(mirror.uri()).read(0, MIB) == bytes[..1 << 20]);
+    for seed in [2, 3, 2] {
+        server.stop();
+        let bytes;
+        (server, bytes) = serve(seed);
+        // What is not here yet has to be asked for, and then it is noticed.
+        eventually("new image", || {
+            let reply = Client::open(mirror.uri()).ask(command::READ, MIB, MIB);
+            reply.error.is_none() && reply.bytes() == bytes[1 << 20..]
+        });
+        assert!(Client::open(mirror.uri()).read(0, MIB) == bytes[..1 << 20]);
+    }
+}

@@ -3,7 +3,7 @@
 //! The first cache of an image has its name. When the upstream's image is replaced, the new one gets a cache with a part
 //! of its identity in its name. What belongs to what is said by the caches themselves: by their maps and manifests.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Generation, KEPT_GENERATIONS, MirrorError, Mirrors, PlannedImage};
@@ -108,13 +108,14 @@ impl Mirrors {
     fn cache_of(&self, name: &str, identity: Option<ImageId>, size: u64) -> Result<Cache, MirrorError> {
         let root = &self.0.plan.cache;
         let Some(identity) = identity else { return Ok(Cache::open(root, name)?) };
-        for path in Cache::versions(root, name) {
+        for path in Cache::versions(root, name).into_iter().filter(|path| !self.is_in_use(path)) {
             let cache = Cache::reopen(&path)?;
             if cache.identity() == Some(identity) {
                 return Ok(cache);
             }
         }
-        if Cache::exists(root, name) && !self.is_open(name) {
+        let is_first_in_use = self.is_in_use(&Cache::path(root, name)?);
+        if Cache::exists(root, name) && !is_first_in_use {
             let first = Cache::open(root, name)?;
             let is_same = match first.identity() {
                 Some(known) => known == identity,
@@ -124,16 +125,15 @@ impl Mirrors {
             if is_same {
                 return Ok(first);
             }
-        } else if !self.is_open(name) {
+        } else if !is_first_in_use {
             return Ok(Cache::open(root, name)?);
         }
         Ok(Cache::open_version(root, name, identity)?)
     }
 
-    /// Whether the first cache of an image is in use here.
-    fn is_open(&self, name: &str) -> bool {
-        let path = Cache::path(&self.0.plan.cache, name).ok();
-        self.generations().iter().any(|generation| Some(generation.mirror.directory()) == path.as_deref())
+    /// Whether a generation here uses the cache in this directory.
+    fn is_in_use(&self, path: &Path) -> bool {
+        self.generations().iter().any(|generation| generation.mirror.directory() == path)
     }
 
     /// The manifest of an image: what the cache has, or what the upstream gives.
@@ -174,10 +174,7 @@ impl Mirrors {
         let root = &self.0.plan.cache;
         let mut paths = Cache::versions(root, &image.name);
         paths.extend(Cache::path(root, &image.name).ok().filter(|path| path.exists()));
-        let is_open = |path: &PathBuf| {
-            self.generations().iter().any(|generation| generation.mirror.directory() == path.as_path())
-        };
-        paths.retain(|path| !is_open(path));
+        paths.retain(|path| !self.is_in_use(path));
         for (index, path) in paths.into_iter().enumerate() {
             if let Err(error) = self.reopen_one(image, &path, index < KEPT_GENERATIONS, workers).await {
                 tracing::warn!(path = %path.display(), %error, "cannot use the cache of an older generation");
@@ -188,7 +185,7 @@ impl Mirrors {
     async fn reopen_one(
         &self,
         image: &PlannedImage,
-        path: &std::path::Path,
+        path: &Path,
         keep: bool,
         workers: &Arc<Workers>,
     ) -> Result<(), MirrorError> {

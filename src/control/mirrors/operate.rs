@@ -90,7 +90,7 @@ impl Mirrors {
     ) -> Result<PinReport, Refusal> {
         let generation = self.find(&image)?;
         let mirror = &generation.mirror;
-        let size = mirror.share().size;
+        let size = mirror.size();
         let ranges = ranges.unwrap_or_else(|| vec![ByteRange::between(0, size)]);
         if let Some(range) = ranges.iter().find(|range| range.end() > size) {
             let end = range.end();
@@ -107,7 +107,7 @@ impl Mirrors {
     async fn begin_scrub(&self, image: String, order: VerifyOrder) -> Result<u64, Refusal> {
         let generation = self.find(&image)?;
         let workers = self.0.workers.upgrade().ok_or_else(|| Refusal::Failed("the server is ending".to_owned()))?;
-        let job = self.0.jobs.begin(&image, generation.mirror.share().size)?;
+        let job = self.0.jobs.begin(&image, generation.mirror.size())?;
         let id = job.id();
         let mirror = generation.mirror.clone();
         workers.run(move || async move { scrub(&mirror, job, order).await }).await;
@@ -145,7 +145,8 @@ impl Operated for Mirrors {
         Some(CacheStatus {
             path: space.root().display().to_string(),
             limit_bytes: settings.limit,
-            allocated_bytes: usage.used - usage.in_flight,
+            // Two figures that are not of the same moment.
+            allocated_bytes: usage.used.saturating_sub(usage.in_flight),
             in_flight_bytes: usage.in_flight,
             pinned_bytes: usage.pinned,
             reserve_bytes: settings.reserve,

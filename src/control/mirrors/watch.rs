@@ -31,7 +31,7 @@ impl Mirrors {
                 let _ = tokio::time::timeout(EVERY, changed.changed()).await;
             }
             let looks: Vec<_> = remote.inspect().await.into_iter().map(|(_, look)| look.ok()).collect();
-            let size = newest.mirror.share().size;
+            let size = newest.mirror.size();
             if let Some(facts) = replacement(&looks, size, newest.mirror.image()) {
                 if let Err(error) = self.replace(&newest, facts).await {
                     tracing::error!(name, %error, "the upstream has another image now, and it cannot be mirrored");
@@ -48,6 +48,22 @@ impl Mirrors {
     /// Opens what the upstream has now beside what it had, for all who connect from now on.
     async fn replace(&self, old: &Arc<Generation>, facts: &Facts) -> Result<(), MirrorError> {
         let image = &old.image;
+        // Under another name too, for clients that know it by its content.
+        if let Some(identity) = old.mirror.image() {
+            self.register_older(image, identity, &old.mirror);
+        }
+        if let Some(known) = self.earlier(&image.name, facts.identity) {
+            tracing::warn!(
+                name = image.name,
+                to = identity_text(facts.identity),
+                "the upstream has an earlier image again"
+            );
+            self.0.registry.replace(&image.name, Arc::new(known.mirror.clone()));
+            let mut generations = self.generations();
+            generations.retain(|generation| !Arc::ptr_eq(generation, &known));
+            generations.push(known);
+            return Ok(());
+        }
         let Some(workers) = self.0.workers.upgrade() else { return Ok(()) };
         let expectation =
             Expectation { size: Some(facts.size), identity: facts.identity, not_through: Some(old.mirror.node()) };
@@ -65,16 +81,22 @@ impl Mirrors {
         let export: SharedExport = Arc::new(new.mirror.clone());
         self.0.registry.replace(&image.name, export);
         self.start(Arc::new(new), &workers).await;
-        if let Some(identity) = old.mirror.image() {
-            self.register_older(image, identity, &old.mirror);
-        }
         Ok(())
+    }
+
+    /// The generation of an image that has this identity, if it is still here with its upstream.
+    fn earlier(&self, name: &str, identity: Option<ImageId>) -> Option<Arc<Generation>> {
+        let generations = self.generations();
+        let is_it = |generation: &&Arc<Generation>| {
+            generation.image.name == name && generation.remote.is_some() && generation.mirror.image() == identity
+        };
+        generations.iter().find(is_it).cloned()
     }
 
     /// Takes the manifest of an image that had none, if there is one now.
     async fn seek_manifest(&self, newest: &Generation, remote: &Arc<Remote>, looks: &[Option<Facts>]) {
         let name = &newest.image.name;
-        let Some(identity) = looks.iter().flatten().find_map(|facts| facts.identity) else { return };
+        let Some(identity) = sought(looks, newest.mirror.image()) else { return };
         let directory = newest.mirror.directory().to_owned();
         let adopted = match fetch_manifest(Arc::clone(remote), identity, directory).await {
             Ok(truth) => newest.mirror.adopt(truth),
@@ -101,6 +123,13 @@ fn replacement(looks: &[Option<Facts>], size: u64, identity: Option<ImageId>) ->
     looks.iter().flatten().find(|facts| all_other && facts.identity.is_some())
 }
 
+/// The identity whose manifest is of use: our own, or where that is not known the one that all servers have that tell
+/// one. Whatever was fetched from them before is held against it.
+fn sought(looks: &[Option<Facts>], identity: Option<ImageId>) -> Option<ImageId> {
+    let mut told = looks.iter().flatten().filter_map(|facts| facts.identity);
+    identity.or_else(|| told.next().filter(|first| told.all(|other| other == *first)))
+}
+
 fn identity_text(identity: Option<ImageId>) -> String {
     identity.map_or_else(|| "unknown".to_owned(), |identity| identity.to_string())
 }
@@ -125,5 +154,12 @@ mod tests {
         assert_eq!(found(&[facts(10, Some(2)), facts(10, None)]), None, "one does not say");
         assert_eq!(found(&[facts(11, None)]), None, "nobody knows what it is");
         assert_eq!(replacement(&[facts(10, Some(2))], 10, None), None, "it has got a name");
+        let wanted = |looks: &[Option<Facts>], own: Option<u8>| {
+            sought(looks, own.map(|byte| ImageId([byte; 32]))).map(|identity| identity.0[0])
+        };
+        assert_eq!(wanted(&[None, facts(10, None), facts(10, Some(2)), facts(10, Some(2))], None), Some(2));
+        assert_eq!(wanted(&[facts(10, Some(2)), facts(10, Some(3))], None), None, "it may be either");
+        assert_eq!(wanted(&[facts(10, Some(2)), facts(10, Some(1))], Some(1)), Some(1), "what is here is ours");
+        assert_eq!(wanted(&[None], None), None);
     }
 }

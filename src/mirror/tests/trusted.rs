@@ -51,31 +51,31 @@ impl Export for Liar {
 }
 
 /// The manifest of `contents`, as it would be after it was fetched into `directory`.
-async fn truth_of(contents: &[u8], chunk_size: u32, directory: &Path) -> Truth {
+pub(super) async fn truth_of(contents: &[u8], chunk_size: u32, directory: &Path) -> Truth {
     let (header, bytes) = of_bytes(contents, chunk_size);
     Truth::fetch(&Memory::holding(bytes).read_only(), header.id, directory).await.unwrap()
 }
 
-struct Bounded {
-    root: tempfile::TempDir,
-    space: Arc<Space>,
+pub(super) struct Bounded {
+    pub(super) root: tempfile::TempDir,
+    pub(super) space: Arc<Space>,
 }
 
 impl Bounded {
-    fn new(limit: Option<u64>, policy: Kind) -> Self {
+    pub(super) fn new(limit: Option<u64>, policy: Kind) -> Self {
         let root = tempfile::tempdir().unwrap();
         let space = Space::new(root.path(), SpaceSettings { limit, reserve: 0, policy, admission: Admission::Always });
         Self { root, space }
     }
 
     /// Another process, with the same directory.
-    fn restarted(self, limit: Option<u64>, policy: Kind) -> Self {
+    pub(super) fn restarted(self, limit: Option<u64>, policy: Kind) -> Self {
         let Self { root, .. } = self;
         let space = Space::new(root.path(), SpaceSettings { limit, reserve: 0, policy, admission: Admission::Always });
         Self { root, space }
     }
 
-    async fn open(&self, name: &str, lower: SharedExport, contents: Option<&[u8]>) -> Mirror {
+    pub(super) async fn open(&self, name: &str, lower: SharedExport, contents: Option<&[u8]>) -> Mirror {
         let cache = Cache::open(self.root.path(), name).unwrap();
         let truth = match contents {
             Some(contents) => Some(truth_of(contents, 16 << 10, cache.directory()).await),
@@ -96,14 +96,14 @@ impl Bounded {
         walk(self.root.path())
     }
 
-    fn check_bound(&self) {
+    pub(super) fn check_bound(&self) {
         let (disk, used) = (self.on_disk(), self.space.usage().used);
         assert!(disk <= used, "{disk} bytes are on the disk, and only {used} in the account");
         assert!(used <= self.space.limit(), "{used} bytes of {}", self.space.limit());
     }
 }
 
-fn memory(contents: &[u8]) -> SharedExport {
+pub(super) fn memory(contents: &[u8]) -> SharedExport {
     Arc::new(Memory::holding(contents).read_only())
 }
 
@@ -502,7 +502,7 @@ async fn check_states(here: &Bounded, mirror: &Mirror, damaged: &BTreeSet<u64>) 
     // What was answered is stored afterwards.
     inner.stored().await;
     let data = fs::read(here.root.path().join("x/data")).unwrap();
-    let mut cost = inner.fixed + 4096;
+    let mut cost = inner.fixed_bytes() + 4096;
     for chunk in inner.geometry.chunks(ByteRange::between(0, inner.geometry.size())) {
         let state = inner.states.get(chunk);
         let is_here = matches!(state, State::Volatile | State::Resident | State::Unverified | State::Leaving);

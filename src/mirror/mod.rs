@@ -72,6 +72,7 @@ pub use pins::{PinError, Pinned};
 use policy::{Heat, Segment};
 pub use scrub::{Findings, Scrub};
 use segments::Segments;
+pub use segments::cost_of;
 pub use space::{Space, SpaceSettings, Usage};
 use store::Store;
 pub use store::{Cache, CacheError};

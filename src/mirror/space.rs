@@ -53,6 +53,22 @@ impl Default for SpaceSettings {
     }
 }
 
+impl SpaceSettings {
+    /// Bytes of the limit that the evictor keeps free: when less than half of it is left, it makes it whole again.
+    pub fn headroom(&self) -> u64 {
+        match self.limit {
+            Some(limit) => (limit / HEADROOM_PART).clamp(SMALLEST_HEADROOM.min(limit / 8), LARGEST_HEADROOM),
+            None if self.reserve > 0 => LARGEST_HEADROOM / 4,
+            None => 0,
+        }
+    }
+
+    /// What more must be free for the cache to count as not full.
+    pub fn plenty(&self) -> u64 {
+        2 * self.headroom() + 2 * MIB
+    }
+}
+
 /// What happened in a cache directory.
 #[derive(Debug, Default)]
 pub struct SpaceStats {
@@ -200,11 +216,7 @@ impl Space {
     }
 
     fn headroom(&self) -> u64 {
-        match self.settings.limit {
-            Some(limit) => (limit / HEADROOM_PART).clamp(SMALLEST_HEADROOM.min(limit / 8), LARGEST_HEADROOM),
-            None if self.settings.reserve > 0 => LARGEST_HEADROOM / 4,
-            None => 0,
-        }
+        self.settings.headroom()
     }
 
     /// Bytes that have to be given back for the headroom, the reserve, and what was asked for.
@@ -302,7 +314,7 @@ impl Space {
 
     /// Whether something can come without anything having to go. What the evictor keeps free is not meant.
     fn has_plenty(&self) -> bool {
-        let more = 2 * self.headroom() + 2 * MIB;
+        let more = self.settings.plenty();
         self.used.load(Ordering::Relaxed).saturating_add(more) <= self.limit() && self.lack_of_reserve(more) == 0
     }
 

@@ -233,7 +233,7 @@ impl Mirror {
                 flights: Arc::default(),
                 queues: Queues::new(),
                 chart: Chart::new(geometry),
-                pending: Pending::default(),
+                pending: Pending::new(space.limit()),
                 fixed: store::fixed_bytes(geometry, manifest_length, segments.count_all()),
                 store,
                 space: Arc::clone(space),
@@ -471,6 +471,10 @@ impl Export for Mirror {
 
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
         self.0.in_file(range)
+    }
+
+    fn is_in_file(&self, range: ByteRange) -> bool {
+        self.0.is_in_file(range)
     }
 
     fn manifest(&self) -> Option<SharedExport> {

@@ -49,10 +49,10 @@ enum Command {
 #[derive(Debug, Args)]
 struct Workload {
     /// How images are chosen; all ways unless told.
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, value_delimiter = ',')]
     choice: Vec<Choice>,
     /// Policies; all unless told.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
     policy: Vec<Kind>,
     /// Sizes of the cache, in percent of what is read at least once.
     #[arg(long, value_name = "PERCENT", value_delimiter = ',', default_values_t = [25, 50, 100])]

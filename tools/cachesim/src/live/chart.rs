@@ -56,7 +56,8 @@ pub(super) fn draw(rows: &[Row]) -> String {
         rule(&mut body, above, LONGEST, "#888");
         for policy in &policies {
             let of_policy: Vec<_> = of_choice.iter().filter(|row| row.policy == *policy).collect();
-            let series = |value: fn(&Row) -> f64| of_policy.iter().map(|row| (row.percent, value(row))).collect::<Vec<_>>();
+            let series =
+                |value: fn(&Row) -> f64| of_policy.iter().map(|row| (row.percent, value(row))).collect::<Vec<_>>();
             curve(&mut body, above, *policy, &series(|row| row.time));
             curve(&mut body, below, *policy, &series(|row| row.hit));
             rings(&mut body, below, *policy, &series(|row| row.simulated));

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::ensure;
 use headwater::export::Piece;
 use headwater::ranges::ByteRange;
-use headwater::units::{MIB, to_u64};
+use headwater::units::{MIB, to_usize};
 
 use crate::workload::{Cut, Random};
 
@@ -42,13 +42,32 @@ pub(super) fn check(image: u32, offset: u64, pieces: &[Piece]) -> anyhow::Result
     let mut start = offset;
     for piece in pieces {
         let end = start + piece.length();
-        for block in (start.next_multiple_of(BLOCK)..end.saturating_sub(7)).step_by(8 * 512) {
+        for block in (start.next_multiple_of(BLOCK)..end.saturating_sub(7)).step_by(to_usize(BLOCK)) {
             let Piece::Data(data) = piece else { anyhow::bail!("image {image}: a hole at {block}") };
-            let at = usize::try_from(block - start)?;
+            let at = to_usize(block - start);
             ensure!(data[at..at + 8] == word(image, block), "image {image}: wrong bytes at {block}");
         }
-        ensure!(to_u64(usize::try_from(piece.length())?) == piece.length(), "too long");
         start = end;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_of_elsewhere_are_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, cut) = (directory.path().join("image"), Cut { chunk: 65_536 });
+        make(&path, 3, &[ByteRange::between(70_000, 80_000), ByteRange::between(131_072, 131_073)], cut).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        assert!(bytes[..65_536].iter().all(|byte| *byte == 0));
+        let read = |start: usize, end: usize| [Piece::Data(bytes[start..end].to_vec().into())];
+        assert!(check(3, 70_000, &read(70_000, 90_000)).is_ok());
+        assert!(check(3, 131_072, &read(131_072, 196_608)).is_ok());
+        assert!(check(4, 70_000, &read(70_000, 90_000)).is_err());
+        assert!(check(3, 70_000, &read(74_096, 94_096)).is_err());
+        assert!(check(3, 70_000, &[Piece::Hole(20_000)]).is_err());
+    }
 }

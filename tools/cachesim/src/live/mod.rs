@@ -235,7 +235,8 @@ fn say(text: &str) -> anyhow::Result<()> {
 }
 
 fn line(row: &Row) -> String {
-    let Row { choice, percent, policy, limit, seen, time, seconds, hit, simulated, fetched, bypassed_chunks, cpu } = row;
+    let Row { choice, percent, policy, limit, seen, time, seconds, hit, simulated, fetched, bypassed_chunks, cpu } =
+        row;
     format!(
         "{choice} | {percent} % | {policy} | {time:.2} | {seconds:.1} s | {hit:.3} | {simulated:.3} | {fetched:.3} \
          | {bypassed_chunks} | {cpu:.2} | {} of {} in {} looks{}",
@@ -248,7 +249,9 @@ fn line(row: &Row) -> String {
 
 #[expect(clippy::print_stdout, reason = "this is what the program is for")]
 fn print(rows: &[Row]) {
-    println!("| choice | cache | policy | time, of no cache | hit ratio | simulated | fetched | most on disk, of the bound |");
+    println!(
+        "| choice | cache | policy | time, of no cache | hit ratio | simulated | fetched | most on disk, of the bound |"
+    );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
     for row in rows {
         let Row { choice, percent, policy, limit, seen, time, hit, simulated, fetched, .. } = row;

@@ -264,14 +264,16 @@ impl Space {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let freed = self.freed.notified();
+            let evicted = self.stats.evicted_bytes.get();
             if let Some(reservation) = self.try_reserve(bytes) {
                 return Some(reservation);
             }
             self.lacking.fetch_max(bytes, Ordering::AcqRel);
             self.wanted.notify_one();
-            // Others may have taken what was given back.
-            if timeout_at(deadline, freed).await.is_err() {
-                return None;
+            // Others may have taken what was given back. If nothing was, asking again does not help.
+            let in_time = timeout_at(deadline, freed).await.is_ok();
+            if !in_time || self.stats.evicted_bytes.get() == evicted {
+                return self.try_reserve(bytes);
             }
         }
     }

@@ -9,7 +9,8 @@ fn nobody_waits_for_room_and_what_found_none_is_not_kept() {
     on_both(|| async {
         let contents = solid(6 << 20);
         let root = tempfile::tempdir().unwrap();
-        let settings = SpaceSettings { limit: Some(4 * MIB), reserve: 0, policy: Kind::Lru, admission: Admission::Always };
+        let settings =
+            SpaceSettings { limit: Some(4 * MIB), reserve: 0, policy: Kind::Lru, admission: Admission::Always };
         // Nobody runs its evictor.
         let space = Space::new(root.path(), settings);
         let cache = Cache::open(root.path(), "image").unwrap();

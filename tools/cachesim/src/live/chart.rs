@@ -113,7 +113,6 @@ fn rings(body: &mut String, panel: Panel, policy: Kind, points: &[(u64, f64)]) {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a few hundred percent")]
 fn place(panel: Panel, (percent, value): (u64, f64)) -> (f64, f64) {
     (panel.x(percent as f64), panel.y(value.min(MOST)))
 }

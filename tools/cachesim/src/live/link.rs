@@ -31,7 +31,6 @@ impl Line {
         let now = clock::now();
         let leaves_at = {
             let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
-            #[expect(clippy::cast_precision_loss, reason = "pieces are short")]
             let takes = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second);
             *free_at = (*free_at).max(now - BURST) + takes;
             *free_at

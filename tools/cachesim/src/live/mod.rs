@@ -90,6 +90,17 @@ impl Row {
     }
 }
 
+/// One choice of images, without a cache.
+struct Direct<'a> {
+    choice: Choice,
+    deployments: Vec<u32>,
+    accesses: Vec<Access>,
+    /// That it took.
+    seconds: f64,
+    /// Where the mirrors find the images too.
+    upstream: &'a Path,
+}
+
 /// What is common to all runs.
 struct Bench<'a> {
     arguments: &'a Arguments,
@@ -123,13 +134,12 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     for choice in workload.choices() {
         let deployments = workload.deployments(*choice);
         let accesses = workload::accesses(&deployments, &bench.reads, cut, workload.at_once.into());
-        let direct = bench.deploy(&deployments, near)?;
-        say(&format!("{choice}: {direct:.1} s without a cache"))?;
+        let seconds = bench.deploy(&deployments, near)?;
+        say(&format!("{choice}: {seconds:.1} s without a cache"))?;
+        let direct = Direct { choice: *choice, deployments, accesses, seconds, upstream: near };
         for percent in &workload.cache {
             for policy in workload.policies() {
-                let limit = to_u64(workload::distinct(&accesses, cut)) * cut.chunk * percent / 100;
-                let row = bench.mirror(&deployments, &accesses, near, limit, *policy)?;
-                let row = Row { choice: *choice, percent: *percent, time: row.seconds / direct, ..row };
+                let row = bench.mirror(&direct, *percent, *policy)?;
                 say(&line(&row))?;
                 rows.push(row);
             }
@@ -147,16 +157,11 @@ impl Bench<'_> {
         self.directory.join(name)
     }
 
-    /// One run through a mirror. Its time is not yet compared.
-    fn mirror(
-        &self,
-        deployments: &[u32],
-        accesses: &[Access],
-        upstream: &Path,
-        limit: u64,
-        policy: Kind,
-    ) -> anyhow::Result<Row> {
+    /// One run through a mirror.
+    fn mirror(&self, direct: &Direct<'_>, percent: u64, policy: Kind) -> anyhow::Result<Row> {
         let cut = self.arguments.workload.cut()?;
+        let Direct { choice, deployments, accesses, seconds: without_cache, upstream } = direct;
+        let limit = to_u64(workload::distinct(accesses, cut)) * cut.chunk * percent / 100;
         let (cache, socket) = (self.path("cache"), self.path("mirror"));
         let mut command = vec!["mirror".into()];
         command.extend((0..self.arguments.workload.images).map(|image| uri(image, upstream)));
@@ -180,12 +185,12 @@ impl Bench<'_> {
         let admission = Admission::default();
         let simulated = cache::ours(accesses, cut, Room { limit, fixed }, policy, admission);
         Ok(Row {
-            choice: Choice::Uniform,
-            percent: 0,
+            choice: *choice,
+            percent,
             policy,
             limit,
             seen,
-            time: 0.0,
+            time: seconds / without_cache,
             seconds,
             hit: share(hit, hit + missed),
             simulated: share(simulated.hit, simulated.read),
@@ -225,7 +230,6 @@ fn uri(image: u32, socket: &Path) -> String {
     format!("nbd+unix:///{image}?socket={}", socket.display())
 }
 
-#[expect(clippy::cast_precision_loss, reason = "for people")]
 fn share(part: u64, whole: u64) -> f64 {
     part as f64 / whole.max(1) as f64
 }

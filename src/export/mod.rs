@@ -143,6 +143,12 @@ pub trait Export: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Whether [`Self::in_file`] would say where `range` lies. Nobody reads it yet, so it counts as no read.
+    fn is_in_file(&self, range: ByteRange) -> bool {
+        let _ = range;
+        false
+    }
+
     /// Reads `range`: pieces in order that add up to it.
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>>;
 

@@ -406,12 +406,12 @@ impl Export for RawImage {
     }
 
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
+        self.is_in_file(range).then(|| FileRange { file: Arc::clone(&self.file), range, hold: None })
+    }
+
+    fn is_in_file(&self, range: ByteRange) -> bool {
         let is_data = self.file.kind() == Kind::BlockDevice || self.layout.is_data(range);
-        (is_data && self.file.is_in_memory(range)).then(|| FileRange {
-            file: Arc::clone(&self.file),
-            range,
-            hold: None,
-        })
+        is_data && self.file.is_in_memory(range)
     }
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {

@@ -64,14 +64,7 @@ impl Space {
                 self.freed.notify_waiters();
                 return;
             }
-            let mut freed = self.round(shortage.min(ROUND)).await;
-            if freed == 0 {
-                // What is not durable yet cannot leave.
-                for member in self.members() {
-                    member.flush_group().await;
-                }
-                freed = self.round(shortage.min(ROUND)).await;
-            }
+            let freed = self.round(shortage.min(ROUND)).await;
             let asked = self.asked.load(Ordering::Acquire);
             self.asked.fetch_sub(if freed == 0 { asked } else { asked.min(freed) }, Ordering::AcqRel);
             if freed == 0 {
@@ -131,6 +124,12 @@ impl Space {
 impl Inner {
     /// Evicts what can be evicted of these segments. Gives the bytes that were given back.
     pub(super) async fn evict(&self, numbers: &[u32]) -> u64 {
+        // What is not durable yet cannot leave. Were others evicted instead, a cache that is small for what comes in a
+        // second would keep what is new and lose what is good.
+        let is_volatile = |chunk| self.states.get(chunk) == State::Volatile;
+        if numbers.iter().any(|number| self.segments.chunks(*number).any(is_volatile)) {
+            self.flush_group().await;
+        }
         let leaving: Vec<_> = numbers.iter().flat_map(|number| self.take_out(*number)).collect();
         let pages: BTreeSet<_> = leaving.iter().map(|(chunk, _)| page_of(*chunk)).collect();
         if let Err(error) = self.write_map(pages).await {

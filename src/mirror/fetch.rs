@@ -14,8 +14,8 @@ use std::io::{self, IoSlice};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{Bytes, BytesMut};
-use futures_util::future::join_all;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use futures_util::future::{join, join_all};
+use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 use super::arrival::{Arrival, Write, contiguous, split};
@@ -330,20 +330,32 @@ impl Inner {
             claim.flight.land(Ok(ChunkData::Zero));
             self.flights.lock().remove(&claim.chunk);
         }
-        let room = self.room_for(&data, epoch).await;
-        let data = self.copy_twins(data, &room).await;
-        let groups = data.chunk_by(|left, right| left.chunk.number() + 1 == right.chunk.number());
-        join_all(groups.map(|group| self.fetch_data(group, deadline, &room))).await;
+        let kept = data.iter().map(|claim| claim.chunk).filter(|chunk| self.should_keep(*chunk)).collect();
+        let room = Room::new(kept, epoch);
+        self.space.stats().bypassed_chunks.add(to_u64(data.len() - room.kept.len()));
+        let bring = async {
+            let data = self.copy_twins(data, &room).await;
+            let groups = data.chunk_by(|left, right| left.chunk.number() + 1 == right.chunk.number());
+            join_all(groups.map(|group| self.fetch_data(group, deadline, &room))).await;
+        };
+        // Nobody waits for an eviction: what comes is answered, and stored when there is space for it.
+        join(self.reserve(&room), bring).await;
     }
 
-    /// Reserves space for those chunks that are to be kept.
-    async fn room_for(&self, claims: &[&Claim], epoch: Epoch) -> Room {
-        let kept: Vec<_> = claims.iter().map(|claim| claim.chunk).filter(|chunk| self.should_keep(*chunk)).collect();
-        let bytes = kept.iter().map(|chunk| self.segments.cost(*chunk)).sum();
-        let reservation = if kept.is_empty() { None } else { self.space.reserve(bytes).await };
-        let kept = if reservation.is_some() { kept } else { Vec::new() };
-        self.space.stats().bypassed_chunks.add(to_u64(claims.len() - kept.len()));
-        Room { kept, reservation: RefCell::new(reservation), epoch }
+    /// Reserves space for those chunks that are to be kept. Gives whether there is some. The first call decides.
+    async fn reserve(&self, room: &Room) -> bool {
+        let reserve = async || {
+            if room.kept.is_empty() {
+                return None;
+            }
+            let bytes = room.kept.iter().map(|chunk| self.segments.cost(*chunk)).sum();
+            let reservation = self.space.reserve(bytes).await;
+            if reservation.is_none() {
+                self.space.stats().bypassed_chunks.add(to_u64(room.kept.len()));
+            }
+            reservation.map(RefCell::new)
+        };
+        room.reservation.get_or_init(reserve).await.is_some()
     }
 
     /// Whether the segment of a chunk is worth its space.
@@ -443,6 +455,7 @@ impl Inner {
             claim.flight.land(Ok(arrival.data.clone()));
         }
         crash_point("arrived");
+        let has_room = self.reserve(room).await;
         for arrival in &mut arrivals {
             let mut table = self.flights.lock();
             let is_current = room.epoch == self.pending.epoch();
@@ -454,7 +467,7 @@ impl Inner {
                 // What is still leaving cannot be written over.
                 ChunkData::Bytes(_) => {
                     let is_absent = self.states.get(arrival.chunk) == State::Absent;
-                    arrival.is_kept = is_current && is_absent && room.keeps(arrival.chunk);
+                    arrival.is_kept = is_current && is_absent && has_room && room.keeps(arrival.chunk);
                 }
             }
             if !arrival.is_kept {
@@ -533,24 +546,29 @@ impl Inner {
     }
 }
 
-/// Space for what a run is about to bring.
+/// Space for what a run brings.
 #[derive(Debug)]
 struct Room {
     /// Chunks that are to be stored, in order.
     kept: Vec<Chunk>,
-    reservation: RefCell<Option<Reservation>>,
+    /// Unset while it is waited for.
+    reservation: OnceCell<Option<RefCell<Reservation>>>,
     /// When the fetch began. What came before a manifest, or before something was lost, is answered and not kept.
     epoch: Epoch,
 }
 
 impl Room {
+    const fn new(kept: Vec<Chunk>, epoch: Epoch) -> Self {
+        Self { kept, reservation: OnceCell::const_new(), epoch }
+    }
+
     fn keeps(&self, chunk: Chunk) -> bool {
         self.kept.binary_search(&chunk).is_ok()
     }
 
     fn keep(&self, bytes: u64) {
-        if let Some(reservation) = &mut *self.reservation.borrow_mut() {
-            reservation.keep(bytes);
+        if let Some(Some(reservation)) = self.reservation.get() {
+            reservation.borrow_mut().keep(bytes);
         }
     }
 }

@@ -28,10 +28,14 @@ const DELAY: Duration = Duration::from_secs(1);
 /// A group is closed when it has this many bytes: few enough that the kernel does not make writers wait on a machine of
 /// some memory, and so many that syncing does not compete with the fetching of a whole small image.
 const BYTES: u64 = 256 << 20;
+/// It is closed earlier when it has this part of a bounded cache, so that there is always something that can leave.
+const PART: u64 = 16;
 
 /// What is not durable yet.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Pending {
+    /// Bytes of a group that is large enough.
+    full_at: u64,
     group: Mutex<Group>,
     /// Something has been added to the group.
     begun: Notify,
@@ -56,6 +60,18 @@ struct Group {
 }
 
 impl Pending {
+    /// Nothing yet, of a cache of at most so many bytes.
+    pub(super) fn new(limit: u64) -> Self {
+        Self {
+            full_at: BYTES.min(limit / PART),
+            group: Mutex::default(),
+            begun: Notify::new(),
+            full: Notify::new(),
+            flushing: AsyncMutex::new(()),
+            epoch: AtomicU64::new(0),
+        }
+    }
+
     /// Never held across an await.
     fn group(&self) -> MutexGuard<'_, Group> {
         self.group.lock().unwrap_or_else(PoisonError::into_inner)
@@ -95,7 +111,7 @@ impl Pending {
         let mut group = self.group();
         change(&mut group);
         self.begun.notify_one();
-        if group.bytes >= BYTES {
+        if group.bytes >= self.full_at {
             self.full.notify_one();
         }
     }

@@ -73,6 +73,7 @@ pub use pins::{PinError, Pinned};
 use policy::{Heat, Segment};
 pub use scrub::{Findings, Scrub};
 use segments::Segments;
+pub use segments::cost_of;
 pub use space::{Space, SpaceSettings, Usage};
 use store::Store;
 pub use store::{Cache, CacheError};
@@ -234,7 +235,7 @@ impl Mirror {
                 flights: Arc::default(),
                 queues: Queues::new(),
                 chart: Chart::new(geometry),
-                pending: Pending::default(),
+                pending: Pending::new(space.limit()),
                 fixed: store::fixed_bytes(geometry, segments.count_all()),
                 manifest: AtomicU64::new(0),
                 store,
@@ -489,6 +490,10 @@ impl Export for Mirror {
 
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
         self.0.in_file(range)
+    }
+
+    fn is_in_file(&self, range: ByteRange) -> bool {
+        self.0.is_in_file(range)
     }
 
     fn manifest(&self) -> Option<SharedExport> {

@@ -215,12 +215,17 @@ impl Inner {
         }
     }
 
+    /// Whether `range` is resident and in the page cache now.
+    pub(super) fn is_in_file(&self, range: ByteRange) -> bool {
+        self.all_are(range, State::Resident) && self.store.data().is_in_memory(range)
+    }
+
     /// Where `range` can be sent from; see [`Export::in_file`](crate::export::Export::in_file).
     pub(super) fn in_file(&self, range: ByteRange) -> Option<FileRange> {
-        let file = self.store.data();
-        if !self.all_are(range, State::Resident) || !file.is_in_memory(range) {
+        if !self.is_in_file(range) {
             return None;
         }
+        let file = self.store.data();
         let hold = self.segments.hold(range);
         // What had begun to leave before it was held goes on leaving.
         self.all_are(range, State::Resident).then(|| {

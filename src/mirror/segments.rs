@@ -21,6 +21,11 @@ const BLOCK: u64 = 4096;
 /// and half as many in one that was split.
 const EXTENT: u64 = 32;
 
+/// Bytes of the disk that a chunk of so many bytes takes at most.
+pub const fn cost_of(length: u64) -> u64 {
+    length.next_multiple_of(BLOCK) + EXTENT
+}
+
 #[derive(Debug)]
 pub(super) struct Segments {
     geometry: Geometry,
@@ -100,7 +105,7 @@ impl Segments {
 
     /// Bytes of the disk that a chunk takes at most.
     pub(super) fn cost(&self, chunk: Chunk) -> u64 {
-        self.geometry.range(chunk).length().next_multiple_of(BLOCK) + EXTENT
+        cost_of(self.geometry.range(chunk).length())
     }
 
     /// The number of segments.

@@ -1,8 +1,9 @@
 //! The disk space that all mirrors of one cache directory share: how much there is, who gets it, who gives it back.
 //!
-//! Every byte is reserved before it is fetched and given back when its write has failed or its chunk has been punched
-//! out. So what is on the disk and what is on its way there is never more than the limit, at any time. What does not fit
-//! is served without being kept.
+//! Every byte is reserved before it is written and given back when its write has failed or its chunk has been punched
+//! out. So what is on the disk and what is on its way there is never more than the limit, at any time. Space is asked for
+//! when a fetch begins and waited for beside it, so that no client waits for an eviction. What does not fit is served
+//! without being kept.
 //!
 //! Lock order: a mirror's flight table, then the book with the order of eviction, then the list of members, which is
 //! locked for a moment only.
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::Inner;
 use super::policy::{self, Admission, Clock, Heat, Kind, Order, Segment, Word};
@@ -25,7 +26,7 @@ use super::twins::Twins;
 use crate::telemetry::Counter;
 use crate::units::MIB;
 
-/// How long a fetch waits for space before its bytes are served without being kept.
+/// How long bytes that have been answered wait for space before they are let go of.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// The part of the limit that is kept free, so that fetches need not wait for evictions.
 const HEADROOM_PART: u64 = 64;
@@ -51,6 +52,22 @@ pub struct SpaceSettings {
 impl Default for SpaceSettings {
     fn default() -> Self {
         Self { limit: None, reserve: 0, policy: Kind::S3Fifo, admission: Admission::default() }
+    }
+}
+
+impl SpaceSettings {
+    /// Bytes of the limit that the evictor keeps free: when less than half of it is left, it makes it whole again.
+    pub fn headroom(&self) -> u64 {
+        match self.limit {
+            Some(limit) => (limit / HEADROOM_PART).clamp(SMALLEST_HEADROOM.min(limit / 8), LARGEST_HEADROOM),
+            None if self.reserve > 0 => LARGEST_HEADROOM / 4,
+            None => 0,
+        }
+    }
+
+    /// What more must be free for the cache to count as not full.
+    pub fn plenty(&self) -> u64 {
+        2 * self.headroom() + 2 * MIB
     }
 }
 
@@ -210,11 +227,7 @@ impl Space {
     }
 
     fn headroom(&self) -> u64 {
-        match self.settings.limit {
-            Some(limit) => (limit / HEADROOM_PART).clamp(SMALLEST_HEADROOM.min(limit / 8), LARGEST_HEADROOM),
-            None if self.settings.reserve > 0 => LARGEST_HEADROOM / 4,
-            None => 0,
-        }
+        self.settings.headroom()
     }
 
     /// Bytes that have to be given back for the headroom, the reserve, and what was asked for.
@@ -253,20 +266,26 @@ impl Space {
         (self.lack_of_reserve(in_flight) == 0).then_some(reservation)
     }
 
-    /// Reserves space for bytes that are about to be fetched. `None`: they are to be served without being kept.
+    /// Reserves space for bytes that are being fetched. `None`: they are to be served without being kept.
     pub(super) async fn reserve(self: &Arc<Self>, bytes: u64) -> Option<Reservation> {
         if self.is_disk_out() {
             return None;
         }
-        let freed = self.freed.notified();
-        if let Some(reservation) = self.try_reserve(bytes) {
-            return Some(reservation);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let freed = self.freed.notified();
+            let evicted = self.stats.evicted_bytes.value();
+            if let Some(reservation) = self.try_reserve(bytes) {
+                return Some(reservation);
+            }
+            self.lacking.fetch_max(bytes, Ordering::AcqRel);
+            self.wanted.notify_one();
+            // Others may have taken what was given back. If nothing was, asking again does not help.
+            let in_time = timeout_at(deadline, freed).await.is_ok();
+            if !in_time || self.stats.evicted_bytes.value() == evicted {
+                return self.try_reserve(bytes);
+            }
         }
-        self.lacking.fetch_max(bytes, Ordering::AcqRel);
-        self.wanted.notify_one();
-        // Whether there is space now is seen next.
-        let _ = timeout(PATIENCE, freed).await;
-        self.try_reserve(bytes)
     }
 
     /// Has the disk given back so many bytes, after it said that it was full.
@@ -320,7 +339,7 @@ impl Space {
 
     /// Whether something can come without anything having to go. What the evictor keeps free is not meant.
     fn has_plenty(&self) -> bool {
-        let more = 2 * self.headroom() + 2 * MIB;
+        let more = self.settings.plenty();
         self.used.load(Ordering::Relaxed).saturating_add(more) <= self.limit() && self.lack_of_reserve(more) == 0
     }
 

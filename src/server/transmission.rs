@@ -432,7 +432,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
         if is_long(range.length(), family) {
             // What has to be fetched is asked for now, whatever is being sent. A look at the beginning will do.
             let first = ByteRange::between(range.start(), range.end().min(range.start() + PROBED));
-            let is_here = session.export.in_file(first).is_some();
+            let is_here = session.export.is_in_file(first);
             if is_here {
                 self.long_reads.push(to, range, fragments);
             }

@@ -142,8 +142,12 @@ fn a_mirror_tells_what_is_here_and_where_it_comes_from() {
     let mirror = Daemon::mirror(&scratch, &format!("os/é={},{spare}", server.uri()), &[]);
     Client::open(mirror.uri()).read(0, 131_072);
     eventually("two chunks here", || status(&scratch)["images"][0]["mirror"]["resident_bytes"] == 131_072);
+    // Long enough to be sent from the file, and looked for there first.
+    Client::open(mirror.uri()).read(0, 131_072);
     let status = status(&scratch);
     let image = &status["images"][0];
+    let (hits, misses) = (&image["mirror"]["hit_bytes"], &image["mirror"]["miss_bytes"]);
+    assert_eq!((hits, misses), (&json!(131_072), &json!(131_072)));
     assert_eq!(
         (&image["name"], &image["kind"], &image["chunk_size"]),
         (&json!("os/é"), &json!("mirror"), &json!(65_536))

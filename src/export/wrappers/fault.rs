@@ -58,6 +58,10 @@ impl Export for Fault {
         None
     }
 
+    fn is_in_file(&self, _: ByteRange) -> bool {
+        false
+    }
+
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         self.check(range, || self.below.read(range))
     }

@@ -64,6 +64,10 @@ impl Export for Gate {
         if self.passes.is_closed() { self.below.in_file(range) } else { None }
     }
 
+    fn is_in_file(&self, range: ByteRange) -> bool {
+        self.passes.is_closed() && self.below.is_in_file(range)
+    }
+
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         Box::pin(async move {
             self.pass().await;

@@ -77,6 +77,10 @@ impl Export for Record {
         place
     }
 
+    fn is_in_file(&self, range: ByteRange) -> bool {
+        self.below.is_in_file(range)
+    }
+
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
         self.note(Recorded::Read(range));
         self.below.read(range)

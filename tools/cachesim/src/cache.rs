@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use headwater::mirror::policy::{Admission, Clock, Heat, Kind, Order, Segment, Space};
+use headwater::mirror::{SpaceSettings, cost_of};
 use headwater::units::{MIB, to_u64, to_usize};
 
 use crate::workload::{self, Access, Cut};
@@ -28,8 +29,17 @@ pub(crate) struct Outcome {
     pub(crate) fetched: u64,
 }
 
-/// Our cache of `bound` bytes.
-pub(crate) fn ours(accesses: &[Access], cut: Cut, bound: u64, kind: Kind, admission: Admission) -> Outcome {
+/// How much a cache of ours may take of the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// `--cache-size`.
+    pub(crate) limit: u64,
+    /// Of it, what is taken by other things than chunks.
+    pub(crate) fixed: u64,
+}
+
+/// Our cache, with the account of `headwater::mirror::Space`.
+pub(crate) fn ours(accesses: &[Access], cut: Cut, room: Room, kind: Kind, admission: Admission) -> Outcome {
     let clock = Arc::new(Clock::default());
     let mut order = Order::new(kind, admission, Arc::clone(&clock));
     let segments = workload::segments(accesses);
@@ -38,11 +48,11 @@ pub(crate) fn ours(accesses: &[Access], cut: Cut, bound: u64, kind: Kind, admiss
     let word_of = |segment: Segment| heat_of(segment).word(segment.number);
     // A bit for each chunk, so that a chunk of 16 KiB is the smallest.
     let mut here: HashMap<Segment, u64> = HashMap::new();
-    let mut used = 0;
     let mut outcome = Outcome::default();
     let mut seconds = 0;
-    // What eviction by whole segments leaves over is not free.
-    let slack = (2 * cut.segment()).max(bound / 64);
+    let cost = cost_of(cut.chunk);
+    let settings = SpaceSettings { limit: Some(room.limit), policy: kind, admission, ..SpaceSettings::default() };
+    let mut used = room.fixed;
     for access in accesses {
         let Access { segment, chunk, bytes } = *access;
         outcome.read += bytes;
@@ -51,36 +61,39 @@ pub(crate) fn ours(accesses: &[Access], cut: Cut, bound: u64, kind: Kind, admiss
             clock.advance();
         }
         let resident = here.get(&segment).copied();
+        // A mirror notes what is missed too; what is not stored is not asked for its heat.
+        heat_of(segment).touch(segment.number, clock.now());
         if resident.is_some_and(|chunks| chunks >> chunk & 1 == 1) {
             outcome.hit += bytes;
-            heat_of(segment).touch(segment.number, clock.now());
             continue;
         }
         outcome.fetched += cut.chunk;
-        let space = if used + slack > bound { Space::Taken } else { Space::Free };
+        let space = if used + settings.plenty() > room.limit { Space::Taken } else { Space::Free };
         if resident.is_none() && !order.should_admit(segment, chunk, space, &word_of) {
             continue;
         }
-        while used + cut.chunk > bound {
-            let Some(victim) = order.victim(&word_of) else { break };
-            if victim == segment {
-                order.put_back(victim);
-                continue;
+        // The evictor works ahead, and as soon as less than half of what it keeps free is left.
+        if used + cost + settings.headroom() / 2 > room.limit {
+            while used + settings.headroom() > room.limit {
+                let Some(victim) = order.victim(&word_of) else { break };
+                if victim == segment {
+                    order.put_back(victim);
+                    continue;
+                }
+                used -= u64::from(here.remove(&victim).unwrap_or(0).count_ones()) * cost;
+                order.evicted(victim);
+                heat_of(victim).forget(victim.number);
+                outcome.evicted += 1;
             }
-            used -= u64::from(here.remove(&victim).unwrap_or(0).count_ones()) * cut.chunk;
-            order.evicted(victim);
-            heat_of(victim).forget(victim.number);
-            outcome.evicted += 1;
         }
-        if used + cut.chunk > bound {
+        if used + cost > room.limit {
             continue;
         }
         if resident.is_none() {
             order.admitted(segment, word_of(segment));
         }
-        heat_of(segment).touch(segment.number, clock.now());
         *here.entry(segment).or_default() |= 1 << chunk;
-        used += cut.chunk;
+        used += cost;
         outcome.stored += cut.chunk;
     }
     outcome.bypassed = order.counters().bypassed;
@@ -139,8 +152,10 @@ mod tests {
     fn a_cache_that_all_fits_in_misses_each_chunk_once() {
         let accesses = reads(Choice::Uniform);
         let size = to_u64(workload::distinct(&accesses, CUT)) * CUT.chunk;
+        // With what the evictor keeps free, and what a chunk takes beside its bytes.
+        let room = Room { limit: size + 16 * MIB, fixed: 0 };
         for kind in Kind::ALL {
-            let ours = ours(&accesses, CUT, size, kind, Admission::Measured);
+            let ours = ours(&accesses, CUT, room, kind, Admission::Measured);
             let best = unbounded(&accesses, CUT);
             assert_eq!((ours.hit, ours.evicted), (best.hit, 0));
             assert_eq!(ours.read - ours.hit, size);
@@ -155,7 +170,7 @@ mod tests {
             let best = clairvoyant(&accesses, CUT, bound);
             for kind in Kind::ALL {
                 for admission in [Admission::Always, Admission::Measured] {
-                    assert!(ours(&accesses, CUT, bound, kind, admission).hit <= best.hit);
+                    assert!(ours(&accesses, CUT, Room { limit: bound, fixed: 0 }, kind, admission).hit <= best.hit);
                 }
             }
         }
@@ -168,6 +183,6 @@ mod tests {
         // A quarter fits, and of eight rounds the first one misses.
         let share = best.hit * 1000 / best.read;
         assert!((200..260).contains(&share), "{share}");
-        assert_eq!(ours(&accesses, CUT, 32 * MIB, Kind::Lru, Admission::Always).hit, 0);
+        assert_eq!(ours(&accesses, CUT, Room { limit: 32 * MIB, fixed: 0 }, Kind::Lru, Admission::Always).hit, 0);
     }
 }

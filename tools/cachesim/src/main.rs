@@ -1,34 +1,58 @@
-//! Simulates the eviction of a mirror's cache with its own code, over deployments of some images.
+//! Simulates the eviction of a mirror's cache with its own code, over deployments of some images; and holds a real mirror
+//! against that.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | this one | the command line |
+//! | `workload` | what is read |
+//! | `cache` | the caches that are simulated |
+//! | `simulate` | the table of these |
+//! | `live` | real servers, with a limited link between them |
 
 mod cache;
+mod live;
+mod simulate;
 mod workload;
 
 use std::path::PathBuf;
 
 use anyhow::ensure;
-use clap::{Parser, ValueEnum};
-use headwater::mirror::policy::{Admission, Kind};
-use headwater::units::{ByteSize, GIB, KIB, MIB, to_u64};
+use clap::{Args, Parser, ValueEnum};
+use headwater::mirror::policy::Kind;
+use headwater::ranges::ByteRange;
+use headwater::units::{ByteSize, GIB, KIB, MIB};
 
-use cache::Outcome;
 use workload::{Choice, Cut};
 
-/// Says what hit ratio each policy of eviction would get.
+/// Says what hit ratio each policy of eviction gets.
 ///
 /// Machines are deployed from some images; each reads a whole image in order, or what a recorded boot read. A cache is
-/// as large as a percentage of all bytes of the chunks that are read at least once. Prints CSV: hits and misses in
-/// bytes over bytes read, and what was fetched and stored over the same; a chunk is fetched as a whole.
-///
-/// `none` is a cache without a bound, `belady` one that knows the future. `always` stores whatever is fetched,
-/// `measured` stops doing so while that does not pay.
+/// as large as a percentage of all bytes of the chunks that are read at least once.
 #[derive(Debug, Parser)]
 #[command(version)]
-struct Arguments {
+enum Command {
+    /// Simulates caches.
+    ///
+    /// Prints CSV: hits in bytes over bytes read, and what was fetched and stored over the same; a chunk is fetched as a
+    /// whole. `none` is a cache without a bound, `belady` one that knows the future. `always` stores whatever is
+    /// fetched, `measured` stops doing so while that does not pay.
+    Simulate(Workload),
+    /// Measures mirrors, and holds them against the simulation.
+    ///
+    /// An origin is reached over a link of limited rate. The deployments read from it directly, then through a mirror
+    /// of each size and policy. Prints a table in Markdown; exits with 1 if a bound was not kept, a mirror took longer
+    /// than 1.05 times as long as no cache, or its hit ratio is more than 5 % from the simulated one.
+    Live(live::Arguments),
+}
+
+/// What is read, and through which caches.
+#[derive(Debug, Args)]
+struct Workload {
     /// How images are chosen; all ways unless told.
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, value_delimiter = ',')]
     choice: Vec<Choice>,
     /// Policies; all unless told.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
     policy: Vec<Kind>,
     /// Sizes of the cache, in percent of what is read at least once.
     #[arg(long, value_name = "PERCENT", value_delimiter = ',', default_values_t = [25, 50, 100])]
@@ -43,7 +67,7 @@ struct Arguments {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     at_once: u16,
     /// The size of each image, all of which is read.
-    #[arg(long, default_value_t = ByteSize(600 * MIB), conflicts_with = "boot")]
+    #[arg(long, default_value_t = ByteSize(64 * MIB), conflicts_with = "boot")]
     image_size: ByteSize,
     /// Instead, each deployment reads what this recorded boot did: CSV with the columns seconds,op,offset,bytes.
     #[arg(long, value_name = "FILE")]
@@ -56,51 +80,43 @@ struct Arguments {
     seed: u64,
 }
 
-#[expect(clippy::print_stdout, reason = "this is what the program is for")]
-fn main() -> anyhow::Result<()> {
-    let arguments = Arguments::parse();
-    let chunk = arguments.chunk_size.0;
-    ensure!(chunk.is_power_of_two() && (16 * KIB..=4 * MIB).contains(&chunk), "a chunk is 16K to 4M, a power of two");
-    ensure!((1..=64 * GIB).contains(&arguments.image_size.0), "an image has 1 byte to 64G");
-    let cut = Cut { chunk };
-    let reads = match &arguments.boot {
-        Some(path) => workload::recorded_boot(path)?,
-        None => workload::whole_image(arguments.image_size.0),
-    };
-    let choices = or_all(&arguments.choice, Choice::value_variants());
-    let kinds = or_all(&arguments.policy, &Kind::ALL);
-    println!("choice,cache_percent,policy,admission,hit,fetched,stored,evicted_segments,bypassed_segments");
-    for choice in choices {
-        let deployments = workload::choose(*choice, arguments.images, arguments.deployments, arguments.seed);
-        let accesses = workload::accesses(&deployments, &reads, cut, arguments.at_once.into());
-        let all = to_u64(workload::distinct(&accesses, cut)) * chunk;
-        let name = choice.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
-        println!("{name},,none,,{}", columns(cache::unbounded(&accesses, cut)));
-        for percent in &arguments.cache {
-            let bound = all * percent / 100;
-            println!("{name},{percent},belady,,{}", columns(cache::clairvoyant(&accesses, cut, bound)));
-            for kind in kinds {
-                for (admission, label) in [(Admission::Always, "always"), (Admission::Measured, "measured")] {
-                    let outcome = cache::ours(&accesses, cut, bound, *kind, admission);
-                    println!("{name},{percent},{kind},{label},{}", columns(outcome));
-                }
-            }
+impl Workload {
+    fn cut(&self) -> anyhow::Result<Cut> {
+        let chunk = self.chunk_size.0;
+        let fits = chunk.is_power_of_two() && (16 * KIB..=4 * MIB).contains(&chunk);
+        ensure!(fits, "a chunk is 16K to 4M, a power of two");
+        Ok(Cut { chunk })
+    }
+
+    /// What each deployment reads.
+    fn reads(&self) -> anyhow::Result<Vec<ByteRange>> {
+        ensure!((1..=64 * GIB).contains(&self.image_size.0), "an image has 1 byte to 64G");
+        match &self.boot {
+            Some(path) => workload::recorded_boot(path),
+            None => Ok(workload::whole_image(self.image_size.0)),
         }
     }
-    Ok(())
+
+    fn choices(&self) -> &[Choice] {
+        or_all(&self.choice, Choice::value_variants())
+    }
+
+    fn policies(&self) -> &[Kind] {
+        or_all(&self.policy, &Kind::ALL)
+    }
+
+    fn deployments(&self, choice: Choice) -> Vec<u32> {
+        workload::choose(choice, self.images, self.deployments, self.seed)
+    }
 }
 
 fn or_all<'a, T>(chosen: &'a [T], all: &'a [T]) -> &'a [T] {
     if chosen.is_empty() { all } else { chosen }
 }
 
-fn columns(outcome: Outcome) -> String {
-    let Outcome { read, hit, stored, evicted, bypassed, fetched } = outcome;
-    format!("{},{},{},{evicted},{bypassed}", share(hit, read), share(fetched, read), share(stored, read))
-}
-
-/// With four places.
-fn share(part: u64, whole: u64) -> String {
-    let places = u128::from(part) * 10_000 / u128::from(whole.max(1));
-    format!("{}.{:04}", places / 10_000, places % 10_000)
+fn main() -> anyhow::Result<std::process::ExitCode> {
+    match Command::parse() {
+        Command::Simulate(workload) => simulate::run(&workload).map(|()| std::process::ExitCode::SUCCESS),
+        Command::Live(arguments) => live::run(&arguments),
+    }
 }

@@ -1,5 +1,6 @@
 //! What is read: deployments of machines from some images.
 
+use std::fmt;
 use std::path::Path;
 
 use anyhow::{Context, ensure};
@@ -24,6 +25,18 @@ pub(crate) enum Choice {
     Cyclic,
     /// Every second deployment is of one of two images, the others take the rest in turn.
     Scan,
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Uniform => "uniform",
+            Self::Skewed => "skewed",
+            Self::Moving => "moving",
+            Self::Cyclic => "cyclic",
+            Self::Scan => "scan",
+        })
+    }
 }
 
 /// A chunk that is read, or a part of it.
@@ -85,10 +98,10 @@ pub(crate) fn recorded_boot(path: &Path) -> anyhow::Result<Vec<ByteRange>> {
 
 /// Numbers that look random and are the same for the same seed (SplitMix64).
 #[derive(Debug)]
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut bits = self.0;
         bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,0 +1,36 @@
+//! A bounded cache in which nothing makes room.
+
+use super::*;
+use crate::mirror::policy::{Admission, Kind};
+use crate::units::MIB;
+
+#[test]
+fn nobody_waits_for_room_and_what_found_none_is_not_kept() {
+    on_both(|| async {
+        let contents = solid(6 << 20);
+        let root = tempfile::tempdir().unwrap();
+        let settings =
+            SpaceSettings { limit: Some(4 * MIB), reserve: 0, policy: Kind::Lru, admission: Admission::Always };
+        // Nobody runs its evictor.
+        let space = Space::new(root.path(), settings);
+        let cache = Cache::open(root.path(), "image").unwrap();
+        let lower = recorded(&contents);
+        let mirror = Mirror::open("image", cache, lower.clone(), None, &space, &Settings::default()).unwrap();
+        for start in (0..3 * MIB).step_by(to_usize(MIB)) {
+            read(&mirror, start, start + MIB).await.unwrap();
+        }
+        mirror.0.stored().await;
+        assert_eq!(space.stats().bypassed_chunks.get(), 0);
+        // It has been answered, and room is still hoped for.
+        assert!(read(&mirror, 5 * MIB, 6 * MIB).await.unwrap() == contents[5 << 20..]);
+        assert_eq!(space.stats().bypassed_chunks.get(), 0);
+        // Who comes meanwhile is answered by the same fetch.
+        lower.take_reads();
+        assert!(read(&mirror, 5 * MIB, 6 * MIB).await.unwrap() == contents[5 << 20..]);
+        assert_eq!(lower.take_reads(), []);
+        mirror.0.stored().await;
+        assert_eq!(space.stats().bypassed_chunks.get(), MIB / mirror.chunk_size());
+        assert!(space.usage().used <= 4 * MIB);
+        assert_eq!(space.usage().in_flight, 0);
+    });
+}

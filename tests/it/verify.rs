@@ -89,8 +89,8 @@ fn a_served_image_is_held_against_its_manifest() {
     rot(&image, 3 * CHUNK);
     assert_eq!(counts(&verify(&scratch, 4, &["image"])), [16, 1, 0, 1]);
     server.wait_for_log("a chunk of a real image is damaged");
-    // A quarter of a second each, and then it is enough.
-    let mut slow = operator(&scratch, &["verify", "image", "--rate=256K"]);
+    // A quarter of it at once, and the next one after 16 s.
+    let mut slow = operator(&scratch, &["verify", "image", "--rate=16K"]);
     let child = slow.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     interrupt_when_running(&scratch, &child);
     let output = child.wait_with_output().unwrap();
@@ -148,7 +148,7 @@ fn damage_of_a_running_mirror_is_found_and_repaired() {
 #[test]
 fn status_counts_what_was_done() {
     let scratch = Scratch::new();
-    let bytes = noise(4 << 20, 1);
+    let bytes = noise(12 << 20, 1);
     let (one, other) = (indexed(&scratch, "one.raw", &bytes), indexed(&scratch, "other.raw", &bytes));
     // It says that it has the image, and has another.
     let liar = indexed(&scratch, "one-liar.raw", &bytes);
@@ -162,7 +162,7 @@ fn status_counts_what_was_done() {
     let log = scratch.path("mirror.log");
     let mut command = headwater(&log);
     command.arg("mirror").arg(format!("one={},{}", liar.uri(), one.uri())).arg(format!("other={}", other.uri()));
-    command.arg("--cache").arg(scratch.path("cache")).args(["--cache-size=2M", "--unix"]).arg(scratch.path("m.sock"));
+    command.arg("--cache").arg(scratch.path("cache")).args(["--cache-size=8M", "--unix"]).arg(scratch.path("m.sock"));
     let mirror = Daemon::start(command, 2, &log);
     let of = |index: usize| status(&scratch)["images"][index]["mirror"].clone();
     let number = |value: &Value, field: &str| value[field].as_u64().unwrap_or_else(|| panic!("no {field}: {value}"));
@@ -188,7 +188,7 @@ fn status_counts_what_was_done() {
     assert_eq!(text, "other: 64K pinned, all of it here\n");
     assert_eq!(numbers(1, &["pinned_bytes"]), [CHUNK]);
     // More than there is room for.
-    assert!(client.read(0, 4 * MIB) == bytes);
+    assert!(client.read(0, 12 * MIB) == bytes);
     eventually("every chunk kept, evicted or passed through", || {
         let (all, cache) = ([of(0), of(1)], status(&scratch)["cache"].clone());
         let sum = |field| all.iter().map(|image| number(image, field)).sum::<u64>();
@@ -196,8 +196,8 @@ fn status_counts_what_was_done() {
         sum("misses") == chunks && number(&cache, "evictions") == sum("evictions")
     });
     let cache = status(&scratch)["cache"].clone();
-    assert_eq!((&cache["limit_bytes"], &cache["policy"]), (&json!(2 * MIB), &json!("s3fifo")));
-    assert!(number(&cache, "allocated_bytes") + number(&cache, "in_flight_bytes") <= 2 * MIB, "{cache}");
+    assert_eq!((&cache["limit_bytes"], &cache["policy"]), (&json!(8 * MIB), &json!("s3fifo")));
+    assert!(number(&cache, "allocated_bytes") + number(&cache, "in_flight_bytes") <= 8 * MIB, "{cache}");
     let text = run(&mut operator(&scratch, &["status"]));
     let line = |name: &str| text.lines().filter(|line| line.split_whitespace().next() == Some(name)).nth(1).unwrap();
     assert_eq!(line("other").split_whitespace().nth(1), Some("yes"), "{text}");

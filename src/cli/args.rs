@@ -79,6 +79,7 @@ const VERIFY_EXAMPLES: &str = "\
 Examples:
   headwater verify debian12
   headwater verify debian12 --rate 20M --no-repair
+  headwater verify /srv/images/debian12.raw
 
 Exit status: 0 when nothing is wrong, 3 when damage was found and all of it is repaired, 4 when damage
 remains, 1 when it could not be found out, 2 when the command line makes no sense.";
@@ -223,39 +224,63 @@ pub(super) struct Status {
 }
 
 /// Keep an image, or parts of it, in the cache of a running mirror whatever happens.
+///
+/// What is here of it stays, and so does the rest once it was read; nothing is fetched for it now. Chunks are pinned as a
+/// whole. Pins hold over restarts. More than the cache can keep (--cache-size, less what else cannot be evicted) is
+/// refused.
 #[derive(Debug, Args)]
 #[command(after_help = PIN_EXAMPLES)]
 pub(super) struct Pin {
     #[command(flatten)]
     pub(super) parts: Parts,
+    /// Print JSON.
+    #[arg(long)]
+    pub(super) json: bool,
     #[command(flatten)]
     pub(super) server: RunningServer,
 }
 
 /// Let an image, or parts of it, leave the cache again.
+///
+/// It stays until its place is needed.
 #[derive(Debug, Args)]
 #[command(after_help = UNPIN_EXAMPLES)]
 pub(super) struct Unpin {
     #[command(flatten)]
     pub(super) parts: Parts,
+    /// Print JSON.
+    #[arg(long)]
+    pub(super) json: bool,
     #[command(flatten)]
     pub(super) server: RunningServer,
 }
 
-/// Have a running server check what it holds of an image, and fetch again what is damaged.
+/// Check what a running server holds of an image, or the file of an image.
 ///
-/// Clients are served meanwhile. Ctrl-C ends the check.
+/// A mirror fetches again what is damaged. A real image, served or not, is held against the manifest that headwater
+/// index has made, and cannot be repaired. Clients are served meanwhile. Ctrl-C ends the check.
 #[derive(Debug, Args)]
 #[command(after_help = VERIFY_EXAMPLES)]
 pub(super) struct Verify {
-    /// The name of the image, as `headwater status` has it.
+    /// The name of an image, as headwater status has it; or the path of a file, which is checked without any server
+    /// unless there is --at.
+    #[arg(value_name = "IMAGE|PATH")]
     pub(super) image: String,
     /// Read so much in a second at most. [default: as fast as the disk allows]
     #[arg(long, value_name = "SIZE", value_parser = positive_size)]
     pub(super) rate: Option<u64>,
-    /// Count damage only.
+    /// Count damage only. Files are never repaired.
     #[arg(long)]
     pub(super) no_repair: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub(super) json: bool,
+    /// Threads that read and hash, for a file that is raw. [default: one for each CPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(super) threads: Option<u16>,
+    /// What a file holds.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(super) format: FormatArgument,
     #[command(flatten)]
     pub(super) server: RunningServer,
 }

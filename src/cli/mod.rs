@@ -5,6 +5,7 @@
 //! | `args` | commands, flags, and the help that teaches them |
 //! | `daemon` | what `serve` and `mirror` have in common: listening, serving, ending |
 //! | `serve`, `mirror`, `index`, `info`, `status`, `pin`, `verify` | one command each; `pin` has `unpin` too |
+//! | `verify_file` | `verify` for files, which needs no server |
 //! | `running` | finding the running server that a command is for |
 //! | `table` | columns for people |
 //! | `output` | the standard output stream |
@@ -23,6 +24,7 @@ mod serve;
 mod status;
 mod table;
 mod verify;
+mod verify_file;
 
 use std::process::ExitCode;
 

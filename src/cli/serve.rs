@@ -7,13 +7,12 @@ use futures_util::future::join_all;
 
 use super::args::{FormatArgument, NamedPath, Serve};
 use super::daemon::{self, Exports};
-use crate::control::status::{CacheStatus, ImageStatus, Kind, PinReport, Role, VerifyOrder};
-use crate::control::{Answer, Jobs, Operated, Refusal};
-use crate::export::{Registry, SharedExport};
+use crate::control::Operated;
+use crate::control::real::{RealImage, RealImages};
+use crate::export::Registry;
 use crate::image::index::{Background, Settings};
 use crate::image::{self, Options};
 use crate::net::Listener;
-use crate::ranges::ByteRange;
 use crate::worker::Workers;
 
 pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
@@ -36,7 +35,7 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
         options,
         index: arguments.index.then_some(settings),
         indexing: Mutex::default(),
-        open: RealImages::default(),
+        open: Vec::new(),
     };
     daemon::run(arguments.daemon, images)
 }
@@ -48,7 +47,7 @@ struct Images {
     index: Option<Settings>,
     /// That being done.
     indexing: Mutex<Option<Background>>,
-    open: RealImages,
+    open: Vec<RealImage>,
 }
 
 impl Exports for Images {
@@ -63,10 +62,11 @@ impl Exports for Images {
             let facts = image.export.facts();
             tracing::info!(name, path = %path.display(), size = facts.size, writable = facts.writable, "serving");
             registry.insert(name, Arc::clone(&image.export))?;
-            self.open.images.push(RealImage {
+            self.open.push(RealImage {
                 name: name.clone(),
                 path: path.display().to_string(),
-                image: image.export,
+                export: image.export,
+                seal: image.seal,
             });
         }
         if let Some(settings) = self.index.take() {
@@ -77,7 +77,7 @@ impl Exports for Images {
     }
 
     fn operated(&self) -> Option<Arc<dyn Operated>> {
-        Some(Arc::new(self.open.clone()))
+        Some(Arc::new(RealImages::new(self.open.clone(), self.options.format)))
     }
 
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
@@ -92,79 +92,5 @@ impl Exports for Images {
         });
         // All of them, also when one fails.
         join_all(flushes).await.into_iter().collect()
-    }
-}
-
-/// Images as operators see them: all of each is here, so there is little to do with them.
-#[derive(Debug, Clone, Default)]
-struct RealImages {
-    images: Vec<RealImage>,
-    jobs: Jobs,
-}
-
-#[derive(Debug, Clone)]
-struct RealImage {
-    name: String,
-    path: String,
-    image: SharedExport,
-}
-
-impl RealImages {
-    fn refuse<T>(&self, image: String, why: &'static str) -> Answer<'_, T> {
-        let is_here = self.images.iter().any(|other| other.name == image);
-        let refusal = if is_here { Refusal::Invalid(why.to_owned()) } else { Refusal::UnknownImage(image) };
-        Box::pin(async move { Err(refusal) })
-    }
-}
-
-impl RealImage {
-    fn status(&self) -> ImageStatus {
-        let facts = self.image.facts();
-        ImageStatus {
-            name: self.name.clone(),
-            kind: Kind::Real,
-            size: facts.size,
-            writable: facts.writable,
-            chunk_size: None,
-            identity: facts.identity.map(|identity| identity.to_string()),
-            path: self.path.clone(),
-            clients: 0,
-            mirror: None,
-        }
-    }
-}
-
-const NOTHING_TO_PIN: &str = "this is a real image: all of it is here, and stays";
-const NOTHING_TO_CHECK_AGAINST: &str = "this is a real image, and nothing says what its bytes ought to be";
-
-impl Operated for RealImages {
-    fn role(&self) -> Role {
-        Role::Serve
-    }
-
-    fn images(&self) -> Vec<ImageStatus> {
-        let mut images: Vec<_> = self.images.iter().map(RealImage::status).collect();
-        images.sort_by(|a, b| a.name.cmp(&b.name));
-        images
-    }
-
-    fn cache(&self) -> Option<CacheStatus> {
-        None
-    }
-
-    fn jobs(&self) -> &Jobs {
-        &self.jobs
-    }
-
-    fn pin(&self, image: String, _: Option<Vec<ByteRange>>) -> Answer<'_, PinReport> {
-        self.refuse(image, NOTHING_TO_PIN)
-    }
-
-    fn unpin(&self, image: String, _: Option<Vec<ByteRange>>) -> Answer<'_, PinReport> {
-        self.refuse(image, NOTHING_TO_PIN)
-    }
-
-    fn verify(&self, image: String, _: VerifyOrder) -> Answer<'_, u64> {
-        self.refuse(image, NOTHING_TO_CHECK_AGAINST)
     }
 }

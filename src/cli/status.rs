@@ -8,6 +8,7 @@ use super::running::{block_on, reach};
 use super::table::{Table, printable};
 use crate::control::AdminAddress;
 use crate::control::status::{CacheStatus, ImageStatus, Kind, MirrorStatus, Status, UpstreamStatus};
+use crate::manifest::ImageId;
 use crate::units::ByteSize;
 
 pub(super) fn run(arguments: args::Status) -> anyhow::Result<()> {
@@ -43,7 +44,7 @@ fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
         table.row(vec![
             client.peer.clone(),
             client.id.to_string(),
-            client.export.clone(),
+            short_name(&client.export),
             ago(client.connected_seconds),
             client.requests.to_string(),
             size(client.read_bytes),
@@ -72,8 +73,7 @@ fn of_images(images: &[ImageStatus]) -> Table {
             percent(here.unwrap_or(image.size), image.size),
             image.clients.to_string(),
             if image.writable { "read-write" } else { "read-only" }.to_owned(),
-            // Enough to tell versions apart; --json has all of it.
-            image.identity.as_ref().map_or_else(|| "-".to_owned(), |identity| identity.chars().take(15).collect()),
+            image.identity.as_ref().map_or_else(|| "-".to_owned(), |identity| short(identity)),
             image.path.clone(),
         ]);
     }
@@ -83,6 +83,7 @@ fn of_images(images: &[ImageStatus]) -> Table {
 fn of_mirrors(mirrors: &[(&str, &MirrorStatus)]) -> Table {
     let headings = [
         "NAME",
+        "VERIFIED",
         ">RESIDENT",
         ">ZERO",
         ">PINNED",
@@ -97,7 +98,8 @@ fn of_mirrors(mirrors: &[(&str, &MirrorStatus)]) -> Table {
     let mut table = Table::new(&headings);
     for (name, mirror) in mirrors {
         table.row(vec![
-            (*name).to_owned(),
+            short_name(name),
+            if mirror.verified { "yes" } else { "no" }.to_owned(),
             size(mirror.resident_bytes),
             size(mirror.zero_bytes),
             size(mirror.pinned_bytes),
@@ -118,7 +120,7 @@ fn of_upstreams(mirrors: &[(&str, &MirrorStatus)]) -> Table {
     for (name, mirror) in mirrors {
         for upstream in &mirror.upstreams {
             table.row(vec![
-                (*name).to_owned(),
+                short_name(name),
                 upstream.uri.clone(),
                 state(upstream),
                 upstream.requests.to_string(),
@@ -129,6 +131,19 @@ fn of_upstreams(mirrors: &[(&str, &MirrorStatus)]) -> Table {
         }
     }
     table
+}
+
+/// An identity, enough of it to tell versions apart; --json has all of it.
+fn short(identity: &str) -> String {
+    identity.chars().take(15).collect()
+}
+
+/// The name of an image, which for an older generation has its identity in it. The table of images has all of it.
+fn short_name(name: &str) -> String {
+    match name.rsplit_once('@') {
+        Some((name, identity)) if identity.parse::<ImageId>().is_ok() => format!("{name}@{}", short(identity)),
+        _ => name.to_owned(),
+    }
 }
 
 fn state(upstream: &UpstreamStatus) -> String {
@@ -152,7 +167,10 @@ fn of_cache(cache: &CacheStatus) -> anyhow::Result<String> {
     let policy = cache.policy.as_deref().unwrap_or("nothing is evicted");
     let thrashing = if cache.thrashing { ", too small for its load" } else { "" };
     line("eviction", format!("{policy}; {} evicted, {} bypassed{thrashing}", cache.evictions, cache.bypassed))?;
-    line("shared", format!("{} saved", size(cache.deduplicated_bytes)))?;
+    line("shared", format!("{} not fetched, because another image had them", size(cache.deduplicated_bytes)))?;
+    if cache.failed {
+        line("DISK", "it failed too often and is not used any more: everything comes from the upstreams".to_owned())?;
+    }
     Ok(text)
 }
 
@@ -193,6 +211,23 @@ mod tests {
         {
             assert_eq!(ago(seconds), text);
         }
+    }
+
+    #[test]
+    fn older_generations_have_short_names() {
+        let identity = ImageId([0xab; 32]);
+        assert_eq!(short_name(&format!("a@b@{identity}")), "a@b@blake3-abababab");
+        assert_eq!(short_name("a@b"), "a@b");
+        assert_eq!(short_name("blake3-ab"), "blake3-ab");
+    }
+
+    #[test]
+    fn a_cache_says_what_is_wrong_with_it() {
+        let cache = CacheStatus { limit_bytes: Some(1 << 30), free_bytes: Some(1 << 20), ..CacheStatus::default() };
+        let sound = of_cache(&cache).unwrap();
+        assert!(sound.contains("of 1G") && !sound.contains("DISK") && !sound.contains("too small"), "{sound}");
+        let broken = of_cache(&CacheStatus { failed: true, thrashing: true, ..cache }).unwrap();
+        assert!(broken.contains("not used any more") && broken.contains("too small for its load"), "{broken}");
     }
 
     #[test]

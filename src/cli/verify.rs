@@ -1,17 +1,18 @@
-//! `headwater verify`.
+//! `headwater verify`: images of running servers. Files are in `verify_file`.
 
 use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{bail, ensure};
+use anyhow::bail;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::args::Verify;
 use super::output;
 use super::running::{block_on, find_image, reach};
+use super::verify_file;
 use crate::control::Client;
 use crate::control::status::{JobState, JobStatus, VerifyOrder};
 
@@ -20,21 +21,17 @@ const LOOK: Duration = Duration::from_millis(200);
 /// Damage was found, and all of it is repaired.
 const REPAIRED: u8 = 3;
 /// Damage was found, and remains.
-const DAMAGED: u8 = 4;
+pub(super) const DAMAGED: u8 = 4;
 
 pub(super) fn run(arguments: Verify) -> anyhow::Result<ExitCode> {
-    // A file that no server has open is another matter: there is nobody to ask.
-    ensure!(
-        arguments.server.at.is_some() || !Path::new(&arguments.image).is_file(),
-        "{} is a file, and what is checked is an image of a running server: if one has an image of that name, choose \
-         the server with --at",
-        arguments.image
-    );
+    if arguments.server.at.is_none() && Path::new(&arguments.image).is_file() {
+        return verify_file::run(arguments);
+    }
     block_on(verify(arguments))
 }
 
 async fn verify(arguments: Verify) -> anyhow::Result<ExitCode> {
-    let Verify { image, rate, no_repair, server } = arguments;
+    let Verify { image, rate, no_repair, json, server, .. } = arguments;
     let client = reach(server).await?;
     // Before there is a job that it could leave behind.
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -42,7 +39,7 @@ async fn verify(arguments: Verify) -> anyhow::Result<ExitCode> {
     find_image(&client, &image).await?;
     let job = client.verify(&image, &VerifyOrder { rate, repair: !no_repair }).await?;
     let end = follow(&client, job, &mut interrupt).await?;
-    output::print(&report(&end))?;
+    output::print(&if json { format!("{}\n", serde_json::to_string_pretty(&end)?) } else { report(&end) })?;
     match end.state {
         JobState::Done => Ok(exit_code(&end)),
         JobState::Cancelled => bail!("the check was called off before its end"),
@@ -75,7 +72,7 @@ async fn follow(client: &Client, job: u64, interrupt: &mut Signal) -> anyhow::Re
 }
 
 /// Invisible where nobody is there to see it.
-fn bar(total: u64) -> anyhow::Result<ProgressBar> {
+pub(super) fn bar(total: u64) -> anyhow::Result<ProgressBar> {
     if !io::stderr().is_terminal() {
         return Ok(ProgressBar::hidden());
     }

@@ -154,6 +154,11 @@ impl RunningJob {
         self.0.id
     }
 
+    /// The image that it works on.
+    pub fn image(&self) -> &str {
+        &self.0.image
+    }
+
     /// Where progress is noted.
     pub fn progress(&self) -> &Findings {
         &self.0.progress

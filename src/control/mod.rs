@@ -5,6 +5,7 @@
 //! | this one | [`Admin`]: accepts and bounds connections |
 //! | `status` | what is said, as types that server and command line share |
 //! | [`mirrors`] | the mirrors of a server: opened, watched, replaced, operated |
+//! | [`real`] | the real images of a server, operated |
 //! | `operated` | [`Operated`]: what a server must be able to do to be operated |
 //! | `jobs` | orders that take long: their progress, and calling them off |
 //! | `api` | requests: routes, bodies, errors |
@@ -28,6 +29,7 @@ mod listen;
 pub mod mirrors;
 mod operated;
 pub mod place;
+pub mod real;
 pub mod status;
 
 use std::sync::Arc;

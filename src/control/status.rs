@@ -69,7 +69,7 @@ pub struct ImageStatus {
     pub size: u64,
     /// Whether clients may write to it.
     pub writable: bool,
-    /// The unit of fetching and of digests; `null` if it has none.
+    /// The unit of digests, for a mirror of fetching too; `null` for a real image without a manifest.
     pub chunk_size: Option<u32>,
     /// What it holds, as `blake3-...`; `null` if that is not known.
     pub identity: Option<String>,
@@ -90,7 +90,7 @@ pub struct MirrorStatus {
     pub verified: bool,
     /// Here, checked and durable.
     pub resident_bytes: u64,
-    /// Never evicted; a part of them may not be here yet.
+    /// Of the chunks that are pinned: never evicted. A part of them may not be here yet.
     pub pinned_bytes: u64,
     /// Known to be zero and not stored.
     pub zero_bytes: u64,

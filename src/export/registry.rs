@@ -89,11 +89,17 @@ impl Registry {
         export.manifest().map(|manifest| (found, manifest))
     }
 
-    /// The export with this name, or the only one if the name is empty.
+    /// The export with this name, or the only one if the name is empty. What has the name of another and a content, as
+    /// older generations of a mirror have, does not count.
     fn find_given(&self, name: &str) -> Option<(String, SharedExport)> {
         let exports = self.exports.read().unwrap_or_else(PoisonError::into_inner);
+        let is_own =
+            |name: &str| matches!(split_content_name(name), (base, id) if id.is_none() || !exports.contains_key(base));
         let found = match exports.get_key_value(name) {
-            None if name.is_empty() && exports.len() == 1 => exports.first_key_value(),
+            None if name.is_empty() => {
+                let mut own = exports.iter().filter(|(name, _)| is_own(name));
+                own.next().filter(|_| own.next().is_none())
+            }
             found => found,
         };
         found.map(|(name, export)| (name.clone(), SharedExport::clone(export)))
@@ -121,11 +127,18 @@ mod tests {
         assert!(registry.find("").is_none());
         registry.insert("a", Arc::new(Memory::zeroed(1))).unwrap();
         assert_eq!(registry.find("").unwrap().0, "a");
+        let older = format!("a@{}", ImageId([0xab; 32]));
+        registry.insert(older, Arc::new(Memory::zeroed(1))).unwrap();
+        assert_eq!(registry.find("").unwrap().0, "a", "what it was before is no second one");
         registry.insert("b", Arc::new(Memory::zeroed(2))).unwrap();
         assert!(registry.find("").is_none());
         registry.insert("", Arc::new(Memory::zeroed(3))).unwrap();
         assert_eq!(registry.find("").unwrap().1.facts().size, 3);
-        assert_eq!(registry.all().len(), 3);
+        assert_eq!(registry.all().len(), 4);
+        let alone = Registry::new();
+        let name = format!("b@{}", ImageId([0xab; 32]));
+        alone.insert(&name, Arc::new(Memory::zeroed(1))).unwrap();
+        assert_eq!(alone.find("").unwrap().0, name);
     }
 
     /// An image with an identity and a manifest of so many bytes.

@@ -139,18 +139,9 @@ impl Seal {
 
     /// The manifest beside the image, if it fits.
     fn check(&self) -> std::result::Result<Option<Sealed>, Unfit> {
-        let file = match File::open(&manifest_path(self.path()), Access::ReadOnly) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            file => file?,
-        };
-        let mut block = [0; BLOCK];
-        read_exact_at(&file, &mut block, 0).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => Unfit::Damaged,
-            _ => Unfit::Read(error),
-        })?;
-        let header = Header::decode(&block)?;
+        let Some(written) = Written::open(self.path())? else { return Ok(None) };
+        let Written { header, source, .. } = written;
         let (manifest, image) = (header.shape.image_size, self.image_size);
-        let source = header.source.ok_or(Unfit::NoSource)?;
         let differences = differences(source, state_of(&self.file)?);
         if !differences.is_empty() {
             return Err(Unfit::Changed(differences));
@@ -158,14 +149,12 @@ impl Seal {
         if manifest != image {
             return Err(Unfit::OtherSize { manifest, image });
         }
-        if file.size() != header.shape.manifest_length() || hash_digests(&file, header)? != header.id {
-            return Err(Unfit::Damaged);
-        }
+        written.check()?;
         let description = format!("manifest of {}", super::description(self.path()));
         let manifest = ManifestFile {
             header: Bytes::copy_from_slice(&Header { source: None, ..header }.encode()),
             facts: Facts::read_only(header.shape.manifest_length(), description),
-            digests: file,
+            digests: written.file,
         };
         Ok(Some(Sealed { header, source, manifest: Arc::new(manifest) }))
     }
@@ -173,6 +162,11 @@ impl Seal {
     /// What the image holds, as long as its file is as it was.
     pub fn identity(&self) -> Option<ImageId> {
         self.while_unchanged(|sealed| sealed.header.id)
+    }
+
+    /// What the manifest says of itself, as long as the file is as it was.
+    pub fn header(&self) -> Option<Header> {
+        self.while_unchanged(|sealed| sealed.header)
     }
 
     /// The manifest for clients, as long as the file of the image is as it was.
@@ -199,6 +193,49 @@ impl Seal {
             tracing::warn!(%path, %identity, other, "the image was changed while it is served: it has no identity any more");
         }
         None
+    }
+}
+
+/// A manifest beside an image, whether it fits or not.
+#[derive(Debug)]
+pub(super) struct Written {
+    pub(super) header: Header,
+    /// The file that it was made from, as it was then.
+    pub(super) source: Source,
+    /// It is never changed in place.
+    file: File,
+}
+
+impl Written {
+    /// The manifest of the image at `path`; `None` if there is none. Its digests are not looked at. Blocks.
+    pub(super) fn open(path: &Path) -> std::result::Result<Option<Self>, Unfit> {
+        let file = match File::open(&manifest_path(path), Access::ReadOnly) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        let mut block = [0; BLOCK];
+        read_exact_at(&file, &mut block, 0).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => Unfit::Damaged,
+            _ => Unfit::Read(error),
+        })?;
+        let header = Header::decode(&block)?;
+        let source = header.source.ok_or(Unfit::NoSource)?;
+        Ok(Some(Self { header, source, file }))
+    }
+
+    /// Holds all digests against the identity in the header. Blocks.
+    pub(super) fn check(&self) -> std::result::Result<(), Unfit> {
+        let is_whole = self.file.size() == self.header.shape.manifest_length();
+        if is_whole && hash_digests(&self.file, self.header)? == self.header.id { Ok(()) } else { Err(Unfit::Damaged) }
+    }
+
+    /// The digests of the chunks that `range` of the image is made of. Blocks.
+    pub(super) fn digests(&self, range: ByteRange) -> io::Result<Vec<u8>> {
+        let chunk_size = u64::from(self.header.shape.chunk_size);
+        let (first, end) = (range.start() / chunk_size, range.end().div_ceil(chunk_size));
+        let mut digests = vec![0; to_usize(digest_at(end) - digest_at(first))];
+        read_exact_at(&self.file, &mut digests, digest_at(first))?;
+        Ok(digests)
     }
 }
 

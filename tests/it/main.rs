@@ -14,6 +14,7 @@
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
 //! | `kernel` | the kernel's client, in a virtual machine |
 //! | `admin` | the admin API and the commands that use it |
+//! | `verify` | `headwater verify`, and what `headwater status` counts |
 //! | `command_line` | what it prints, refuses and returns |
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
@@ -41,3 +42,4 @@ mod roles;
 mod serve;
 mod support;
 mod transmission;
+mod verify;

@@ -1,4 +1,4 @@
-//! Manifests for images that are being served.
+//! Manifests for images that are being served, and threads that stand back behind those that serve.
 
 use std::io;
 use std::sync::Arc;
@@ -26,11 +26,7 @@ impl Background {
     pub fn start(images: Vec<Arc<Seal>>, format: Format, settings: Settings) -> io::Result<Self> {
         let cancel = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&cancel);
-        let thread = thread::Builder::new().name("index".into()).spawn(move || {
-            // Of this thread alone, and of those that it starts.
-            if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
-                tracing::debug!(%error, "cannot lower the priority of indexing");
-            }
+        let thread = spawn("index", move || {
             for image in images.iter().filter(|image| image.identity().is_none()) {
                 if told.load(Ordering::Relaxed) {
                     break;
@@ -55,6 +51,21 @@ impl Drop for Background {
     fn drop(&mut self) {
         self.cancel.store(true, Ordering::Relaxed);
     }
+}
+
+/// Does `work` on a thread of its own with a low priority, which nobody waits for.
+pub fn run_aside(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    spawn(name, work).map(drop)
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    thread::Builder::new().name(name.to_owned()).spawn(move || {
+        // Of this thread alone, and of those that it starts.
+        if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
+            tracing::debug!(%error, "cannot lower the priority of a thread");
+        }
+        work();
+    })
 }
 
 fn index(image: &Seal, format: Format, settings: &Settings, cancel: &AtomicBool) {

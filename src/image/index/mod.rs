@@ -1,22 +1,26 @@
-//! Making manifests: reading an image once, whole.
+//! Making manifests, and holding images against them: reading an image once, whole.
 //!
 //! | file | holds |
 //! | --- | --- |
-//! | this one | [`make`]: several threads, one image; how far they are |
-//! | `background` | [`Background`]: the same beside a running server |
+//! | this one | [`make`]: an image becomes a manifest; how far it is |
+//! | `check` | [`Check`]: an image is held against its manifest |
+//! | `background` | [`Background`]: making them beside a running server |
 //! | `part` | the unfinished manifest, from which an interrupted run goes on |
+//! | `walk` | several threads that read one image |
 //! | `pace` | how fast, and when to stop |
 //! | `reader` | from bytes to digests |
 //!
 //! Memory: 300 KiB for each thread, whatever the size of the image; digests go to the file, and the hash over all of
 //! them is computed from there. Holes of raw files are not read.
 //!
-//! Owns: `PATH.manifest` until it has its name. Does not own: who uses it (`seal`).
+//! Owns: `PATH.manifest` until it has its name; reading whole images. Does not own: who uses manifests (`seal`).
 
 mod background;
+mod check;
 mod pace;
 mod part;
 mod reader;
+mod walk;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -34,15 +38,13 @@ use crate::clock;
 use crate::disk::File;
 use crate::manifest::{DEFAULT_CHUNK_SIZE, Header, Shape, Source};
 use crate::ranges::ByteRange;
-use crate::units::MIB;
-pub use background::Background;
+pub use background::{Background, run_aside};
+pub use check::{Check, CheckError, Checked, Damage, Damaged};
 use pace::Pace;
 use part::Part;
 pub use part::part_path;
-use reader::{ExportReader, RawReader, Reader};
-
-/// What a thread takes at a time. A whole number of chunks of any size.
-const BLOCK: u64 = 4 * MIB;
+use reader::{Reader, reader_of};
+use walk::{BLOCK, Failure, Walk};
 
 /// More threads than this would need more memory than is allowed for.
 pub const MAX_THREADS: usize = 64;
@@ -181,15 +183,15 @@ pub fn make(
     let file = Arc::clone(seal.file());
     let shape = Shape { image_size: image.export.facts().size, chunk_size: settings.chunk_size };
     let (part, source) = begin(path, &file, shape)?;
-    let job = Job::new(part, shape, Pace::new(settings.rate, cancel), settings.checkpoint, progress);
+    let job = Job::new(part, shape, settings.checkpoint, progress);
     let resumed_bytes = job.done_bytes.load(Ordering::Relaxed);
-    let result = if image.is_raw {
-        job.run(settings.threads.clamp(1, MAX_THREADS), || RawReader::new(Arc::clone(&file), shape.chunk_size))
-    } else {
-        ExportReader::new(image.export, shape.chunk_size)
-            .map_err(Failure::Read)
-            .and_then(|mut reader| job.work(&mut reader))
-    };
+    let is_cancelled = || cancel.load(Ordering::Relaxed);
+    let walk = Walk::new(shape.image_size, job.low(), Pace::new(settings.rate, &is_cancelled));
+    let result = walk.run(
+        if image.is_raw { settings.threads } else { 1 },
+        || reader_of(&image, &file, shape.chunk_size),
+        |reader, block, range| job.index(reader, &walk.pace, block, range),
+    );
     let read_error = |source| IndexError::Read { path: path.to_owned(), source };
     let write_error = |source| IndexError::Write { path: part_path(path), source };
     // First of all: whatever else went wrong may have come of it.
@@ -259,24 +261,12 @@ fn changes(path: &Path, file: &File, source: Source) -> io::Result<Option<Vec<&'
     Ok((!what.is_empty()).then_some(what))
 }
 
-/// Whose fault it was.
-#[derive(Debug)]
-enum Failure {
-    Read(io::Error),
-    Write(io::Error),
-}
-
-/// One image being read.
+/// One image of which a manifest is being made.
 struct Job<'a> {
     part: Part,
     shape: Shape,
-    pace: Pace<'a>,
     checkpoint: Duration,
     progress: &'a (dyn Fn(Progress) + Sync),
-    /// The block to be taken next.
-    next: AtomicU64,
-    /// Another thread has failed.
-    has_failed: AtomicBool,
     finished: Mutex<Finished>,
     done_bytes: AtomicU64,
     read_bytes: AtomicU64,
@@ -303,13 +293,7 @@ impl Finished {
 }
 
 impl<'a> Job<'a> {
-    fn new(
-        part: Part,
-        shape: Shape,
-        pace: Pace<'a>,
-        checkpoint: Duration,
-        progress: &'a (dyn Fn(Progress) + Sync),
-    ) -> Self {
+    fn new(part: Part, shape: Shape, checkpoint: Duration, progress: &'a (dyn Fn(Progress) + Sync)) -> Self {
         let marked = (part.done() * u64::from(shape.chunk_size)).min(shape.image_size);
         // The last block may be a short one.
         let low = if marked == shape.image_size { marked.div_ceil(BLOCK) } else { marked / BLOCK };
@@ -317,78 +301,34 @@ impl<'a> Job<'a> {
         Self {
             part,
             shape,
-            pace,
             checkpoint,
             progress,
-            next: AtomicU64::new(low),
-            has_failed: AtomicBool::new(false),
             finished: Mutex::new(Finished { low, beyond: BTreeSet::new(), marked: Some(clock::now()) }),
             done_bytes: AtomicU64::new(done_bytes),
             read_bytes: AtomicU64::new(0),
         }
     }
 
-    fn blocks(&self) -> u64 {
-        self.shape.image_size.div_ceil(BLOCK)
-    }
-
     fn is_complete(&self) -> bool {
-        self.low() == self.blocks()
+        self.low() == self.shape.image_size.div_ceil(BLOCK)
     }
 
     fn low(&self) -> u64 {
         self.finished.lock().unwrap_or_else(PoisonError::into_inner).low
     }
 
-    /// Works with this thread and `threads - 1` more.
-    fn run<R: Reader>(&self, threads: usize, reader: impl Fn() -> R + Sync) -> Result<(), Failure> {
-        thread::scope(|scope| {
-            let mut helpers = Vec::new();
-            for number in 1..threads {
-                let helper = thread::Builder::new().name(format!("index-{number}"));
-                match helper.spawn_scoped(scope, || self.work(&mut reader())) {
-                    Ok(helper) => helpers.push(helper),
-                    Err(error) => tracing::debug!(%error, "one thread less"),
-                }
-            }
-            let mut result = self.work(&mut reader());
-            for helper in helpers {
-                let other = helper.join().expect("reading and hashing do not panic");
-                result = result.and(other);
-            }
-            result
-        })
-    }
-
-    /// Takes blocks until there are none left or it is to stop.
-    fn work(&self, reader: &mut impl Reader) -> Result<(), Failure> {
-        let result = self.take_blocks(reader);
-        self.has_failed.fetch_or(result.is_err(), Ordering::Relaxed);
-        result
-    }
-
-    fn take_blocks(&self, reader: &mut impl Reader) -> Result<(), Failure> {
+    /// Does one block.
+    fn index(&self, reader: &mut dyn Reader, pace: &Pace<'_>, block: u64, range: ByteRange) -> Result<(), Failure> {
         let mut digests = Vec::new();
-        while !self.pace.is_cancelled() && !self.has_failed.load(Ordering::Relaxed) {
-            let block = self.next.fetch_add(1, Ordering::Relaxed);
-            if block >= self.blocks() {
-                break;
-            }
-            let range = ByteRange::between(block * BLOCK, self.shape.image_size.min((block + 1) * BLOCK));
-            digests.clear();
-            match reader.digests(range, &self.pace, &mut digests) {
-                Ok(bytes) => self.read_bytes.fetch_add(bytes, Ordering::Relaxed),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => break,
-                Err(error) => return Err(Failure::Read(error)),
-            };
-            // The file begins as one hole, and a hole in it stands for holes in the image.
-            if !crate::manifest::is_zero(&digests) {
-                self.part.write(range.start() / u64::from(self.shape.chunk_size), &digests).map_err(Failure::Write)?;
-            }
-            self.finish(block).map_err(Failure::Write)?;
-            let done = self.done_bytes.fetch_add(range.length(), Ordering::Relaxed) + range.length();
-            (self.progress)(Progress { done, total: self.shape.image_size });
+        let bytes = reader.digests(range, pace, &mut digests).map_err(Failure::Read)?;
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        // The file begins as one hole, and a hole in it stands for holes in the image.
+        if !crate::manifest::is_zero(&digests) {
+            self.part.write(range.start() / u64::from(self.shape.chunk_size), &digests).map_err(Failure::Write)?;
         }
+        self.finish(block).map_err(Failure::Write)?;
+        let done = self.done_bytes.fetch_add(range.length(), Ordering::Relaxed) + range.length();
+        (self.progress)(Progress { done, total: self.shape.image_size });
         Ok(())
     }
 

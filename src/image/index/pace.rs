@@ -1,7 +1,6 @@
 //! How fast an image may be read for its digests, and when that is to stop.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,9 +11,8 @@ use crate::clock;
 const GLANCE: Duration = Duration::from_millis(20);
 
 /// Shared by all threads that read one image.
-#[derive(Debug)]
 pub(super) struct Pace<'a> {
-    cancel: &'a AtomicBool,
+    is_cancelled: &'a (dyn Fn() -> bool + Sync),
     /// Bytes per second; `None`: as fast as it goes.
     rate: Option<u64>,
     /// When the next read may begin.
@@ -22,8 +20,8 @@ pub(super) struct Pace<'a> {
 }
 
 impl<'a> Pace<'a> {
-    pub(super) fn new(rate: Option<u64>, cancel: &'a AtomicBool) -> Self {
-        Self { cancel, rate, due: Mutex::new(clock::now()) }
+    pub(super) fn new(rate: Option<u64>, is_cancelled: &'a (dyn Fn() -> bool + Sync)) -> Self {
+        Self { is_cancelled, rate, due: Mutex::new(clock::now()) }
     }
 
     /// Waits until `bytes` may be read. An error of kind [`io::ErrorKind::Interrupted`]: it is to stop.
@@ -44,7 +42,7 @@ impl<'a> Pace<'a> {
     }
 
     pub(super) fn is_cancelled(&self) -> bool {
-        self.cancel.load(Ordering::Relaxed)
+        (self.is_cancelled)()
     }
 }
 
@@ -56,6 +54,7 @@ fn cost(bytes: u64, rate: u64) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     #[test]
     fn bytes_cost_time() {
@@ -67,7 +66,8 @@ mod tests {
     #[test]
     fn readers_share_one_rate_and_stop_when_told() {
         let cancel = AtomicBool::new(false);
-        let pace = Pace::new(Some(1000), &cancel);
+        let is_cancelled = || cancel.load(Ordering::Relaxed);
+        let pace = Pace::new(Some(1000), &is_cancelled);
         let began = clock::now();
         // The first begins at once, and the second when the first is paid for.
         pace.admit(50).unwrap();

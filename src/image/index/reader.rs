@@ -8,6 +8,7 @@ use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 use super::pace::Pace;
 use crate::disk::{self, Attached, File, Preference, Span};
 use crate::export::{Piece, SharedExport};
+use crate::image::Image;
 use crate::image::seal::read_exact_at;
 use crate::manifest::{ChunkHasher, Digest};
 use crate::ranges::ByteRange;
@@ -25,16 +26,24 @@ pub(super) trait Reader {
     fn digests(&mut self, block: ByteRange, pace: &Pace<'_>, output: &mut Vec<u8>) -> io::Result<u64>;
 }
 
+/// Reads `image`, whose contents are all in `file`.
+pub(super) fn reader_of(image: &Image, file: &Arc<File>, chunk_size: u32) -> io::Result<Box<dyn Reader>> {
+    if image.is_raw {
+        return Ok(Box::new(RawReader::new(Arc::clone(file), chunk_size)));
+    }
+    Ok(Box::new(ExportReader::new(SharedExport::clone(&image.export), chunk_size)?))
+}
+
 /// Reads a file that is the image, leaving out its holes.
 #[derive(Debug)]
-pub(super) struct RawReader {
+struct RawReader {
     file: Arc<File>,
     chunk_size: u64,
     buffer: Vec<u8>,
 }
 
 impl RawReader {
-    pub(super) fn new(file: Arc<File>, chunk_size: u32) -> Self {
+    fn new(file: Arc<File>, chunk_size: u32) -> Self {
         Self { file, chunk_size: u64::from(chunk_size), buffer: vec![0; to_usize(BUFFER)] }
     }
 
@@ -96,7 +105,7 @@ fn push_digests(bytes: &[u8], chunk_size: u64, output: &mut Vec<u8>) {
 }
 
 /// Reads an image through its export, for formats that are no plain bytes.
-pub(super) struct ExportReader {
+struct ExportReader {
     export: SharedExport,
     chunk_size: u64,
     buffer: Vec<u8>,
@@ -106,7 +115,7 @@ pub(super) struct ExportReader {
 }
 
 impl ExportReader {
-    pub(super) fn new(export: SharedExport, chunk_size: u32) -> io::Result<Self> {
+    fn new(export: SharedExport, chunk_size: u32) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
         let attached = runtime.block_on(async { disk::attach(Preference::Threads) })?;
         Ok(Self { export, chunk_size: u64::from(chunk_size), buffer: Vec::new(), _attached: attached, runtime })

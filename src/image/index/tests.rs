@@ -13,7 +13,7 @@ use crate::disk::{Preference, attach};
 use crate::export::conformance::{self, Random, sample_contents};
 use crate::image::{Image, manifest_path, open_image};
 use crate::manifest::{ImageId, of_bytes};
-use crate::units::{to_u64, to_usize};
+use crate::units::{MIB, to_u64, to_usize};
 
 struct Scratch(tempfile::TempDir);
 
@@ -350,4 +350,72 @@ fn the_background_gives_every_image_its_identity_and_stops_when_told() {
     background.stop();
     assert_eq!(one.export.facts().identity, first.id());
     assert_eq!(two.export.facts().identity, Some(of_bytes(&fs::read(second.path()).unwrap(), 65_536).0.id));
+}
+
+#[test]
+fn an_image_is_held_against_its_manifest_chunk_by_chunk() {
+    let scratch = Scratch::new();
+    let size = 3 * BLOCK + 100_000;
+    scratch.sparse(size, &[(0, sample_contents(to_usize(BLOCK), 1)), (2 * BLOCK, sample_contents(150_000, 2))]);
+    let check = |threads| {
+        let check = Check::open(&scratch.path(), Format::Raw).unwrap();
+        let found = Mutex::new((0, 0, Vec::new()));
+        let add = |checked: Checked| {
+            let mut found = found.lock().unwrap();
+            found.0 += checked.range.length();
+            found.1 += checked.chunks;
+            found.2.extend(checked.damaged.into_iter().map(|damaged| (damaged.range.start(), damaged.damage)));
+        };
+        check.run(threads, None, &|| false, &add).unwrap();
+        let (bytes, chunks, mut damaged) = found.into_inner().unwrap();
+        damaged.sort_unstable_by_key(|(start, _)| *start);
+        assert_eq!((bytes, chunks), (size, size.div_ceil(65_536)));
+        (damaged, check.differences())
+    };
+    assert!(matches!(Check::open(&scratch.path(), Format::Raw), Err(CheckError::NoManifest(_))));
+    index(&scratch, &settings(65_536, 1)).unwrap();
+    assert_eq!(check(3), (vec![], vec![]));
+    // In data, in a hole, and in the last, short chunk; behind its back.
+    let file = fs::File::options().write(true).open(scratch.path()).unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    for offset in [65_535, BLOCK + 5 * 65_536, size - 1] {
+        file.write_all_at(&[0xa5], offset).unwrap();
+    }
+    file.set_modified(modified).unwrap();
+    let damaged = [0, BLOCK + 5 * 65_536, size - size % 65_536].map(|start| (start, Damage::Wrong)).to_vec();
+    assert_eq!(check(1), (damaged.clone(), vec![]));
+    assert_eq!(check(3).0, damaged);
+    // What lies behind the end cannot be zero, though nothing but zeroes was there.
+    file.set_len(3 * BLOCK - 1).unwrap();
+    let (found, differences) = check(2);
+    assert_eq!(differences, ["size", "time of modification"]);
+    let behind = [3 * BLOCK - 65_536, 3 * BLOCK, 3 * BLOCK + 65_536].map(|start| (start, Damage::Unreadable));
+    assert_eq!(found, [&damaged[..2], &behind].concat());
+}
+
+#[test]
+fn a_check_says_why_it_found_out_nothing() {
+    let scratch = Scratch::new();
+    scratch.sparse(2 * BLOCK, &[(0, sample_contents(to_usize(2 * BLOCK), 1))]);
+    index(&scratch, &settings(4096, 1)).unwrap();
+    let open = || Check::open(&scratch.path(), Format::Raw);
+    let run =
+        |is_cancelled: bool, found: &(dyn Fn(Checked) + Sync)| open().unwrap().run(1, None, &|| is_cancelled, found);
+    assert!(matches!(run(true, &|_| {}), Err(CheckError::Cancelled)));
+    let result = run(false, &|_| touch(&scratch.path()));
+    assert!(matches!(result, Err(CheckError::Changed { what, .. }) if what == ["time of modification"]));
+    // An image that is served is checked against what it has, and nothing else.
+    let seal = scratch.image().seal.unwrap();
+    let served = || Check::of_served(&seal, Format::Raw);
+    assert!(matches!(served(), Err(CheckError::Unfit { source: Unfit::Changed(_), .. })));
+    index(&scratch, &settings(4096, 1)).unwrap();
+    assert!(served().is_ok());
+    let copy = scratch.0.path().join("copy");
+    fs::copy(scratch.path(), &copy).unwrap();
+    fs::rename(&copy, scratch.path()).unwrap();
+    assert!(matches!(served(), Err(CheckError::Replaced { .. })));
+    let mut manifest = scratch.manifest();
+    *manifest.last_mut().unwrap() ^= 1;
+    fs::write(manifest_path(&scratch.path()), manifest).unwrap();
+    assert!(matches!(run(false, &|_| {}), Err(CheckError::Unfit { source: Unfit::Damaged, .. })));
 }

@@ -16,19 +16,22 @@ use crate::upstream::{Expectation, Remote};
 
 /// How often the servers are asked.
 const EVERY: Duration = Duration::from_secs(60);
+/// How often they are asked in a debug build: tests set it here, in seconds.
+const EVERY_VARIABLE: &str = "HEADWATER_WATCH_SECONDS";
 /// After a replacement failed.
 const PAUSE: Duration = Duration::from_secs(10);
 
 impl Mirrors {
     /// Watches the newest generation of an image, for ever.
     pub(super) async fn watch(self, name: String) {
+        let every = period();
         while let Some(newest) = self.newest(&name)
             && let Some(remote) = newest.remote.clone()
         {
             let mut changed = remote.changed();
             if changed.borrow_and_update().is_empty() {
                 // Either way it is looked at. The sender lives as long as the remote.
-                let _ = tokio::time::timeout(EVERY, changed.changed()).await;
+                let _ = tokio::time::timeout(every, changed.changed()).await;
             }
             let looks: Vec<_> = remote.inspect().await.into_iter().map(|(_, look)| look.ok()).collect();
             let size = newest.mirror.share().size;
@@ -99,6 +102,13 @@ fn replacement(looks: &[Option<Facts>], size: u64, identity: Option<ImageId>) ->
     let all_other = looks.iter().all(|look| look.as_ref().is_some_and(is_other));
     // Without an identity nobody could tell the new cache from the next one.
     looks.iter().flatten().find(|facts| all_other && facts.identity.is_some())
+}
+
+/// How often the servers are asked.
+fn period() -> Duration {
+    let set = std::env::var(EVERY_VARIABLE).ok().filter(|_| cfg!(debug_assertions));
+    let seconds = set.and_then(|text| text.parse().ok());
+    seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).unwrap_or(EVERY)
 }
 
 fn identity_text(identity: Option<ImageId>) -> String {

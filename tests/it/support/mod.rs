@@ -1,7 +1,9 @@
 //! The program under test, and what is put around it.
 
+pub(crate) mod cache;
 pub(crate) mod client;
 pub(crate) mod guest;
+pub(crate) mod liar;
 pub(crate) mod link;
 pub(crate) mod peers;
 
@@ -76,6 +78,15 @@ pub(crate) fn headwater(log: &Path) -> Command {
     command
 }
 
+/// A mirror on a unix socket in `scratch`, with its cache there, not started yet; and where its log goes.
+pub(crate) fn mirror_command(scratch: &Scratch, name: &str, upstream: &str) -> (PathBuf, Command) {
+    let (log, socket) = (scratch.path(&format!("{name}.log")), scratch.path(&format!("{name}.sock")));
+    let cache = scratch.path(&format!("{name}.cache"));
+    let mut command = headwater(&log);
+    command.args(["mirror", upstream]).arg("--cache").arg(cache).arg("--unix").arg(socket);
+    (log, command)
+}
+
 /// Puts `program`, with its environment, at the end of the command line of `outer`, which is to start it.
 pub(crate) fn append<'a>(outer: &'a mut Command, program: &Command) -> &'a mut Command {
     let variables = program.get_envs().filter_map(|(name, value)| Some((name, value?)));
@@ -115,10 +126,8 @@ impl Daemon {
 
     /// As [`Self::mirror`], for several in one directory.
     pub(crate) fn mirror_named(scratch: &Scratch, name: &str, upstream: &str, arguments: &[&str]) -> Self {
-        let (log, socket) = (scratch.path(&format!("{name}.log")), scratch.path(&format!("{name}.sock")));
-        let cache = scratch.path(&format!("{name}.cache"));
-        let mut command = headwater(&log);
-        command.args(["mirror", upstream]).arg("--cache").arg(cache).arg("--unix").arg(socket).args(arguments);
+        let (log, mut command) = mirror_command(scratch, name, upstream);
+        command.args(arguments);
         Self::start(command, 1, &log)
     }
 

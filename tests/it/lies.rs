@@ -66,7 +66,6 @@ fn a_liar_beside_an_honest_server_fails_nothing() {
             } else {
                 assert!(of_liar["wrong_replies"].as_u64().unwrap() >= 3, "{lie:?}: {image}");
                 assert!(of_liar["set_aside_seconds"].as_f64().unwrap() > 200.0, "{lie:?}: {image}");
-                assert!(crate::support::cache::status(&scratch, &mirror)["images"][0] == image);
                 assert!(mirror.log_text().contains(liar.uri()), "the log names it");
             }
             assert_eq!(mirror.stop().sum("client left", "errors"), 0, "{lie:?}");
@@ -130,11 +129,9 @@ fn a_server_of_another_image_under_the_name_is_not_used() {
 #[test]
 fn servers_that_all_send_another_image_give_errors_and_nothing_else() {
     let scratch = Scratch::new();
-    let bytes = noise(4 << 20, 22);
-    let known = Some((
-        headwater::manifest::of_bytes(&bytes, CHUNK as u32).0.id.to_string(),
-        manifest(&bytes, CHUNK as u32),
-    ));
+    let bytes = noise(4 << 20, 25);
+    let known =
+        Some((headwater::manifest::of_bytes(&bytes, CHUNK as u32).0.id.to_string(), manifest(&bytes, CHUNK as u32)));
     let liar = Liar::start(&scratch, "liar", &noise(4 << 20, 23), known, (u64::MAX, Lie::Flip));
     let mirror = Daemon::mirror(&scratch, liar.uri(), &[]);
     let mut client = Client::open(mirror.uri());
@@ -198,12 +195,17 @@ fn bits_flipped_in_the_data_are_found_counted_and_mended() {
         let mut random = Random::new(41);
         for count in [1, 5, 40] {
             let hit = flip_bits(&stopped.file("data"), &mut random, count);
-            let is_stored = |place: &u64| stopped.bytes[*place as usize] != 0;
+            // There is a hole in one of the images; what is written to it nobody reads.
+            let is_stored = |place: &&u64| !is_indexed || !(3 * MIB..5 * MIB).contains(*place);
             let chunks: std::collections::BTreeSet<_> =
-                hit.iter().filter(|place| is_stored(place)).map(|place| place / CHUNK as u64).collect();
+                hit.iter().filter(is_stored).map(|place| place / CHUNK as u64).collect();
             let image = stopped.read_all();
             assert_eq!(number(&image, "verify_failures"), chunks.len() as u64, "{hit:?}");
-            assert_eq!(number(&image, "upstream_bytes"), (chunks.len() * CHUNK) as u64, "only what is damaged comes again");
+            assert_eq!(
+                number(&image, "upstream_bytes"),
+                (chunks.len() * CHUNK) as u64,
+                "only what is damaged comes again"
+            );
         }
         assert_eq!(number(&stopped.read_all(), "verify_failures"), 0, "it stays mended");
     }

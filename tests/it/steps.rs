@@ -168,12 +168,10 @@ fn a_mirror_that_evicts_and_pins_can_be_killed_at_any_moment() {
                     let uri = uri.clone();
                     scope.spawn(move || ground.read_until_its_end(&uri, 100 * round + reader, answered));
                 }
-                let mut orders = ["pin", "unpin"]
-                    .map(|verb| order(&ground.scratch, &mirror, &[verb, "image", "--range", "2M..3M"]));
+                let mut orders =
+                    ["pin", "unpin"].map(|verb| order(&ground.scratch, &mirror, &[verb, "image", "--range", "2M..3M"]));
                 // Until it is not there any more.
-                scope.spawn(move || {
-                    while orders.iter_mut().all(|order| order.output().unwrap().status.success()) {}
-                });
+                scope.spawn(move || while orders.iter_mut().all(|order| order.output().unwrap().status.success()) {});
                 eventually("moment", || answered.load(Ordering::SeqCst) >= moment);
                 mirror.kill();
             });

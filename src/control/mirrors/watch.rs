@@ -13,6 +13,7 @@ use super::open::fetch_manifest;
 use super::{Generation, MirrorError, Mirrors};
 use crate::export::{Facts, ImageId, SharedExport};
 use crate::upstream::{Expectation, Remote};
+use crate::worker::Workers;
 
 /// How often the servers are asked.
 const EVERY: Duration = Duration::from_secs(60);
@@ -25,9 +26,8 @@ impl Mirrors {
     /// Watches the newest generation of an image, for ever.
     pub(super) async fn watch(self, name: String) {
         let every = period();
-        while let Some(newest) = self.newest(&name)
-            && let Some(remote) = newest.remote.clone()
-        {
+        while let Some(newest) = self.newest(&name) {
+            let remote = Arc::clone(&newest.remote);
             let mut changed = remote.changed();
             if changed.borrow_and_update().is_empty() {
                 // Either way it is looked at. The sender lives as long as the remote.
@@ -52,12 +52,15 @@ impl Mirrors {
     async fn replace(&self, old: &Arc<Generation>, facts: &Facts) -> Result<(), MirrorError> {
         let image = &old.image;
         let Some(workers) = self.0.workers.upgrade() else { return Ok(()) };
-        let expectation =
-            Expectation { size: Some(facts.size), identity: facts.identity, not_through: Some(old.mirror.node()) };
-        let (uris, settings) = (image.uris.clone(), self.0.plan.upstream.clone());
-        let remote = Remote::open(uris, expectation, settings).await;
-        let remote = remote.map_err(|source| MirrorError::Upstream { name: image.name.clone(), source })?;
-        let new = self.open_generation(image, Arc::new(remote), facts.identity, &workers).await?;
+        let kept = facts.identity.and_then(|identity| self.of_identity(&image.name, identity));
+        let new = match kept {
+            Some(kept) => {
+                // Its servers are asked again at once, though none had it.
+                kept.remote.expect(facts.identity, kept.mirror.node());
+                kept
+            }
+            None => self.open_replacement(old, facts, &workers).await?,
+        };
         let (from, to) = (identity_text(old.mirror.image()), identity_text(facts.identity));
         tracing::warn!(
             name = image.name,
@@ -67,11 +70,32 @@ impl Mirrors {
         );
         let export: SharedExport = Arc::new(new.mirror.clone());
         self.0.registry.replace(&image.name, export);
-        self.start(Arc::new(new), &workers).await;
+        let mut generations = self.generations();
+        generations.retain(|generation| !Arc::ptr_eq(generation, &new));
+        generations.push(new);
+        drop(generations);
         if let Some(identity) = old.mirror.image() {
             self.register_older(image, identity, &old.mirror);
         }
         Ok(())
+    }
+
+    /// Opens what the upstream has now and never had before, as far as is known here.
+    async fn open_replacement(
+        &self,
+        old: &Generation,
+        facts: &Facts,
+        workers: &Arc<Workers>,
+    ) -> Result<Arc<Generation>, MirrorError> {
+        let image = &old.image;
+        let expectation =
+            Expectation { size: Some(facts.size), identity: facts.identity, not_through: Some(old.mirror.node()) };
+        let (uris, settings) = (image.uris.clone(), self.0.plan.upstream.clone());
+        let remote = Remote::open(uris, expectation, settings).await;
+        let remote = remote.map_err(|source| MirrorError::Upstream { name: image.name.clone(), source })?;
+        let new = self.open_generation(image, Arc::new(remote), facts.identity, workers).await?;
+        self.start(&new, workers).await;
+        Ok(Arc::new(new))
     }
 
     /// Takes the manifest of an image that had none, if there is one now.

@@ -48,7 +48,7 @@ impl Scratch {
     }
 }
 
-/// Bytes without zero blocks, the same for the same seed.
+/// Bytes without zero blocks, the same for the same seed. An even seed gives those of the next odd one.
 pub(crate) fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut random = Random::new(seed);
     let mut bytes = Vec::with_capacity(length + 8);

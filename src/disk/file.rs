@@ -208,6 +208,15 @@ impl File {
         self.pages_in_memory(range).is_none_or(|pages| pages == 0)
     }
 
+    /// Where the page cache is all the storage there is (tmpfs), it never lets go of anything. From now on such a file is
+    /// not asked for what is in memory: nothing is sent from its pages, and [`Self::drop_pages`] says yes.
+    pub fn forgo_pages_that_stay(&self) {
+        const TMPFS: rustix::fs::FsWord = 0x0102_1994;
+        if rustix::fs::fstatfs(&self.fd).is_ok_and(|figures| figures.f_type == TMPFS) {
+            self.residency.store(false, Ordering::Relaxed);
+        }
+    }
+
     /// The pages of the range, which is not empty, that are in memory ("cachestat(2)", Linux 6.5). `None` where that
     /// cannot be asked.
     fn pages_in_memory(&self, range: ByteRange) -> Option<u64> {

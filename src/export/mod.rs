@@ -6,7 +6,6 @@
 //! | [`facts`] | what an export says of itself: size, capabilities, identity, contexts |
 //! | [`file`] | a file as an export, for side exports |
 //! | [`registry`] | the exports of one server, by name |
-//! | [`gone`] | what is left of an image that nobody has any more |
 //! | [`memory`] | an image in memory, for tests and tools |
 //! | [`wrappers`] | exports over an export: record, gate, fault |
 //! | [`conformance`] | the suite that every implementation passes |
@@ -16,7 +15,6 @@
 pub mod conformance;
 pub mod facts;
 pub mod file;
-pub mod gone;
 pub mod memory;
 pub mod registry;
 pub mod wrappers;

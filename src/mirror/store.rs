@@ -302,6 +302,7 @@ impl Store {
         let geometry = header.geometry();
         let (data_path, map_path) = (directory.join("data"), directory.join("map"));
         let mut data = File::open(&data_path, Access::Create).map_err(failed("open", &data_path))?;
+        data.forgo_pages_that_stay();
         if existing.is_none() {
             // Whatever an interrupted start left is not named by any map.
             data.set_size(0).map_err(failed("empty", &data_path))?;

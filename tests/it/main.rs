@@ -9,6 +9,11 @@
 //! | `index` | manifests: made, announced, refused, named |
 //! | `mirror` | what reaches the upstream, and what clients get when it misbehaves |
 //! | `crash` | kill, restart, compare |
+//! | `steps` | a crash at each step of the order of writing |
+//! | `lies` | upstreams that send wrong bytes, and caches whose files are damaged |
+//! | `generations` | the upstream's image is replaced |
+//! | `versions` | images that have most chunks in common |
+//! | `bound` | the limit of a cache, its pins, full and failing disks |
 //! | `faults` | full disks, failing disks, refused io_uring |
 //! | `roles` | our client against our server: the conformance suite over a socket |
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
@@ -28,18 +33,23 @@
 )]
 
 mod admin;
+mod bound;
 mod command_line;
 mod crash;
 mod data_path;
 mod faults;
+mod generations;
 mod handshake;
 mod index;
 mod interop_clients;
 mod interop_upstreams;
 mod kernel;
+mod lies;
 mod mirror;
 mod roles;
 mod serve;
+mod steps;
 mod support;
 mod transmission;
 mod verify;
+mod versions;

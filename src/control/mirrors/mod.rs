@@ -147,8 +147,8 @@ struct Shared {
 struct Generation {
     image: PlannedImage,
     mirror: Mirror,
-    /// `None`: no server is known to have it any more.
-    remote: Option<Arc<Remote>>,
+    /// Uses servers only as long as they have this very image. Those of older ones may have it again some day.
+    remote: Arc<Remote>,
 }
 
 impl Mirrors {
@@ -189,7 +189,7 @@ impl Mirrors {
     async fn open_image(&self, image: PlannedImage, workers: &Arc<Workers>) -> Result<(), MirrorError> {
         let newest = self.open_newest(&image, workers).await?;
         let Share { size, resident, zero, .. } = newest.mirror.share();
-        let upstream = newest.remote.as_ref().map(|remote| remote.current().to_string()).unwrap_or_default();
+        let upstream = newest.remote.current().to_string();
         let identity = newest.mirror.image().map_or_else(|| "unknown".to_owned(), |id| id.to_string());
         let is_verified = newest.mirror.has_manifest();
         let name = &image.name;
@@ -205,7 +205,8 @@ impl Mirrors {
             ByteSize(resident)
         );
         self.0.registry.insert(name, Arc::new(newest.mirror.clone()))?;
-        self.start(Arc::new(newest), workers).await;
+        self.start(&newest, workers).await;
+        self.generations().push(Arc::new(newest));
         self.reopen_older(&image, workers).await;
         let this = self.clone();
         let name = image.name.clone();
@@ -214,10 +215,9 @@ impl Mirrors {
     }
 
     /// Keeps a generation running.
-    async fn start(&self, generation: Arc<Generation>, workers: &Arc<Workers>) {
+    async fn start(&self, generation: &Generation, workers: &Arc<Workers>) {
         let flusher = generation.mirror.clone();
         workers.run(move || flusher.run_flusher()).await;
-        self.generations().push(generation);
     }
 
     fn generations(&self) -> MutexGuard<'_, Vec<Arc<Generation>>> {
@@ -226,9 +226,15 @@ impl Mirrors {
 
     /// The generation of an image that new clients get.
     fn newest(&self, name: &str) -> Option<Arc<Generation>> {
-        let generations = self.generations();
-        let of_image = |generation: &&Arc<Generation>| generation.image.name == name && generation.remote.is_some();
-        generations.iter().rev().find(of_image).cloned()
+        self.generations().iter().rev().find(|generation| generation.image.name == name).cloned()
+    }
+
+    /// The generation of an image that holds this.
+    fn of_identity(&self, name: &str, identity: ImageId) -> Option<Arc<Generation>> {
+        let is_it = |generation: &&Arc<Generation>| {
+            generation.image.name == name && generation.mirror.image() == Some(identity)
+        };
+        self.generations().iter().find(is_it).cloned()
     }
 
     /// Makes everything durable.
@@ -246,8 +252,7 @@ impl Generation {
             tracing::error!(name, "cannot make everything durable: its worker died");
         }
         let Share { resident, zero, .. } = mirror.share();
-        let Some(remote) = &self.remote else { return };
-        let (stats, upstream) = (mirror.stats(), remote.stats());
+        let (stats, upstream) = (mirror.stats(), self.remote.stats());
         tracing::info!(
             name,
             resident,

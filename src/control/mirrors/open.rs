@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Generation, KEPT_GENERATIONS, MirrorError, Mirrors, PlannedImage};
-use crate::export::gone::Gone;
 use crate::export::{Export, Facts, ImageId, SharedExport};
 use crate::mirror::{Cache, ManifestError, Mirror, Truth};
 use crate::upstream::{Expectation, OpenError, Remote};
@@ -55,7 +54,7 @@ impl Mirrors {
         let opened = tokio::task::spawn_blocking(open).await;
         let mirror = opened.map_err(|_| MirrorError::Died(image.name.clone()))??;
         remote.expect(mirror.image(), mirror.node());
-        Ok(Generation { image: image.clone(), mirror, remote: Some(remote) })
+        Ok(Generation { image: image.clone(), mirror, remote })
     }
 
     /// The cache that was used last, of all that an image has.
@@ -108,31 +107,30 @@ impl Mirrors {
     fn cache_of(&self, name: &str, identity: Option<ImageId>, size: u64) -> Result<Cache, MirrorError> {
         let root = &self.0.plan.cache;
         let Some(identity) = identity else { return Ok(Cache::open(root, name)?) };
-        for path in Cache::versions(root, name).into_iter().filter(|path| !self.is_in_use(path)) {
+        for path in Cache::versions(root, name) {
+            // What is in use here holds something else.
+            if self.is_open(&path) {
+                continue;
+            }
             let cache = Cache::reopen(&path)?;
             if cache.identity() == Some(identity) {
                 return Ok(cache);
             }
         }
-        let is_first_in_use = self.is_in_use(&Cache::path(root, name)?);
-        if Cache::exists(root, name) && !is_first_in_use {
-            let first = Cache::open(root, name)?;
-            let is_same = match first.identity() {
-                Some(known) => known == identity,
-                // Filled when nothing was known of it. Each chunk will be held against the manifest.
-                None => first.header().is_none_or(|header| header.image_size == size),
-            };
-            if is_same {
-                return Ok(first);
-            }
-        } else if !is_first_in_use {
-            return Ok(Cache::open(root, name)?);
+        if self.is_open(&Cache::path(root, name)?) {
+            return Ok(Cache::open_version(root, name, identity)?);
         }
-        Ok(Cache::open_version(root, name, identity)?)
+        let first = Cache::open(root, name)?;
+        let is_same = match first.identity() {
+            Some(known) => known == identity,
+            // Filled when nothing was known of it. Each chunk will be held against the manifest.
+            None => first.header().is_none_or(|header| header.image_size == size),
+        };
+        if is_same { Ok(first) } else { Ok(Cache::open_version(root, name, identity)?) }
     }
 
-    /// Whether a generation here uses the cache in this directory.
-    fn is_in_use(&self, path: &Path) -> bool {
+    /// Whether a cache is in use here.
+    fn is_open(&self, path: &Path) -> bool {
         self.generations().iter().any(|generation| generation.mirror.directory() == path)
     }
 
@@ -174,7 +172,7 @@ impl Mirrors {
         let root = &self.0.plan.cache;
         let mut paths = Cache::versions(root, &image.name);
         paths.extend(Cache::path(root, &image.name).ok().filter(|path| path.exists()));
-        paths.retain(|path| !self.is_in_use(path));
+        paths.retain(|path| !self.is_open(path));
         for (index, path) in paths.into_iter().enumerate() {
             if let Err(error) = self.reopen_one(image, &path, index < KEPT_GENERATIONS, workers).await {
                 tracing::warn!(path = %path.display(), %error, "cannot use the cache of an older generation");
@@ -201,11 +199,17 @@ impl Mirrors {
         facts.identity = Some(identity);
         let settings = crate::mirror::Settings { chunk_size: None, ..self.0.plan.mirror.clone() };
         let (name, space) = (image.name.clone(), Arc::clone(&self.0.space));
-        let lower: SharedExport = Arc::new(Gone::new(facts));
+        // Its servers are asked only when somebody reads what is not here.
+        let expectation =
+            Expectation { identity: Some(identity), not_through: Some(header.node), ..Expectation::default() };
+        let remote = Arc::new(Remote::offline(image.uris.clone(), facts, expectation, self.0.plan.upstream.clone()));
+        let lower: SharedExport = Arc::<Remote>::clone(&remote);
         let open = move || Mirror::open(name, cache, lower, None, &space, &settings);
         let mirror = tokio::task::spawn_blocking(open).await.map_err(|_| MirrorError::Died(image.name.clone()))??;
         self.register_older(image, identity, &mirror);
-        self.start(Arc::new(Generation { image: image.clone(), mirror, remote: None }), workers).await;
+        let generation = Generation { image: image.clone(), mirror, remote };
+        self.start(&generation, workers).await;
+        self.generations().insert(0, Arc::new(generation));
         Ok(())
     }
 

@@ -45,8 +45,8 @@ impl Generation {
                 verify_failures: stats.damaged_chunks.value() + stats.wrong_replies.value(),
                 damaged_pages: stats.damaged_pages.value(),
                 unstored_chunks: stats.unstored_chunks.value(),
-                upstream_bytes: self.remote.as_ref().map_or(0, |remote| remote.stats().received_bytes.value()),
-                upstreams: self.remote.iter().flat_map(|remote| remote.servers()).map(upstream).collect(),
+                upstream_bytes: self.remote.stats().received_bytes.value(),
+                upstreams: self.remote.servers().into_iter().map(upstream).collect(),
             }),
         }
     }

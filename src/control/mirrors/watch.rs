@@ -13,22 +13,25 @@ use super::open::fetch_manifest;
 use super::{Generation, MirrorError, Mirrors};
 use crate::export::{Facts, ImageId, SharedExport};
 use crate::upstream::{Expectation, Remote};
+use crate::worker::Workers;
 
 /// How often the servers are asked.
 const EVERY: Duration = Duration::from_secs(60);
+/// How often they are asked in a debug build: tests set it here, in seconds.
+const EVERY_VARIABLE: &str = "HEADWATER_WATCH_SECONDS";
 /// After a replacement failed.
 const PAUSE: Duration = Duration::from_secs(10);
 
 impl Mirrors {
     /// Watches the newest generation of an image, for ever.
     pub(super) async fn watch(self, name: String) {
-        while let Some(newest) = self.newest(&name)
-            && let Some(remote) = newest.remote.clone()
-        {
+        let every = period();
+        while let Some(newest) = self.newest(&name) {
+            let remote = Arc::clone(&newest.remote);
             let mut changed = remote.changed();
             if changed.borrow_and_update().is_empty() {
                 // Either way it is looked at. The sender lives as long as the remote.
-                let _ = tokio::time::timeout(EVERY, changed.changed()).await;
+                let _ = tokio::time::timeout(every, changed.changed()).await;
             }
             let looks: Vec<_> = remote.inspect().await.into_iter().map(|(_, look)| look.ok()).collect();
             let size = newest.mirror.size();
@@ -48,29 +51,16 @@ impl Mirrors {
     /// Opens what the upstream has now beside what it had, for all who connect from now on.
     async fn replace(&self, old: &Arc<Generation>, facts: &Facts) -> Result<(), MirrorError> {
         let image = &old.image;
-        // Under another name too, for clients that know it by its content.
-        if let Some(identity) = old.mirror.image() {
-            self.register_older(image, identity, &old.mirror);
-        }
-        if let Some(known) = self.earlier(&image.name, facts.identity) {
-            tracing::warn!(
-                name = image.name,
-                to = identity_text(facts.identity),
-                "the upstream has an earlier image again"
-            );
-            self.0.registry.replace(&image.name, Arc::new(known.mirror.clone()));
-            let mut generations = self.generations();
-            generations.retain(|generation| !Arc::ptr_eq(generation, &known));
-            generations.push(known);
-            return Ok(());
-        }
         let Some(workers) = self.0.workers.upgrade() else { return Ok(()) };
-        let expectation =
-            Expectation { size: Some(facts.size), identity: facts.identity, not_through: Some(old.mirror.node()) };
-        let (uris, settings) = (image.uris.clone(), self.0.plan.upstream.clone());
-        let remote = Remote::open(uris, expectation, settings).await;
-        let remote = remote.map_err(|source| MirrorError::Upstream { name: image.name.clone(), source })?;
-        let new = self.open_generation(image, Arc::new(remote), facts.identity, &workers).await?;
+        let kept = facts.identity.and_then(|identity| self.of_identity(&image.name, identity));
+        let new = match kept {
+            Some(kept) => {
+                // Its servers are asked again at once, though none had it.
+                kept.remote.expect(facts.identity, kept.mirror.node());
+                kept
+            }
+            None => self.open_replacement(old, facts, &workers).await?,
+        };
         let (from, to) = (identity_text(old.mirror.image()), identity_text(facts.identity));
         tracing::warn!(
             name = image.name,
@@ -80,17 +70,32 @@ impl Mirrors {
         );
         let export: SharedExport = Arc::new(new.mirror.clone());
         self.0.registry.replace(&image.name, export);
-        self.start(Arc::new(new), &workers).await;
+        let mut generations = self.generations();
+        generations.retain(|generation| !Arc::ptr_eq(generation, &new));
+        generations.push(new);
+        drop(generations);
+        if let Some(identity) = old.mirror.image() {
+            self.register_older(image, identity, &old.mirror);
+        }
         Ok(())
     }
 
-    /// The generation of an image that has this identity, if it is still here with its upstream.
-    fn earlier(&self, name: &str, identity: Option<ImageId>) -> Option<Arc<Generation>> {
-        let generations = self.generations();
-        let is_it = |generation: &&Arc<Generation>| {
-            generation.image.name == name && generation.remote.is_some() && generation.mirror.image() == identity
-        };
-        generations.iter().find(is_it).cloned()
+    /// Opens what the upstream has now and never had before, as far as is known here.
+    async fn open_replacement(
+        &self,
+        old: &Generation,
+        facts: &Facts,
+        workers: &Arc<Workers>,
+    ) -> Result<Arc<Generation>, MirrorError> {
+        let image = &old.image;
+        let expectation =
+            Expectation { size: Some(facts.size), identity: facts.identity, not_through: Some(old.mirror.node()) };
+        let (uris, settings) = (image.uris.clone(), self.0.plan.upstream.clone());
+        let remote = Remote::open(uris, expectation, settings).await;
+        let remote = remote.map_err(|source| MirrorError::Upstream { name: image.name.clone(), source })?;
+        let new = self.open_generation(image, Arc::new(remote), facts.identity, workers).await?;
+        self.start(&new, workers).await;
+        Ok(Arc::new(new))
     }
 
     /// Takes the manifest of an image that had none, if there is one now.
@@ -128,6 +133,13 @@ fn replacement(looks: &[Option<Facts>], size: u64, identity: Option<ImageId>) ->
 fn sought(looks: &[Option<Facts>], identity: Option<ImageId>) -> Option<ImageId> {
     let mut told = looks.iter().flatten().filter_map(|facts| facts.identity);
     identity.or_else(|| told.next().filter(|first| told.all(|other| other == *first)))
+}
+
+/// How often the servers are asked.
+fn period() -> Duration {
+    let set = std::env::var(EVERY_VARIABLE).ok().filter(|_| cfg!(debug_assertions));
+    let seconds = set.and_then(|text| text.parse().ok());
+    seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).unwrap_or(EVERY)
 }
 
 fn identity_text(identity: Option<ImageId>) -> String {

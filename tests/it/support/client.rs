@@ -344,6 +344,17 @@ impl Client {
         self.ask(command::READ, offset, length).bytes()
     }
 
+    /// As [`Self::read`], from a server that may answer with an error or die.
+    pub(crate) fn try_read(&mut self, offset: u64, length: u64) -> io::Result<Vec<u8>> {
+        let mut output = BytesMut::new();
+        let header = Header { flags: 0, command: command::READ, cookie: offset, offset, length };
+        request::encode(&mut output, self.mode(), header);
+        self.reads.insert(offset, usize::try_from(length).unwrap());
+        self.socket.write_all(&output)?;
+        let reply = self.try_receive()?;
+        reply.error.map_or_else(|| Ok(reply.bytes()), |error| Err(io::Error::other(format!("{error:?}"))))
+    }
+
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Option<ErrorKind> {
         self.ask_with(command::WRITE, CommandFlags::empty(), offset, data.len() as u64, data).error
     }

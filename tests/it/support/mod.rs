@@ -1,7 +1,9 @@
 //! The program under test, and what is put around it.
 
+pub(crate) mod cache;
 pub(crate) mod client;
 pub(crate) mod guest;
+pub(crate) mod liar;
 pub(crate) mod link;
 pub(crate) mod peers;
 
@@ -46,7 +48,7 @@ impl Scratch {
     }
 }
 
-/// Bytes without zero blocks, the same for the same seed.
+/// Bytes without zero blocks, the same for the same seed. An even seed gives those of the next odd one.
 pub(crate) fn noise(length: usize, seed: u64) -> Vec<u8> {
     let mut random = Random::new(seed);
     let mut bytes = Vec::with_capacity(length + 8);
@@ -74,6 +76,15 @@ pub(crate) fn headwater(log: &Path) -> Command {
     let log = fs::File::options().create(true).append(true).open(log).unwrap();
     command.args(["--log-format=json", "--log-level=debug"]).stdout(Stdio::piped()).stderr(log);
     command
+}
+
+/// A mirror on a unix socket in `scratch`, with its cache there, not started yet; and where its log goes.
+pub(crate) fn mirror_command(scratch: &Scratch, name: &str, upstream: &str) -> (PathBuf, Command) {
+    let (log, socket) = (scratch.path(&format!("{name}.log")), scratch.path(&format!("{name}.sock")));
+    let cache = scratch.path(&format!("{name}.cache"));
+    let mut command = headwater(&log);
+    command.args(["mirror", upstream]).arg("--cache").arg(cache).arg("--unix").arg(socket);
+    (log, command)
 }
 
 /// Puts `program`, with its environment, at the end of the command line of `outer`, which is to start it.
@@ -115,10 +126,8 @@ impl Daemon {
 
     /// As [`Self::mirror`], for several in one directory.
     pub(crate) fn mirror_named(scratch: &Scratch, name: &str, upstream: &str, arguments: &[&str]) -> Self {
-        let (log, socket) = (scratch.path(&format!("{name}.log")), scratch.path(&format!("{name}.sock")));
-        let cache = scratch.path(&format!("{name}.cache"));
-        let mut command = headwater(&log);
-        command.args(["mirror", upstream]).arg("--cache").arg(cache).arg("--unix").arg(socket).args(arguments);
+        let (log, mut command) = mirror_command(scratch, name, upstream);
+        command.args(arguments);
         Self::start(command, 1, &log)
     }
 

@@ -264,7 +264,7 @@ impl Space {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let freed = self.freed.notified();
-            let evicted = self.stats.evicted_bytes.get();
+            let evicted = self.stats.evicted_bytes.value();
             if let Some(reservation) = self.try_reserve(bytes) {
                 return Some(reservation);
             }
@@ -272,7 +272,7 @@ impl Space {
             self.wanted.notify_one();
             // Others may have taken what was given back. If nothing was, asking again does not help.
             let in_time = timeout_at(deadline, freed).await.is_ok();
-            if !in_time || self.stats.evicted_bytes.get() == evicted {
+            if !in_time || self.stats.evicted_bytes.value() == evicted {
                 return self.try_reserve(bytes);
             }
         }

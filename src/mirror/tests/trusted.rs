@@ -358,6 +358,8 @@ fn what_is_not_durable_yet_can_be_evicted_after_a_flush() {
                 read(&mirror, window.start(), window.end()).await.unwrap()
                     == contents[to_usize(window.start())..to_usize(window.end())]
             );
+            // The answer does not wait for room; what was stored does.
+            mirror.0.stored().await;
             here.check_bound();
         }
         assert!(here.space.stats().evicted_chunks.value() > 0);

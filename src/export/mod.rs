@@ -66,7 +66,7 @@ impl Piece {
 pub struct FileRange {
     /// The file.
     pub file: Arc<File>,
-    /// Where in the file; never empty.
+    /// Where in the file, which is where in the export; never empty.
     pub range: ByteRange,
     /// Whoever keeps this keeps the file's owner from changing those bytes.
     pub hold: Option<Hold>,

@@ -57,7 +57,7 @@ impl Space {
     /// Gives space back until there is enough, or none can be given back.
     pub async fn make_room(&self) {
         loop {
-            let shortage = self.shortage();
+            let shortage = if self.is_disk_out() { 0 } else { self.shortage() };
             if shortage == 0 {
                 self.lacking.store(0, Ordering::Release);
                 // Who waits may have asked before others gave back what they did not need.
@@ -215,7 +215,7 @@ impl Inner {
         let whole = ByteRange::between(range.start(), range.end().next_multiple_of(page));
         let result = data.punch(whole).await;
         match &result {
-            Ok(()) => self.space.disk_worked(),
+            Ok(()) => {}
             Err(error) => self.disk_failed("cannot give space back", error),
         }
         result.is_ok()

@@ -22,7 +22,7 @@ use super::arrival::{Arrival, Write, contiguous, split};
 use super::chunks::{Chunk, State};
 use super::flight::{ChunkData, Claim, Slice};
 use super::flusher::Epoch;
-use super::space::Reservation;
+use super::space::{Reservation, is_full};
 use super::{EXTENTS_PATIENCE, Inner, Truth};
 use crate::clock;
 use crate::disk::Inline;
@@ -492,26 +492,11 @@ impl Inner {
             self.space.ask(to_u64(slice.len()) + SPARE).await;
             result = self.write_data(&slice, offset).await;
         }
-        match &result {
-            Ok(()) => self.space.disk_worked(),
-            Err(error) => {
-                self.stats.unstored_chunks.add(to_u64(arrivals.len()));
-                self.disk_failed("cannot store what was fetched: serving without storing", error);
-            }
+        if let Err(error) = &result {
+            self.stats.unstored_chunks.add(to_u64(arrivals.len()));
+            self.disk_failed("cannot store what was fetched: serving without storing", error);
         }
-        let mut table = self.flights.lock();
-        let is_stored = result.is_ok() && room.epoch == self.pending.epoch();
-        for (arrival, checksum) in arrivals.iter().zip(checksums) {
-            // Also what could not be written whole: a part of it may be there.
-            self.charge(arrival.chunk, room);
-            if is_stored {
-                self.states.set_checksum(arrival.chunk, checksum);
-                self.states.set(arrival.chunk, State::Volatile);
-                table.remove(&arrival.chunk);
-            }
-        }
-        drop(table);
-        if !is_stored {
+        if !self.note_stored(arrivals, &checksums, result.is_ok(), room) {
             for arrival in arrivals {
                 self.give_back(arrival.chunk).await;
                 self.flights.lock().remove(&arrival.chunk);
@@ -525,6 +510,22 @@ impl Inner {
             }
         }
         crash_point("written, not synced");
+    }
+
+    /// Charges chunks that have been written, and says so in their states if they may be read: gives whether.
+    fn note_stored(&self, arrivals: &[Arrival], checksums: &[u32], is_written: bool, room: &Room) -> bool {
+        let mut table = self.flights.lock();
+        let is_stored = is_written && room.epoch == self.pending.epoch();
+        for (arrival, checksum) in arrivals.iter().zip(checksums) {
+            // Also what could not be written whole: a part of it may be there.
+            self.charge(arrival.chunk, room);
+            if is_stored {
+                self.states.set_checksum(arrival.chunk, *checksum);
+                self.states.set(arrival.chunk, State::Volatile);
+                table.remove(&arrival.chunk);
+            }
+        }
+        is_stored
     }
 
     async fn write_data(&self, slice: &Slice, offset: u64) -> io::Result<()> {
@@ -571,8 +572,4 @@ impl Room {
             reservation.borrow_mut().keep(bytes);
         }
     }
-}
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
 }

@@ -208,7 +208,7 @@ impl Mirror {
             }
             None => Header {
                 image_size: facts.size,
-                chunk_size: chunk_size.or(truth.as_ref().map(Truth::chunk_size)).unwrap_or(DEFAULT_CHUNK_SIZE),
+                chunk_size: chunk_size.or_else(|| truth.as_ref().map(Truth::chunk_size)).unwrap_or(DEFAULT_CHUNK_SIZE),
                 node: random_node(),
                 identity: truth.as_ref().map(Truth::id).or(facts.identity),
             },
@@ -216,6 +216,9 @@ impl Mirror {
         let geometry = header.geometry();
         let (store, states, loaded) = Store::attach(cache, &header)?;
         loaded.tell(&name);
+        if space.settings().limit.is_some() || space.settings().reserve > 0 {
+            store.try_punching()?;
+        }
         let (pins, pins_error) = Pins::load(store.directory(), geometry.size());
         if let Some(error) = pins_error {
             tracing::warn!(image = name, error, "cannot read the pins: nothing is pinned");

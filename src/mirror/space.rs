@@ -13,7 +13,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
@@ -35,6 +35,8 @@ const SMALLEST_HEADROOM: u64 = 2 * MIB;
 const LARGEST_HEADROOM: u64 = 64 * MIB;
 /// Failures of the disk, without a success in between, after which it is not used any more.
 const DISK_FAILURES: u32 = 8;
+/// Failures that are less apart are one.
+const FAILURES_APART: Duration = Duration::from_millis(100);
 
 /// What an operator may set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -137,7 +139,7 @@ pub struct Space {
     pub(super) asked: AtomicU64,
     /// Some has been given back, or none could be.
     pub(super) freed: Notify,
-    failures: AtomicU32,
+    failures: Mutex<Failures>,
     is_disk_out: AtomicBool,
     stats: SpaceStats,
 }
@@ -162,7 +164,7 @@ impl Space {
             lacking: AtomicU64::new(0),
             asked: AtomicU64::new(0),
             freed: Notify::new(),
-            failures: AtomicU32::new(0),
+            failures: Mutex::default(),
             is_disk_out: AtomicBool::new(false),
             stats: SpaceStats::default(),
         })
@@ -382,17 +384,18 @@ impl Space {
         self.is_disk_out.load(Ordering::Acquire)
     }
 
-    /// The disk did what it should.
+    fn failures(&self) -> MutexGuard<'_, Failures> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The disk did what it should: it gave bytes, or made them durable. That the page cache took some says nothing.
     pub(super) fn disk_worked(&self) {
-        if self.failures.load(Ordering::Relaxed) != 0 {
-            self.failures.store(0, Ordering::Relaxed);
-        }
+        self.failures().count = 0;
     }
 
     /// The disk failed. A full one has not.
     pub(super) fn disk_failed(&self, error: &std::io::Error) {
-        let is_full = matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT));
-        if is_full || self.failures.fetch_add(1, Ordering::Relaxed) + 1 < DISK_FAILURES {
+        if is_full(error) || !self.failures().add(Instant::now()) {
             return;
         }
         if !self.is_disk_out.swap(true, Ordering::AcqRel) {
@@ -403,6 +406,30 @@ impl Space {
             );
             self.members().iter().for_each(|member| member.abandon_disk());
         }
+    }
+}
+
+/// Whether a disk has no room, which is no failure of it.
+pub(super) fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
+}
+
+/// Failures of the disk since it worked last.
+#[derive(Debug, Default)]
+struct Failures {
+    count: u32,
+    last: Option<Instant>,
+}
+
+impl Failures {
+    /// Notes a failure; gives whether they are too many. One place that cannot be read fails many chunks at once, and
+    /// counts as one.
+    fn add(&mut self, now: Instant) -> bool {
+        if self.count == 0 || self.last.is_none_or(|last| now.saturating_duration_since(last) >= FAILURES_APART) {
+            self.count += 1;
+            self.last = Some(now);
+        }
+        self.count >= DISK_FAILURES
     }
 }
 

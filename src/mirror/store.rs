@@ -324,6 +324,15 @@ impl Store {
         Ok((store, states, loaded))
     }
 
+    /// Refuses a file system that cannot take back a part of a file: a limit could not be kept there. Blocks.
+    pub(super) fn try_punching(&self) -> Result<(), CacheError> {
+        let beyond = self.geometry.size().next_multiple_of(to_u64(BLOCK));
+        let range = ByteRange::between(beyond, beyond + to_u64(BLOCK));
+        self.data
+            .punch_now(range)
+            .map_err(failed("give back a part of (fallocate) with a limit of the cache", self.data.path()))
+    }
+
     /// Where it is.
     pub(super) fn directory(&self) -> &Path {
         &self.directory

@@ -310,7 +310,12 @@ impl Inner {
         if !std::mem::take(&mut part.is_warm) && !file.is_in_memory(*range) {
             return Ok(Sent::NotInMemory(part.place.clone()));
         }
-        socket.try_send_file(file, range.start(), to_usize(range.length())).map(Sent::Bytes)
+        match socket.try_send_file(file, range.start(), to_usize(range.length())) {
+            // The kernel counts pages that it could not read as being there. Whoever reads it finds out what is to be
+            // done about it.
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(Sent::NotInMemory(part.place.clone())),
+            result => result.map(Sent::Bytes),
+        }
     }
 
     /// What one send can take from the front on, and whether a file follows.

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::support::cache::{Sampler, allocated, assert_holds, image_status, order, status};
 use crate::support::client::Client;
-use crate::support::{Daemon, Scratch, append, headwater, mirror_command, noise, run, run_failing};
+use crate::support::{Daemon, Scratch, append, eventually, headwater, mirror_command, noise, run, run_failing};
 
 const MIB: u64 = 1 << 20;
 
@@ -62,8 +62,12 @@ fn a_cache_never_takes_more_than_its_limit() {
         assert_eq!((number("limit_bytes"), told["policy"].as_str()), (10 * MIB, Some(policy)));
         assert!(number("evictions") > 20, "{told}");
         assert!(number("allocated_bytes") + number("in_flight_bytes") <= 10 * MIB, "{told}");
-        let taken = allocated(&scratch.path("mirror.cache"));
-        assert!(taken <= number("allocated_bytes"), "{taken} bytes are taken: {told}");
+        // What was answered last is stored a little later.
+        eventually("the account has what is on the disk", || {
+            let taken = allocated(&scratch.path("mirror.cache"));
+            let told = status(&scratch, &mirror)["cache"].clone();
+            taken <= told["allocated_bytes"].as_u64().unwrap()
+        });
         assert_eq!(mirror.stop().sum("client left", "errors"), 0);
         let most = sampler.most();
         assert!((7 * MIB..=10 * MIB).contains(&most), "{policy}: {most} bytes");
@@ -102,7 +106,7 @@ fn pins_are_kept_whatever_else_is_read() {
     let mirror = mirror_all(&scratch, &server, &["--cache-size=10M"]);
     let pin = |mirror: &Daemon, arguments: &[&str]| order(&scratch, mirror, &[&["pin"], arguments].concat());
     let told = run(&mut pin(&mirror, &["a", "--range", "1M..4M"]));
-    assert!(told.contains("3M pinned, 3M of it not here yet"), "{told}");
+    assert!(told.contains("3M pinned, 0 of it here"), "{told}");
     let refused = run_failing(&mut pin(&mirror, &["b"]));
     for part in [
         "pinning this keeps 12.0M on the disk",
@@ -219,21 +223,16 @@ fn what_the_disk_does_not_give_comes_from_the_upstream() {
     let (server, bytes) = single(&scratch, 14);
     let (mirror, seen) = mirror_on(&scratch, server.uri(), EXT4, &[]);
     assert_holds(mirror.uri(), &bytes);
-    crate::support::eventually("everything here", || {
+    eventually("everything here", || {
         image_status(&scratch, &mirror, "image")["mirror"]["resident_bytes"] == 14 * MIB
     });
     forget_pages(&seen.join("image/data"));
     // The disk loses its second half: a read of it is an I/O error.
     let backing = File::options().write(true).open(scratch.path("disk.raw")).unwrap();
     backing.set_len(12 * MIB).unwrap();
-    // In short reads, which are answered by copying.
-    let mut client = Client::open(mirror.uri());
     for _ in 0..2 {
-        for (start, part) in (0..).step_by(8192).zip(bytes.chunks(8192)) {
-            assert!(client.read(start, part.len() as u64) == part, "wrong bytes at {start}");
-        }
+        assert_holds(mirror.uri(), &bytes);
     }
-    drop(client);
     let told = image_status(&scratch, &mirror, "image")["mirror"].clone();
     assert!(told["upstream_bytes"].as_u64().unwrap() > 15 * MIB, "nothing was lost: {told}");
     assert!(mirror.log_text().contains("cannot read the cache: fetching instead"));

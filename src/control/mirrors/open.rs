@@ -65,7 +65,14 @@ impl Mirrors {
             paths.extend(Cache::path(root, name).ok());
         }
         paths.sort_by_key(|path| std::cmp::Reverse(Cache::last_used(path)));
-        Ok(paths.first().map(|path| Cache::reopen(path)).transpose()?)
+        // One whose making was cut off says nothing.
+        for path in paths {
+            let cache = Cache::reopen(&path)?;
+            if cache.header().is_some() {
+                return Ok(Some(cache));
+            }
+        }
+        Ok(None)
     }
 
     /// Connects to the upstream. A cache that knows its image does without for now. Tells what image it is, if that is

@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::open::fetch_manifest;
 use super::{Generation, MirrorError, Mirrors};
 use crate::export::{Facts, ImageId, SharedExport};
+use crate::mirror::ManifestError;
 use crate::upstream::{Expectation, Remote};
 use crate::worker::Workers;
 
@@ -26,6 +27,8 @@ impl Mirrors {
     /// Watches the newest generation of an image, for ever.
     pub(super) async fn watch(self, name: String) {
         let every = period();
+        // What was tried and will never do.
+        let mut refused = None;
         while let Some(newest) = self.newest(&name) {
             let remote = Arc::clone(&newest.remote);
             let mut changed = remote.changed();
@@ -43,7 +46,12 @@ impl Mirrors {
             } else if !changed.borrow().is_empty() {
                 tokio::time::sleep(PAUSE).await;
             } else if !newest.mirror.has_manifest() {
-                self.seek_manifest(&newest, &remote, &looks).await;
+                let identity = sought(&looks, newest.mirror.image()).filter(|identity| refused != Some(*identity));
+                if let Some(identity) = identity
+                    && let Err(ManifestError::ChunkSize { .. }) = self.take_manifest(&newest, identity).await
+                {
+                    refused = Some(identity);
+                }
             }
         }
     }
@@ -98,22 +106,22 @@ impl Mirrors {
         Ok(Arc::new(new))
     }
 
-    /// Takes the manifest of an image that had none, if there is one now.
-    async fn seek_manifest(&self, newest: &Generation, remote: &Arc<Remote>, looks: &[Option<Facts>]) {
-        let name = &newest.image.name;
-        let Some(identity) = sought(looks, newest.mirror.image()) else { return };
+    /// Takes the manifest of an image that had none.
+    async fn take_manifest(&self, newest: &Generation, identity: ImageId) -> Result<(), ManifestError> {
+        let (name, remote) = (&newest.image.name, Arc::clone(&newest.remote));
         let directory = newest.mirror.directory().to_owned();
-        let adopted = match fetch_manifest(Arc::clone(remote), identity, directory).await {
+        let adopted = match fetch_manifest(remote, identity, directory).await {
             Ok(truth) => newest.mirror.adopt(truth),
             Err(error) => Err(error),
         };
-        match adopted {
+        match &adopted {
             Ok(()) => {
-                remote.expect(Some(identity), newest.mirror.node());
+                newest.remote.expect(Some(identity), newest.mirror.node());
                 tracing::info!(name, %identity, "the image has a manifest now: everything is verified from now on");
             }
             Err(error) => tracing::warn!(name, %error, "the image has a manifest that cannot be used"),
         }
+        adopted
     }
 }
 

@@ -28,7 +28,7 @@ impl Export for Liar {
         Box::pin(async move {
             let number = self.reads.fetch_add(1, Ordering::Relaxed) + 1;
             let mut bytes = assemble(&self.below.read(range).await?);
-            if number % self.every == 0 {
+            if number.is_multiple_of(self.every) {
                 let middle = bytes.len() / 2;
                 bytes[middle] ^= 1;
             }

@@ -223,9 +223,7 @@ fn what_the_disk_does_not_give_comes_from_the_upstream() {
     let (server, bytes) = single(&scratch, 14);
     let (mirror, seen) = mirror_on(&scratch, server.uri(), EXT4, &[]);
     assert_holds(mirror.uri(), &bytes);
-    eventually("everything here", || {
-        image_status(&scratch, &mirror, "image")["mirror"]["resident_bytes"] == 14 * MIB
-    });
+    eventually("everything here", || image_status(&scratch, &mirror, "image")["mirror"]["resident_bytes"] == 14 * MIB);
     forget_pages(&seen.join("image/data"));
     // The disk loses its second half: a read of it is an I/O error.
     let backing = File::options().write(true).open(scratch.path("disk.raw")).unwrap();

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | this one | the trait and its contract |
 //! | [`facts`] | what an export says of itself: size, capabilities, identity, contexts |
-//! | [`file`] | a file as an export, for side exports |
+//! | [`file`](mod@file) | a file as an export, for side exports |
 //! | [`registry`] | the exports of one server, by name |
 //! | [`memory`] | an image in memory, for tests and tools |
 //! | [`wrappers`] | exports over an export: record, gate, fault |

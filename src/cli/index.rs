@@ -1,40 +1,22 @@
 //! `headwater index`.
 
 use std::fmt::Write;
-use std::io::{self, IsTerminal};
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::Serialize;
-use tokio::runtime::{Builder, LocalOptions};
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::args;
+use super::long_work;
 use super::output;
 use crate::image::index::{self, IndexError, Made, Progress, Settings};
 use crate::image::{Format, manifest_path};
 use crate::manifest::Header;
 
 pub(super) fn run(arguments: args::Index) -> anyhow::Result<()> {
-    let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    let cancel = Arc::new(AtomicBool::new(false));
-    runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let told = Arc::clone(&cancel);
-        let mut work = tokio::task::spawn_blocking(move || index_all(&arguments, &told));
-        loop {
-            tokio::select! {
-                result = &mut work => return result.context("indexing went wrong")?,
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            cancel.store(true, Ordering::Relaxed);
-        }
-    })
+    long_work::run(move |cancel| index_all(&arguments, cancel))
 }
 
 /// One image and its manifest. The field names are those of the JSON.
@@ -109,12 +91,8 @@ impl Indexed {
     }
 }
 
-/// Shows itself on a terminal only.
 fn progress_bar(path: &std::path::Path) -> anyhow::Result<ProgressBar> {
-    if !io::stderr().is_terminal() {
-        return Ok(ProgressBar::hidden());
-    }
     let name = path.file_name().unwrap_or(path.as_os_str()).display().to_string();
-    let template = "{msg} {bar:30} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
-    Ok(ProgressBar::no_length().with_style(ProgressStyle::with_template(template)?).with_message(name))
+    let bar = long_work::bar("{msg} {bar:30} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left")?;
+    Ok(bar.with_message(name))
 }

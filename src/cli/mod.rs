@@ -7,6 +7,7 @@
 //! | `serve`, `mirror`, `index`, `info`, `status`, `pin`, `verify` | one command each; `pin` has `unpin` too |
 //! | `verify_file` | `verify` for files, which needs no server |
 //! | `running` | finding the running server that a command is for |
+//! | `long_work` | calling long work off, and showing how it gets on |
 //! | `table` | columns for people |
 //! | `output` | the standard output stream |
 //!
@@ -16,6 +17,7 @@ mod args;
 mod daemon;
 mod index;
 mod info;
+mod long_work;
 mod mirror;
 mod output;
 mod pin;

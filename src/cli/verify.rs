@@ -1,15 +1,15 @@
 //! `headwater verify`: images of running servers. Files are in `verify_file`.
 
-use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::bail;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::args::Verify;
+use super::long_work;
 use super::output;
 use super::running::{block_on, find_image, reach};
 use super::verify_file;
@@ -71,13 +71,10 @@ async fn follow(client: &Client, job: u64, interrupt: &mut Signal) -> anyhow::Re
     Ok(status)
 }
 
-/// Invisible where nobody is there to see it.
 pub(super) fn bar(total: u64) -> anyhow::Result<ProgressBar> {
-    if !io::stderr().is_terminal() {
-        return Ok(ProgressBar::hidden());
-    }
-    let style = ProgressStyle::with_template("{wide_bar} {binary_bytes} of {binary_total_bytes}, {eta} left {msg}")?;
-    Ok(ProgressBar::new(total).with_style(style))
+    let bar = long_work::bar("{wide_bar} {binary_bytes} of {binary_total_bytes}, {eta} left {msg}")?;
+    bar.set_length(total);
+    Ok(bar)
 }
 
 fn report(status: &JobStatus) -> String {

@@ -5,16 +5,15 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context;
 use indicatif::ProgressBar;
 use serde::Serialize;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::Verify;
+use super::long_work;
 use super::output;
-use super::running::block_on;
 use super::table::printable;
 use super::verify::{DAMAGED, bar};
 use crate::image::index::{Check, CheckError, Checked, Damage, Damaged, Settings};
@@ -24,21 +23,7 @@ use crate::units::ByteSize;
 const LISTED: usize = 100;
 
 pub(super) fn run(arguments: Verify) -> anyhow::Result<ExitCode> {
-    let cancel = Arc::new(AtomicBool::new(false));
-    block_on(async {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let told = Arc::clone(&cancel);
-        let mut work = tokio::task::spawn_blocking(move || verify(&arguments, &told));
-        loop {
-            tokio::select! {
-                result = &mut work => return result.context("the check went wrong")?,
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            cancel.store(true, Ordering::Relaxed);
-        }
-    })
+    long_work::run(move |cancel| verify(&arguments, cancel))
 }
 
 /// What was found. The field names are those of the JSON.

@@ -5,7 +5,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use super::{Context, Export, Piece, TryRead};
+use super::{Context, Export, TryRead, assemble};
 use crate::error::ErrorKind;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::nbd::wire::Allocation;
@@ -91,18 +91,6 @@ fn interesting(size: u64) -> Vec<ByteRange> {
         }
     }
     ranges
-}
-
-/// The bytes that pieces stand for.
-pub fn assemble(pieces: &[Piece]) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for piece in pieces {
-        match piece {
-            Piece::Data(data) => bytes.extend_from_slice(data),
-            Piece::Hole(length) => bytes.resize(bytes.len() + to_usize(*length), 0),
-        }
-    }
-    bytes
 }
 
 async fn check_read(export: &dyn Export, contents: &[u8], range: ByteRange) {

@@ -209,6 +209,23 @@ pub trait Export: fmt::Debug + Send + Sync {
     }
 }
 
+/// The bytes that pieces stand for.
+pub fn assemble(pieces: &[Piece]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    append(pieces, &mut bytes);
+    bytes
+}
+
+/// Appends the bytes that pieces stand for.
+pub fn append(pieces: &[Piece], bytes: &mut Vec<u8>) {
+    for piece in pieces {
+        match piece {
+            Piece::Data(data) => bytes.extend_from_slice(data),
+            Piece::Hole(length) => bytes.resize(bytes.len() + crate::units::to_usize(*length), 0),
+        }
+    }
+}
+
 /// What a read of wrong bytes ends with.
 pub fn wrong_bytes(range: ByteRange) -> Error {
     let (length, start) = (range.length(), range.start());

@@ -80,6 +80,11 @@ impl Geometry {
         ByteRange::between(start, (start + self.chunk_size()).min(self.size))
     }
 
+    /// The bytes of all chunks from `first` to `last`.
+    pub(super) fn run(self, first: Chunk, last: Chunk) -> ByteRange {
+        ByteRange::between(self.range(first).start(), self.range(last).end())
+    }
+
     /// `range`, up to whole chunks.
     pub(super) fn widened(self, range: ByteRange) -> ByteRange {
         let start = range.start() / self.chunk_size() * self.chunk_size();

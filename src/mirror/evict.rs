@@ -203,7 +203,7 @@ impl Inner {
     /// Gives the bytes of neighbouring chunks back to the file system, unless somebody still sends from them.
     async fn punch_out(&self, run: &[Chunk]) -> bool {
         let (Some(first), Some(last)) = (run.first(), run.last()) else { return true };
-        let range = ByteRange::between(self.geometry.range(*first).start(), self.geometry.range(*last).end());
+        let range = self.geometry.run(*first, *last);
         let data = self.store.data();
         let start = range.start() / LARGEST_PAGE * LARGEST_PAGE;
         let around = ByteRange::between(start, range.end().next_multiple_of(LARGEST_PAGE));
@@ -214,9 +214,8 @@ impl Inner {
         let page = to_u64(rustix::param::page_size());
         let whole = ByteRange::between(range.start(), range.end().next_multiple_of(page));
         let result = data.punch(whole).await;
-        match &result {
-            Ok(()) => {}
-            Err(error) => self.disk_failed("cannot give space back", error),
+        if let Err(error) = &result {
+            self.disk_failed("cannot give space back", error);
         }
         result.is_ok()
     }

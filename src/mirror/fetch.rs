@@ -304,9 +304,7 @@ impl Inner {
 
     fn range_of(&self, claims: &[Claim]) -> ByteRange {
         match claims {
-            [first, .., last] => {
-                ByteRange::between(self.geometry.range(first.chunk).start(), self.geometry.range(last.chunk).end())
-            }
+            [first, .., last] => self.geometry.run(first.chunk, last.chunk),
             [only] => self.geometry.range(only.chunk),
             [] => ByteRange::between(0, 0),
         }
@@ -396,7 +394,7 @@ impl Inner {
 
     async fn fetch_data(&self, claims: &[&Claim], deadline: Instant, room: &Room) {
         let Some((first, last)) = claims.first().zip(claims.last()) else { return };
-        let range = ByteRange::between(self.geometry.range(first.chunk).start(), self.geometry.range(last.chunk).end());
+        let range = self.geometry.run(first.chunk, last.chunk);
         let answer = timeout_at(deadline, self.read_below(claims, range)).await;
         match answer.unwrap_or_else(|_| Err(self.late())) {
             Ok(arrivals) => self.land(claims, arrivals, room).await,

@@ -266,19 +266,27 @@ impl Inner {
     /// manifest, if there is one, and is resident if it is right; what came over since then has been, and its checksum
     /// will do.
     pub(super) fn is_right(&self, chunk: Chunk, bytes: &[u8]) -> bool {
-        let (truth, is_unverified) = (self.truth.get(), self.states.get(chunk) == State::Unverified);
-        let is_right = match truth {
-            Some(truth) if is_unverified => truth.is_right(self.geometry, chunk, bytes),
-            _ => checksum(bytes) == self.states.checksum(chunk),
-        };
-        if is_right && is_unverified {
+        if self.states.get(chunk) != State::Unverified {
+            return checksum(bytes) == self.states.checksum(chunk);
+        }
+        let had_truth = self.truth.get().is_some();
+        let is_right = self.is_as_it_was(chunk, bytes);
+        if is_right {
             let _table = self.flights.lock();
             // A manifest that has come meanwhile has not been asked.
-            if truth.is_some() == self.truth.get().is_some() {
+            if had_truth == self.truth.get().is_some() {
                 self.states.change(chunk, State::Unverified, State::Resident);
             }
         }
         is_right
+    }
+
+    /// Whether these bytes are what the manifest says, or without one what was fetched.
+    pub(super) fn is_as_it_was(&self, chunk: Chunk, bytes: &[u8]) -> bool {
+        match self.truth.get() {
+            Some(truth) => truth.is_right(self.geometry, chunk, bytes),
+            None => checksum(bytes) == self.states.checksum(chunk),
+        }
     }
 
     /// Reads a part of one chunk, whatever becomes of it meanwhile.

@@ -86,14 +86,6 @@ impl Inner {
         let count = if is_repaired { &findings.repaired_chunks } else { &findings.unrepaired_chunks };
         count.add(1);
     }
-
-    /// Whether these bytes are what the manifest says, or without one what was fetched.
-    fn is_as_it_was(&self, chunk: Chunk, bytes: &[u8]) -> bool {
-        match self.truth.get() {
-            Some(truth) => truth.is_right(self.geometry, chunk, bytes),
-            None => super::chunks::checksum(bytes) == self.states.checksum(chunk),
-        }
-    }
 }
 
 /// Keeps a rate.

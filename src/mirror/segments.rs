@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 use super::chunks::{Chunk, Geometry};
 use super::policy::Heat;
 use crate::ranges::ByteRange;
-use crate::units::{MIB, to_usize};
+use crate::units::{MIB, to_u64, to_usize};
 
 /// Bytes of a segment, unless a chunk is longer.
 const SEGMENT: u64 = MIB;
@@ -24,6 +24,14 @@ const EXTENT: u64 = 32;
 /// Bytes of the disk that a chunk of so many bytes takes at most.
 pub const fn cost_of(length: u64) -> u64 {
     length.next_multiple_of(BLOCK) + EXTENT
+}
+
+fn number(segment: u64) -> u32 {
+    u32::try_from(segment).expect("2^32 segments are 4 EiB")
+}
+
+fn index(segment: u32) -> usize {
+    to_usize(u64::from(segment))
 }
 
 #[derive(Debug)]
@@ -49,7 +57,7 @@ impl Segments {
         Self {
             geometry,
             chunks_each,
-            heat: Arc::new(heat(u32::try_from(count).expect("2^32 segments are 4 EiB"))),
+            heat: Arc::new(heat(number(to_u64(count)))),
             charged: (0..geometry.count().div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             counts: (0..count).map(|_| AtomicU32::new(0)).collect(),
             holds: (0..count).map(|_| AtomicU32::new(0)).collect(),
@@ -64,7 +72,7 @@ impl Segments {
 
     /// The segment that a chunk lies in.
     pub(super) fn of(&self, chunk: Chunk) -> u32 {
-        u32::try_from(chunk.number() / self.chunks_each).expect("2^32 segments are 4 EiB")
+        number(chunk.number() / self.chunks_each)
     }
 
     /// The number of a chunk within its segment.
@@ -81,7 +89,7 @@ impl Segments {
     /// Notes that somebody reads `range`, which is not empty.
     pub(super) fn touch(&self, range: ByteRange, now: u64) {
         for segment in self.within(range) {
-            self.heat.touch(u32::try_from(segment).expect("2^32 segments are 4 EiB"), now);
+            self.heat.touch(number(to_u64(segment)), now);
         }
     }
 
@@ -93,7 +101,7 @@ impl Segments {
 
     /// Notes that chunks of a segment begin to leave.
     pub(super) fn depart(&self, segment: u32) {
-        self.departures[to_usize(u64::from(segment))].fetch_add(1, Ordering::AcqRel);
+        self.departures[index(segment)].fetch_add(1, Ordering::AcqRel);
     }
 
     /// The chunks of a segment.
@@ -110,12 +118,12 @@ impl Segments {
 
     /// The number of segments.
     pub(super) fn count_all(&self) -> u32 {
-        u32::try_from(self.counts.len()).expect("2^32 segments are 4 EiB")
+        number(to_u64(self.counts.len()))
     }
 
     /// Charged chunks of a segment.
     pub(super) fn count(&self, segment: u32) -> u32 {
-        self.counts[to_usize(u64::from(segment))].load(Ordering::Acquire)
+        self.counts[index(segment)].load(Ordering::Acquire)
     }
 
     pub(super) fn is_charged(&self, chunk: Chunk) -> bool {
@@ -127,7 +135,7 @@ impl Segments {
     pub(super) fn charge(&self, chunk: Chunk) -> Option<u32> {
         let (word, bit) = self.place(chunk);
         let was = word.fetch_or(bit, Ordering::AcqRel) & bit != 0;
-        let count = &self.counts[to_usize(u64::from(self.of(chunk)))];
+        let count = &self.counts[index(self.of(chunk))];
         (!was).then(|| count.fetch_add(1, Ordering::AcqRel) + 1)
     }
 
@@ -135,7 +143,7 @@ impl Segments {
     pub(super) fn discharge(&self, chunk: Chunk) -> Option<u32> {
         let (word, bit) = self.place(chunk);
         let was = word.fetch_and(!bit, Ordering::AcqRel) & bit != 0;
-        let count = &self.counts[to_usize(u64::from(self.of(chunk)))];
+        let count = &self.counts[index(self.of(chunk))];
         was.then(|| count.fetch_sub(1, Ordering::AcqRel) - 1)
     }
 
@@ -156,7 +164,7 @@ impl Segments {
     /// Whether somebody holds it. Whoever asks has changed the states of its chunks before.
     pub(super) fn is_held(&self, segment: u32) -> bool {
         fence(Ordering::SeqCst);
-        self.holds[to_usize(u64::from(segment))].load(Ordering::Acquire) > 0
+        self.holds[index(segment)].load(Ordering::Acquire) > 0
     }
 }
 

@@ -17,7 +17,7 @@ use thiserror::Error;
 use super::chunks::{Chunk, Geometry};
 use crate::disk::{Access, File};
 use crate::error::Error as RequestError;
-use crate::export::{Export, FileExport, Piece, SharedExport};
+use crate::export::{Export, FileExport, SharedExport, assemble};
 use crate::manifest::{BLOCK, DIGEST, Digest, FormatError, Header, IdHasher, ImageId};
 use crate::ranges::ByteRange;
 use crate::units::{MIB, to_u64, to_usize};
@@ -234,14 +234,7 @@ fn short(digest: Digest) -> u128 {
 const _: () = assert!(DIGEST >= 16);
 
 async fn read(source: &dyn Export, range: ByteRange) -> Result<Vec<u8>, ManifestError> {
-    let mut bytes = Vec::with_capacity(to_usize(range.length()));
-    for piece in source.read(range).await.map_err(ManifestError::Fetch)? {
-        match piece {
-            Piece::Data(data) => bytes.extend_from_slice(&data),
-            Piece::Hole(length) => bytes.resize(bytes.len() + to_usize(length), 0),
-        }
-    }
-    Ok(bytes)
+    Ok(assemble(&source.read(range).await.map_err(ManifestError::Fetch)?))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use thiserror::Error;
 
@@ -24,7 +24,7 @@ use super::outbox::HIGH_WATER;
 use super::requests::{Held, STREAMED, Session, cost, perform};
 use super::spin::Spin;
 use crate::clock;
-use crate::export::{FileRange, Piece};
+use crate::export::{FileRange, assemble};
 use crate::nbd::reply::{Last, ReplyTo};
 use crate::nbd::request::{self, Checked, Command, Fragments, Header, Violation, header_length};
 use crate::net::Stream;
@@ -102,7 +102,7 @@ async fn thaw(session: Rc<Session>, place: FileRange) {
     let bytes = match read {
         Ok(bytes) => Ok(bytes.freeze()),
         // A mirror whose disk fails has another source.
-        Err(_) => session.export.read(place.range).await.map(|pieces| whole(&pieces)),
+        Err(_) => session.export.read(place.range).await.map(|pieces| assemble(&pieces).into()),
     };
     match bytes {
         Ok(bytes) => session.outbox.thaw(bytes),
@@ -112,18 +112,6 @@ async fn thaw(session: Rc<Session>, place: FileRange) {
             session.is_broken.set(true);
         }
     }
-}
-
-/// The bytes of pieces, one behind the other.
-fn whole(pieces: &[Piece]) -> Bytes {
-    let mut bytes = BytesMut::new();
-    for piece in pieces {
-        match piece {
-            Piece::Data(data) => bytes.extend_from_slice(data),
-            Piece::Hole(length) => bytes.resize(bytes.len() + to_usize(*length), 0),
-        }
-    }
-    bytes.freeze()
 }
 
 /// A connection in its transmission phase.

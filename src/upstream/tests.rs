@@ -13,7 +13,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::{Builder, LocalOptions};
 
 use super::*;
-use crate::export::conformance::{assemble, sample_contents};
+use crate::export::assemble;
+use crate::export::conformance::sample_contents;
 use crate::nbd::handshake::server::{Directory, Progress, ServerHandshake};
 use crate::nbd::reply::{self, Last, ReplyTo};
 use crate::nbd::uri::Address;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use headwater::disk::{Preference, attach};
 use headwater::export::conformance::{self, sample_contents};
 use headwater::export::memory::Memory;
-use headwater::export::{Export, Registry};
+use headwater::export::{Export, Registry, assemble};
 use headwater::nbd::Uri;
 use headwater::net::{ListenAddress, Listener};
 use headwater::server::{Server, Settings};
@@ -73,7 +73,7 @@ fn a_large_image_goes_through_in_both_directions() {
         let data = Bytes::from(crate::support::noise(80 << 20, 1));
         remote.write(3, data.clone(), Durability::Stable).await.unwrap();
         let pieces = remote.read(ByteRange::between(3, 3 + (80 << 20))).await.unwrap();
-        assert!(conformance::assemble(&pieces) == data);
+        assert!(assemble(&pieces) == data);
         assert!(remote.stats().received_bytes.value() >= 80 << 20);
     });
 }

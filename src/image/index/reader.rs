@@ -7,12 +7,12 @@ use tokio::runtime::{Builder, LocalOptions, LocalRuntime};
 
 use super::pace::Pace;
 use crate::disk::{self, Attached, File, Preference, Span};
-use crate::export::{Piece, SharedExport};
+use crate::export::{Piece, SharedExport, append};
 use crate::image::Image;
 use crate::image::seal::read_exact_at;
 use crate::manifest::{ChunkHasher, Digest};
 use crate::ranges::ByteRange;
-use crate::units::{KIB, MIB, to_u64, to_usize};
+use crate::units::{KIB, MIB, to_usize};
 
 /// What is read at once: small enough to be in the core's own cache when it is hashed.
 const BUFFER: u64 = 256 * KIB;
@@ -135,15 +135,9 @@ impl Reader for ExportReader {
                 continue;
             }
             self.buffer.clear();
-            for piece in &pieces {
-                match piece {
-                    Piece::Data(bytes) => {
-                        read += to_u64(bytes.len());
-                        self.buffer.extend_from_slice(bytes);
-                    }
-                    Piece::Hole(length) => self.buffer.resize(self.buffer.len() + to_usize(*length), 0),
-                }
-            }
+            append(&pieces, &mut self.buffer);
+            let data = pieces.iter().filter(|piece| matches!(piece, Piece::Data(_)));
+            read += data.map(Piece::length).sum::<u64>();
             push_digests(&self.buffer, self.chunk_size, output);
             pace.admit(range.length())?;
         }

@@ -5,6 +5,7 @@
 //! | this one | [`Segment`], [`Kind`], the trait [`Policy`] |
 //! | `heat` | when and how often each segment was used; its form on disk |
 //! | `ranked` | LRU and LFU: the least rank goes first |
+//! | `left_over` | entries of queues whose segments were removed |
 //! | `s3fifo` | S3-FIFO: three queues |
 //! | `order` | [`Order`]: what the evictor calls, a policy with admission and counters |
 //! | `duel` | whether storing everything pays: two small models of the cache |
@@ -17,6 +18,7 @@
 
 mod duel;
 mod heat;
+mod left_over;
 mod order;
 mod ranked;
 mod s3fifo;

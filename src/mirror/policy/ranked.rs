@@ -7,9 +7,10 @@
 //! A segment that is removed stays in the heap until it comes up or until such are half of it.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::BinaryHeap;
 use std::fmt::Debug;
 
+use super::left_over::LeftOver;
 use super::{Policy, Segment, Word, WordOf};
 
 /// How segments are ranked.
@@ -31,33 +32,13 @@ type Entry<N> = Reverse<(u64, Segment, N)>;
 struct Ranked<R: Rank> {
     ranks: R,
     heap: BinaryHeap<Entry<R::Note>>,
-    /// How many entries of the heap are left over of a segment that was removed.
-    removed: HashMap<Segment, u32>,
-    /// The sum of these.
-    left_over: usize,
+    left_over: LeftOver,
 }
-
-/// Removed entries that are not worth a search.
-const FEW: usize = 64;
 
 impl<R: Rank> Ranked<R> {
     fn push(&mut self, segment: Segment, word: Word) {
         let (rank, note) = self.ranks.rank(word, None);
         self.heap.push(Reverse((rank, segment, note)));
-    }
-
-    /// Whether an entry of this segment has to be dropped; the next one counts again.
-    fn is_left_over(&mut self, segment: Segment) -> bool {
-        if self.left_over == 0 {
-            return false;
-        }
-        let Some(count) = self.removed.get_mut(&segment) else { return false };
-        *count -= 1;
-        if *count == 0 {
-            self.removed.remove(&segment);
-        }
-        self.left_over -= 1;
-        true
     }
 }
 
@@ -71,7 +52,7 @@ impl<R: Rank> Policy for Ranked<R> {
         let mut patience = self.heap.len();
         loop {
             let Reverse((rank, segment, note)) = self.heap.pop()?;
-            if self.is_left_over(segment) {
+            if self.left_over.take(segment) {
                 continue;
             }
             let (now, note) = self.ranks.rank(word_of(segment), Some((rank, note)));
@@ -89,14 +70,13 @@ impl<R: Rank> Policy for Ranked<R> {
     }
 
     fn remove(&mut self, segment: Segment) {
-        *self.removed.entry(segment).or_default() += 1;
-        self.left_over += 1;
-        if self.left_over > FEW + self.heap.len() / 2 {
+        self.left_over.add(segment);
+        if self.left_over.are_many(self.heap.len()) {
             // From the least on, as they would have come up.
             let sorted = std::mem::take(&mut self.heap).into_sorted_vec();
             for entry in sorted.into_iter().rev() {
                 let Reverse((_, segment, _)) = entry;
-                if !self.is_left_over(segment) {
+                if !self.left_over.take(segment) {
                     self.heap.push(entry);
                 }
             }
@@ -104,7 +84,7 @@ impl<R: Rank> Policy for Ranked<R> {
     }
 
     fn len(&self) -> usize {
-        self.heap.len() - self.left_over
+        self.heap.len() - self.left_over.count()
     }
 }
 

@@ -11,6 +11,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
+use super::left_over::LeftOver;
 use super::{Policy, Segment, Word, WordOf};
 
 /// One in so many segments is in the small queue.
@@ -19,8 +20,6 @@ const SMALL_SHARE: usize = 10;
 const MOST_USES: u8 = 3;
 /// With fewer uses a segment does not go from the small queue to main.
 const USES_OF_MAIN: u8 = 2;
-/// Removed entries that are not worth a search.
-const FEW: usize = 64;
 
 /// S3-FIFO over segments.
 #[derive(Debug, Default)]
@@ -30,10 +29,7 @@ pub struct S3Fifo {
     ghosts: Ghosts,
     /// Victims of main of which it is not known yet whether they can go. These do not become ghosts.
     leaving_main: HashSet<Segment>,
-    /// How many entries of the queues are left over of a segment that was removed.
-    removed: HashMap<Segment, u32>,
-    /// The sum of these.
-    left_over: usize,
+    left_over: LeftOver,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -69,21 +65,8 @@ impl Entry {
 }
 
 impl S3Fifo {
-    fn is_left_over(&mut self, segment: Segment) -> bool {
-        if self.left_over == 0 {
-            return false;
-        }
-        let Some(count) = self.removed.get_mut(&segment) else { return false };
-        *count -= 1;
-        if *count == 0 {
-            self.removed.remove(&segment);
-        }
-        self.left_over -= 1;
-        true
-    }
-
     fn without_left_over(&mut self, entries: VecDeque<Entry>) -> VecDeque<Entry> {
-        entries.into_iter().filter(|entry| !self.is_left_over(entry.segment)).collect()
+        entries.into_iter().filter(|entry| !self.left_over.take(entry.segment)).collect()
     }
 }
 
@@ -114,7 +97,7 @@ impl Policy for S3Fifo {
             let from_small = self.small.len() * SMALL_SHARE >= self.small.len() + self.main.len();
             let oldest = if from_small { self.small.pop_front() } else { self.main.pop_front() };
             let entry = oldest?;
-            if self.is_left_over(entry.segment) {
+            if self.left_over.take(entry.segment) {
                 continue;
             }
             let word = word_of(entry.segment);
@@ -145,9 +128,8 @@ impl Policy for S3Fifo {
     }
 
     fn remove(&mut self, segment: Segment) {
-        *self.removed.entry(segment).or_default() += 1;
-        self.left_over += 1;
-        if self.left_over > FEW + (self.small.len() + self.main.len()) / 2 {
+        self.left_over.add(segment);
+        if self.left_over.are_many(self.small.len() + self.main.len()) {
             let (small, main) = (std::mem::take(&mut self.small), std::mem::take(&mut self.main));
             self.small = self.without_left_over(small);
             self.main = self.without_left_over(main);
@@ -155,7 +137,7 @@ impl Policy for S3Fifo {
     }
 
     fn len(&self) -> usize {
-        self.small.len() + self.main.len() - self.left_over
+        self.small.len() + self.main.len() - self.left_over.count()
     }
 }
 

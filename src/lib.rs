@@ -24,10 +24,9 @@
 //! | 3 | [`upstream`] | an export of another server |
 //! | 3 | [`mirror`] | a cache of the tier below |
 //! | 3 | [`server`] | serves exports to clients |
+//! | 4 | [`fill`] | what is fetched ahead of demand |
 //! | 5 | [`control`] | the admin API |
 //! | 6 | [`cli`] | the command line |
-//!
-//! Level 4 (`fill`: what to fetch ahead of demand) is a place kept for what is to come.
 
 pub mod cli;
 pub mod clock;
@@ -35,6 +34,7 @@ pub mod control;
 pub mod disk;
 pub mod error;
 pub mod export;
+pub mod fill;
 pub mod image;
 pub mod manifest;
 pub mod mirror;

@@ -165,6 +165,22 @@ pub trait Export: fmt::Debug + Send + Sync {
         None
     }
 
+    /// What clients read of this image in earlier runs, as an export of its own. `None` if nothing is known.
+    fn profile(&self) -> Option<SharedExport> {
+        None
+    }
+
+    /// An export of one connection to which a mirror below writes what its clients have read, and flushes. `None`: that
+    /// is not taken.
+    fn profile_inbox(&self) -> Option<SharedExport> {
+        None
+    }
+
+    /// This export for one connection, if it makes a difference between them; its facts are the same.
+    fn connect(&self) -> Option<SharedExport> {
+        None
+    }
+
     /// Replaces the bytes from `offset` on by `parts`, one behind the other, if that needs no waiting. Like
     /// [`Self::write`] without durability.
     fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {

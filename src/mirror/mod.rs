@@ -5,6 +5,7 @@
 //! | this one | [`Mirror`]: opening, settings, figures |
 //! | `read` | reads, and what they claim |
 //! | `chunks` | what is known of each chunk; the table of states |
+//! | `cause` | why a chunk is fetched |
 //! | `flight` | one fetch for all who want a chunk |
 //! | `fetch` | from a claimed chunk to a stored one: joining, fetching, checking, storing |
 //! | `arrival` | what came over, cut into chunks |
@@ -28,6 +29,7 @@
 //! fetched ahead of demand.
 
 mod arrival;
+mod cause;
 mod chart;
 mod chunks;
 mod evict;
@@ -62,6 +64,7 @@ use crate::export::{Context, Export, Facts, FileRange, ImageId, LocalFuture, Nod
 use crate::nbd::Extent;
 use crate::ranges::ByteRange;
 use crate::telemetry::{Counter, Seldom, ShardedCounter};
+pub use cause::Cause;
 use chart::Chart;
 use chunks::{Chunk, Geometry, State, States};
 use fetch::Queues;

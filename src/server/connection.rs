@@ -97,6 +97,7 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
 
 fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>, entry: &Entry) -> Session {
     let Negotiated { export: (export, offered), listing, replies, contexts, knows_block_sizes } = chosen;
+    let export = export.connect().unwrap_or(export);
     let contexts: Vec<_> = contexts.into_iter().map(|position| (context_id(position), offered[position])).collect();
     Session {
         export,

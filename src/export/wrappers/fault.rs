@@ -74,6 +74,19 @@ impl Export for Fault {
         self.below.manifest()
     }
 
+    fn profile(&self) -> Option<SharedExport> {
+        self.below.profile()
+    }
+
+    fn profile_inbox(&self) -> Option<SharedExport> {
+        self.below.profile_inbox()
+    }
+
+    /// One for all connections: what is below would go around this.
+    fn connect(&self) -> Option<SharedExport> {
+        None
+    }
+
     fn try_write(&self, _: u64, _: &[IoSlice<'_>]) -> TryWrite {
         TryWrite::Wait
     }

@@ -86,6 +86,19 @@ impl Export for Gate {
         self.below.manifest()
     }
 
+    fn profile(&self) -> Option<SharedExport> {
+        self.below.profile()
+    }
+
+    fn profile_inbox(&self) -> Option<SharedExport> {
+        self.below.profile_inbox()
+    }
+
+    /// One for all connections: what is below would go around this.
+    fn connect(&self) -> Option<SharedExport> {
+        None
+    }
+
     fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {
         if self.passes.is_closed() { self.below.try_write(offset, parts) } else { TryWrite::Wait }
     }

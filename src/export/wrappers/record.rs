@@ -95,6 +95,19 @@ impl Export for Record {
         self.below.manifest()
     }
 
+    fn profile(&self) -> Option<SharedExport> {
+        self.below.profile()
+    }
+
+    fn profile_inbox(&self) -> Option<SharedExport> {
+        self.below.profile_inbox()
+    }
+
+    /// One for all connections: what is below would go around this.
+    fn connect(&self) -> Option<SharedExport> {
+        None
+    }
+
     fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {
         let result = self.below.try_write(offset, parts);
         if result == TryWrite::Done {

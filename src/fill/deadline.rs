@@ -1,0 +1,1 @@
+//! Which of several orders goes first, and which will be late.

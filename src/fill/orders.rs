@@ -1,0 +1,1 @@
+//! What operators ordered to be fetched; durable.

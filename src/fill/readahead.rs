@@ -1,0 +1,1 @@
+//! Where one client's reads lead to.

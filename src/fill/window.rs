@@ -1,0 +1,1 @@
+//! How many bytes may be under way without being felt.

@@ -51,6 +51,19 @@ pub struct Rates {
     pub image: Option<u64>,
 }
 
+/// How the link to the upstreams is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkStatus {
+    /// Bytes of fills that may be under way.
+    pub window: u64,
+    /// Bytes of fills that are.
+    pub in_flight: u64,
+    /// Fetches that are under way.
+    pub fetches: usize,
+    /// Bytes per second that fills have had lately; `None` while that is not known.
+    pub rate: Option<u64>,
+}
+
 /// The fills of a server. Cheap to clone; all clones are one.
 #[derive(Debug, Clone)]
 pub struct Engine(Arc<Shared>);
@@ -150,9 +163,11 @@ impl Engine {
         Arc::clone(&self.0) as Arc<dyn Observer>
     }
 
-    /// Bytes per second that fills have had lately, as far as that is known.
-    pub fn rate(&self) -> Option<u64> {
-        self.0.link().window.rate()
+    /// How the link to the upstreams is used now.
+    pub fn link(&self) -> LinkStatus {
+        let link = self.0.link();
+        let Link { window, runs, .. } = &*link;
+        LinkStatus { window: window.limit(), in_flight: window.in_flight(), fetches: *runs, rate: window.rate() }
     }
 
     /// Looks from time to time, for ever. One task of a worker does this.
@@ -185,7 +200,7 @@ impl Engine {
         let Run { image, range, cause, can_wait, first } = run;
         let under_way = UnderWay { shared: Arc::clone(&self.0), can_wait };
         let pace = Paced { engine: self.clone(), can_wait, admitted: AtomicU64::new(first) };
-        let ahead = Ahead { pace: Some(Arc::new(pace)), ..Ahead::new(cause) };
+        let ahead = Ahead::paced(cause, Arc::new(pace), None);
         let Brought { bytes, missed } = image.mirror.bring(range, ahead).await;
         image.ended(clock::now(), bytes, missed);
         drop(under_way);

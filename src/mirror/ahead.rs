@@ -60,21 +60,24 @@ pub trait Observer: fmt::Debug + Send + Sync {
 /// One fetch ahead of demand.
 #[derive(Debug)]
 pub struct Ahead {
-    /// Why.
-    pub cause: Cause,
-    /// When its requests leave; without one, at once and whole.
-    pub pace: Option<Arc<dyn Pace>>,
-    /// Where the bytes come from, if not from the mirror's own upstream. Asked only where there is a manifest; what it
-    /// does not have right comes from the upstream.
-    pub source: Option<SharedExport>,
+    pub(super) cause: Cause,
+    /// Without one its requests leave at once, and whole.
+    pace: Option<Arc<dyn Pace>>,
+    source: Option<SharedExport>,
     /// Whether a client waits for it.
     is_wanted: AtomicBool,
     wanted: Notify,
 }
 
 impl Ahead {
-    /// A fetch because of `cause`.
-    pub fn new(cause: Cause) -> Self {
+    /// A fetch because of `cause`, whose requests leave when `pace` lets them. The bytes come from `source` if there is
+    /// one and a manifest to hold them against; what it does not have right comes from the mirror's own upstream.
+    pub fn paced(cause: Cause, pace: Arc<dyn Pace>, source: Option<SharedExport>) -> Self {
+        Self { pace: Some(pace), source, ..Self::new(cause) }
+    }
+
+    /// A fetch because of `cause` that leaves at once.
+    pub(super) fn new(cause: Cause) -> Self {
         Self { cause, pace: None, source: None, is_wanted: AtomicBool::new(false), wanted: Notify::new() }
     }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
-use headwater::control::status::{CacheStatus, ImageStatus, Kind, PinReport, Role, VerifyOrder};
+use headwater::control::status::{CacheStatus, ImageStatus, Kind, LinkStatus, PinReport, Role, VerifyOrder};
 use headwater::control::{Admin, AdminAddress, AdminListener, Answer, Jobs, Operated, Outcome, Refusal};
 use headwater::nbd::wire::{CommandFlags, command};
 use headwater::ranges::ByteRange;
@@ -407,6 +407,10 @@ impl Operated for Desk {
             mirror: None,
         };
         NAMES.iter().map(image).collect()
+    }
+
+    fn link(&self) -> Option<LinkStatus> {
+        None
     }
 
     fn cache(&self) -> Option<CacheStatus> {

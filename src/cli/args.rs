@@ -94,6 +94,7 @@ pub(super) enum Command {
     Pin(Pin),
     Unpin(Unpin),
     Verify(Verify),
+    Profile(super::profile::Profile),
 }
 
 /// Serve real images: raw files, block devices, qcow2 files.
@@ -163,6 +164,8 @@ pub(super) struct Mirror {
     /// time-out of the clients.
     #[arg(long, value_name = "SECONDS", default_value = "25", value_parser = seconds)]
     pub(super) upstream_timeout: Duration,
+    #[command(flatten)]
+    pub(super) profile: super::profile::Recorded,
     #[command(flatten)]
     pub(super) daemon: Daemon,
 }

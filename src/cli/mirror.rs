@@ -27,13 +27,14 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         patience: patience.mul_f32(0.98),
         ..defaults
     };
-    let args::Mirror { images, cache, chunk_size, cache_size, reserve, policy, daemon, .. } = arguments;
+    let args::Mirror { images, cache, chunk_size, cache_size, reserve, policy, profile, daemon, .. } = arguments;
     let plan = Plan {
         images: images.into_iter().map(plan).collect::<anyhow::Result<_>>()?,
         cache,
         space: SpaceSettings { limit: cache_size, reserve, policy, admission: Admission::default() },
         mirror: mirror::Settings { chunk_size, patience },
         upstream,
+        profile: profile.into(),
     };
     daemon::run(daemon, Images { plan: Some(plan), mirrors: None })
 }

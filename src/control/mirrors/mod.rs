@@ -24,7 +24,8 @@ use futures_util::future::join_all;
 use thiserror::Error;
 
 use super::Jobs;
-use crate::export::{DuplicateName, ImageId, Registry};
+use crate::export::{DuplicateName, ImageId, Registry, SharedExport};
+use crate::fill::profile::{self, Kept, Store};
 use crate::mirror::{self, CacheError, ManifestError, Mirror, Share, Space, SpaceSettings};
 use crate::nbd::Uri;
 use crate::units::ByteSize;
@@ -58,6 +59,8 @@ pub struct Plan {
     pub mirror: mirror::Settings,
     /// How upstreams are used.
     pub upstream: upstream::Settings,
+    /// How profiles are recorded.
+    pub profile: profile::Settings,
 }
 
 /// Why an image cannot be mirrored.
@@ -149,6 +152,8 @@ struct Generation {
     mirror: Mirror,
     /// Uses servers only as long as they have this very image. Those of older ones may have it again some day.
     remote: Arc<Remote>,
+    /// What its clients read.
+    profiles: Arc<Store>,
 }
 
 impl Mirrors {
@@ -204,7 +209,7 @@ impl Mirrors {
             "mirroring, {} here",
             ByteSize(resident)
         );
-        self.0.registry.insert(name, Arc::new(newest.mirror.clone()))?;
+        self.0.registry.insert(name, newest.export())?;
         self.start(&newest, workers).await;
         self.generations().push(Arc::new(newest));
         self.reopen_older(&image, workers).await;
@@ -245,6 +250,11 @@ impl Mirrors {
 }
 
 impl Generation {
+    /// What clients get.
+    fn export(&self) -> SharedExport {
+        Arc::new(Kept::new(Arc::new(self.mirror.clone()), Arc::clone(&self.profiles)))
+    }
+
     async fn settle(&self, workers: &Workers) {
         let (name, mirror) = (&self.image.name, &self.mirror);
         let settling = mirror.clone();

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use headwater::control::status::{CacheStatus, ImageStatus, Kind, LinkStatus, PinReport, Role, VerifyOrder};
 use headwater::control::{Admin, AdminAddress, AdminListener, Answer, Jobs, Operated, Outcome, Refusal};
+use headwater::fill::profile::Store;
 use headwater::nbd::wire::{CommandFlags, command};
 use headwater::ranges::ByteRange;
 use headwater::server::ClientTable;
@@ -430,6 +431,10 @@ impl Operated for Desk {
     fn unpin(&self, image: String, _: Option<Vec<ByteRange>>) -> Answer<'_, PinReport> {
         self.note(format!("unpin {image:?}"));
         Box::pin(async { Err(Refusal::Conflict("it is stuck".into())) })
+    }
+
+    fn profiles(&self, image: &str) -> Result<Arc<Store>, Refusal> {
+        Err(Refusal::UnknownImage(image.to_owned()))
     }
 
     fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64> {

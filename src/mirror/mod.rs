@@ -20,6 +20,7 @@
 //! | `evict` | giving space back |
 //! | `twins` | chunks with the same bytes, in one image or several |
 //! | `pins` | what is never evicted |
+//! | `here` | how much of some ranges is here, and whether all of them could be |
 //! | `scrub` | reading all that is here again, and mending it |
 //!
 //! Order of events for a chunk: its bytes arrive, are answered to all who wait, are written to `data`, are made
@@ -36,6 +37,7 @@ mod evict;
 mod fetch;
 mod flight;
 mod flusher;
+mod here;
 pub mod map;
 pub mod pins;
 pub mod policy;
@@ -70,6 +72,7 @@ use chunks::{Chunk, Geometry, State, States};
 use fetch::Queues;
 use flight::Flights;
 use flusher::Pending;
+pub use here::{Here, NeverFits};
 pub use map::{CHUNK_SIZES, Header};
 use pins::Pins;
 pub use pins::{PinError, Pinned};

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing::level_filters::LevelFilter;
 
+use super::prefetch::args::Prefetch;
 use crate::control::AdminAddress;
 use crate::disk::Preference;
 use crate::image::Format;
@@ -94,6 +95,7 @@ pub(super) enum Command {
     Pin(Pin),
     Unpin(Unpin),
     Verify(Verify),
+    Prefetch(Box<Prefetch>),
 }
 
 /// Serve real images: raw files, block devices, qcow2 files.
@@ -296,7 +298,7 @@ pub(super) struct Parts {
 }
 
 /// Which server is meant.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct RunningServer {
     /// The server's --admin address. [default: the only server that runs here]
     #[arg(long, value_name = "ADDR")]
@@ -538,7 +540,7 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 /// Also a rate, in bytes a second.
-fn positive_size(text: &str) -> Result<u64, String> {
+pub(super) fn positive_size(text: &str) -> Result<u64, String> {
     size(text).and_then(|bytes| if bytes == 0 { Err("more than nothing".to_owned()) } else { Ok(bytes) })
 }
 

@@ -8,6 +8,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::prefetch::{Late, OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
 pub use crate::server::ClientStatus;
 
 /// `GET /v1/status`: all that is to be known of a server.
@@ -27,6 +28,12 @@ pub struct Status {
     pub clients: Vec<ClientStatus>,
     /// The cache that all mirrors share; `null` if there is none.
     pub cache: Option<CacheStatus>,
+    /// The active orders to prefetch, oldest first.
+    #[serde(default)]
+    pub orders: Vec<OrderStatus>,
+    /// Where clients connect to: URIs without the name of an export, as they are seen from this machine.
+    #[serde(default)]
+    pub listen: Vec<String>,
 }
 
 /// What a server does.

@@ -6,6 +6,8 @@
 //! | `open` | which cache belongs to which image, and its manifest |
 //! | `watch` | noticing that the upstream's image has been replaced, or has got a manifest |
 //! | `operate` | mirrors as operators see them |
+//! | `prefetch` | orders to fetch ahead of demand: taken, told of, called off |
+//! | `runner` | carrying them out |
 //!
 //! An image has *generations*: one for each identity that its upstream has had. Each has a cache of its own, so what is
 //! of one identity never gets into another. New clients get the newest; those that are connected keep theirs for as long
@@ -15,6 +17,8 @@
 
 mod open;
 mod operate;
+mod prefetch;
+mod runner;
 mod watch;
 
 use std::path::PathBuf;
@@ -25,6 +29,7 @@ use thiserror::Error;
 
 use super::Jobs;
 use crate::export::{DuplicateName, ImageId, Registry};
+use crate::fill::orders::Orders;
 use crate::mirror::{self, CacheError, ManifestError, Mirror, Share, Space, SpaceSettings};
 use crate::nbd::Uri;
 use crate::units::ByteSize;
@@ -140,6 +145,7 @@ struct Shared {
     /// Newer ones of an image come later.
     generations: Mutex<Vec<Arc<Generation>>>,
     jobs: Jobs,
+    orders: Orders,
 }
 
 /// One image as it was at one time.
@@ -155,6 +161,9 @@ impl Mirrors {
     /// Opens all images of `plan` and puts them into `registry`; keeps them running on `workers`.
     pub async fn open(plan: Plan, registry: Arc<Registry>, workers: &Arc<Workers>) -> Result<Self, MirrorError> {
         let space = Space::new(&plan.cache, plan.space);
+        let (cache, account) = (plan.cache.clone(), Arc::clone(&space));
+        let orders = tokio::task::spawn_blocking(move || Orders::open(&cache, &account)).await;
+        let orders = orders.map_err(|_| MirrorError::Died("the table of orders".to_owned()))?;
         let shared = Shared {
             plan,
             space,
@@ -162,6 +171,7 @@ impl Mirrors {
             workers: Arc::downgrade(workers),
             generations: Mutex::default(),
             jobs: Jobs::default(),
+            orders,
         };
         let this = Self(Arc::new(shared));
         for image in this.0.plan.images.clone() {
@@ -170,6 +180,8 @@ impl Mirrors {
         this.fit(workers).await?;
         let space = Arc::clone(&this.0.space);
         workers.run(move || space.run_evictor()).await;
+        let runner = this.clone();
+        workers.run(move || runner.run_orders()).await;
         Ok(this)
     }
 

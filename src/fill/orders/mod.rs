@@ -88,6 +88,11 @@ pub enum OrderError {
     /// `--cache-size` has no room for the file.
     #[error("the cache is full up to the last byte: there is no room to write the order down")]
     NoRoom,
+    /// Another process keeps its orders there.
+    #[error(
+        "another server uses the cache directory and keeps its orders there: give each its own --cache to order here"
+    )]
+    Elsewhere,
     /// It cannot be made durable.
     #[error("cannot write the orders: {0}")]
     Disk(#[from] io::Error),
@@ -122,10 +127,15 @@ impl fmt::Debug for Forecaster {
 }
 
 impl Orders {
-    /// The orders of the server whose caches are in `directory`, which need not be there yet. A table that cannot be
-    /// read is put aside with a warning, and a new one begun. Its file counts in `space`. Blocks.
+    /// The orders of the server whose caches are in `directory`, which is made if it is missing. A table that cannot be
+    /// read is put aside with a warning, and a new one begun. Its file counts in `space`. While another process has the
+    /// table of this directory, there are no orders here. Blocks.
     pub fn open(directory: &Path, space: &Arc<Space>) -> Self {
-        let file = File { directory: directory.to_owned(), space: Arc::clone(space), charge: Mutex::new(0) };
+        let lock = lock_directory(directory).inspect_err(|error| {
+            tracing::warn!(%error, "another server may use this cache directory: orders to prefetch are not taken");
+        });
+        let (directory, space) = (directory.to_owned(), Arc::clone(space));
+        let file = File { directory, space, charge: Mutex::new(0), lock: lock.ok() };
         let table = file.load();
         let inner =
             Inner { file, table: Mutex::new(table), changed: watch::Sender::new(0), forecaster: OnceLock::new() };
@@ -136,6 +146,9 @@ impl Orders {
     pub fn add(&self, spec: Spec, now: SystemTime) -> Result<Arc<Order>, OrderError> {
         if spec.ranges.len() > MOST_RANGES {
             return Err(OrderError::TooManyRanges(spec.ranges.len()));
+        }
+        if self.0.file.lock.is_none() {
+            return Err(OrderError::Elsewhere);
         }
         let mut table = self.lock();
         if table.active().count() >= MOST_ACTIVE {
@@ -253,6 +266,15 @@ struct File {
     directory: PathBuf,
     space: Arc<Space>,
     charge: Mutex<u64>,
+    /// The directory itself, locked by whoever has the table. None: that is somebody else.
+    lock: Option<fs::File>,
+}
+
+fn lock_directory(directory: &Path) -> io::Result<fs::File> {
+    fs::create_dir_all(directory)?;
+    let opened = fs::File::open(directory)?;
+    rustix::fs::flock(&opened, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+    Ok(opened)
 }
 
 impl File {
@@ -262,6 +284,19 @@ impl File {
 
     /// What is there, or nothing.
     fn load(&self) -> Table {
+        if self.lock.is_none() {
+            return Table::default();
+        }
+        // What was being made when a process ended counts for nothing.
+        let _ = fs::remove_file(self.path(NEW_NAME));
+        let table = self.read();
+        if let Ok(damaged) = fs::metadata(self.path(DAMAGED_NAME)) {
+            self.space.take_anyway(damaged.len().next_multiple_of(4096));
+        }
+        table
+    }
+
+    fn read(&self) -> Table {
         let bytes = match fs::read(self.path(NAME)) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Table::default(),
@@ -311,6 +346,7 @@ impl File {
     }
 
     fn write(&self, bytes: &[u8]) -> io::Result<()> {
+        let Some(directory) = &self.lock else { return Ok(()) };
         let (path, new_path) = (self.path(NAME), self.path(NEW_NAME));
         let mut options = fs::OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new_path)?;
@@ -318,7 +354,7 @@ impl File {
         file.sync_all()?;
         crash_point("orders written");
         fs::rename(&new_path, &path)?;
-        fs::File::open(&self.directory)?.sync_all()
+        directory.sync_all()
     }
 
     fn charge(&self) -> MutexGuard<'_, u64> {
@@ -378,8 +414,10 @@ mod tests {
         orders.end_now(second.id, State::Done, time(4));
         orders.end_now(third.id, State::Failed("gone".into()), time(5));
         assert_eq!((first.id, second.id, third.id, first.total_bytes()), (1, 2, 3, 20));
+        let list = orders.list();
+        drop(orders);
         let again = open(directory.path());
-        assert_eq!(again.list(), orders.list());
+        assert_eq!(again.list(), list);
         assert_eq!(again.active(), [first]);
         assert_eq!(again.get(3).unwrap().state, State::Failed("gone".into()));
         assert_eq!(again.add(spec("d", &[]), time(6)).unwrap().id, 4, "no number is given twice");
@@ -413,6 +451,7 @@ mod tests {
         assert!(orders.list().is_empty());
         assert_eq!(fs::read(directory.path().join(DAMAGED_NAME)).unwrap(), bytes);
         orders.add(spec("b", &[(0, 1)]), time(1)).unwrap();
+        drop(orders);
         assert_eq!(open(directory.path()).list().len(), 1);
     }
 
@@ -444,7 +483,9 @@ mod tests {
         }
         assert!(taken > 5, "{taken}");
         assert!(matches!(orders.add(long.clone(), time(1)), Err(OrderError::TooLong)));
-        assert_eq!(open(directory.path()).active().len(), taken);
+        drop(orders);
+        let orders = open(directory.path());
+        assert_eq!(orders.active().len(), taken);
         orders.cancel(1, time(2)).unwrap();
         assert!(orders.add(long, time(3)).is_ok(), "the ended one makes room");
     }
@@ -461,6 +502,18 @@ mod tests {
         assert!(matches!(orders.add(spec("b", &many), time(1)), Err(OrderError::NoRoom)));
         assert_eq!(orders.active().len(), 1);
         assert_eq!(space.usage().used, 3 * 4096);
+    }
+
+    #[test]
+    fn two_servers_do_not_share_a_table() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = open(directory.path());
+        first.add(spec("a", &[(0, 1)]), time(1)).unwrap();
+        let second = open(directory.path());
+        assert!(second.list().is_empty());
+        assert!(matches!(second.add(spec("b", &[(0, 1)]), time(1)), Err(OrderError::Elsewhere)));
+        drop((first, second));
+        assert_eq!(open(directory.path()).list().len(), 1);
     }
 
     #[test]

@@ -6,6 +6,8 @@
 //! | `open` | which cache belongs to which image, and its manifest |
 //! | `watch` | noticing that the upstream's image has been replaced, or has got a manifest |
 //! | `operate` | mirrors as operators see them |
+//! | `prefetch` | orders to fetch ahead of demand: taken, told of, called off |
+//! | `runner` | carrying them out |
 //!
 //! An image has *generations*: one for each identity that its upstream has had. Each has a cache of its own, so what is
 //! of one identity never gets into another. New clients get the newest; those that are connected keep theirs for as long
@@ -15,6 +17,8 @@
 
 mod open;
 mod operate;
+mod prefetch;
+mod runner;
 mod watch;
 
 use std::path::PathBuf;
@@ -29,6 +33,7 @@ use crate::fill;
 use crate::fill::client::Filled;
 use crate::fill::engine::Engine;
 use crate::fill::image::Image;
+use crate::fill::orders::Orders;
 use crate::fill::profile::{self, Kept, Store};
 use crate::mirror::{self, CacheError, ManifestError, Mirror, Share, Space, SpaceSettings};
 use crate::nbd::Uri;
@@ -150,6 +155,7 @@ struct Shared {
     /// Newer ones of an image come later.
     generations: Mutex<Vec<Arc<Generation>>>,
     jobs: Jobs,
+    orders: Orders,
 }
 
 /// One image as it was at one time.
@@ -171,6 +177,9 @@ impl Mirrors {
         let engine = Engine::new(plan.fill.rates);
         plan.mirror.observer = Some(engine.observer());
         let space = Space::new(&plan.cache, plan.space);
+        let (cache, account) = (plan.cache.clone(), Arc::clone(&space));
+        let orders = tokio::task::spawn_blocking(move || Orders::open(&cache, &account)).await;
+        let orders = orders.map_err(|_| MirrorError::Died("the table of orders".to_owned()))?;
         let shared = Shared {
             plan,
             space,
@@ -179,6 +188,7 @@ impl Mirrors {
             workers: Arc::downgrade(workers),
             generations: Mutex::default(),
             jobs: Jobs::default(),
+            orders,
         };
         let this = Self(Arc::new(shared));
         for image in this.0.plan.images.clone() {
@@ -189,6 +199,8 @@ impl Mirrors {
         workers.run(move || space.run_evictor()).await;
         let engine = this.0.engine.clone();
         workers.run(move || engine.run()).await;
+        let runner = this.clone();
+        workers.run(move || runner.run_orders()).await;
         Ok(this)
     }
 

@@ -24,9 +24,9 @@ const LONGEST: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 impl Mirrors {
     /// What earlier runs of an image read, by the tag under which that was kept; `None` if nothing is.
-    #[expect(clippy::unused_self, clippy::needless_pass_by_value, reason = "the place where profiles are joined in")]
-    fn profile_ranges(&self, _: &Generation, _: &str) -> Option<Vec<ByteRange>> {
-        None
+    fn profile_ranges(&self, generation: &Generation, tag: &str) -> Option<Vec<ByteRange>> {
+        let profile = generation.profiles.get(&tag.parse().ok()?)?;
+        Some(profile.wishes(generation.mirror.size()))
     }
 
     /// Takes an order. Cancel safety: it is taken whole or not at all.

@@ -1,1 +1,0 @@
-//! How many bytes may be under way without being felt.

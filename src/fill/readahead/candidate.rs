@@ -66,8 +66,8 @@ impl Candidate {
     }
 
     /// How far away a read is that is within the door.
-    pub(super) const fn distance(&self, read: ByteRange) -> Option<u64> {
-        Some(if read.start() >= self.low { read.start().abs_diff(self.high) } else { read.end().abs_diff(self.low) })
+    pub(super) const fn distance(&self, read: ByteRange) -> u64 {
+        if read.start() >= self.low { read.start().abs_diff(self.high) } else { read.end().abs_diff(self.low) }
     }
 
     pub(super) fn add(&mut self, read: ByteRange) {

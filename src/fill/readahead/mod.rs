@@ -3,7 +3,7 @@
 //! Each connection has a table of streams. A read that continues none of them begins a *candidate*; a candidate that
 //! goes on in one direction becomes a *run*, and a run wishes for what lies before it. How far, grows while the reader
 //! follows, as in the ramp-up of Linux (Wu, Xi and Xu, "On the design of a new Linux readahead framework", 2008; its
-//! asynchronous marker is here [`run::Run::wish`]'s step). What was wished and never read counts against the whole
+//! asynchronous marker is here the step of `run`). What was wished and never read counts against the whole
 //! connection: unmatched chunks throttle their source (Nicolae and Rafique, "Leveraging collaborative content exchange
 //! for on-demand VM multi-deployments", 2013).
 //!
@@ -115,22 +115,23 @@ impl Readahead {
         self.trust.figures()
     }
 
-    /// The stream that a read continues: of several, that whose head is nearest.
+    /// The stream that a read continues: of several, that whose head is nearest. Runs come first: a candidate from
+    /// before a run was found, and nearer, would go along with it and take its reads.
     fn nearest(&self, read: ByteRange) -> Option<usize> {
         let mut best = None;
         for (index, door) in self.doors.iter().enumerate() {
             if read.start().wrapping_sub(door.from) >= door.width {
                 continue;
             }
-            let distance = match &self.streams[index] {
-                Some(Stream::Candidate(candidate)) => candidate.distance(read),
-                Some(Stream::Run(run)) => run.distance(read, self.size),
+            let rank = match &self.streams[index] {
+                Some(Stream::Candidate(candidate)) => Some((1, candidate.distance(read))),
+                Some(Stream::Run(run)) => run.distance(read, self.size).map(|distance| (0, distance)),
                 None => None,
             };
-            if let Some(distance) = distance
-                && best.is_none_or(|(least, _)| distance < least)
+            if let Some(rank) = rank
+                && best.is_none_or(|(least, _)| rank < least)
             {
-                best = Some((distance, index));
+                best = Some((rank, index));
             }
         }
         best.map(|(_, index)| index)
@@ -176,14 +177,7 @@ impl Readahead {
         }
     }
 
-    fn start(
-        &mut self,
-        index: usize,
-        from: &Candidate,
-        way: run::Way,
-        read: ByteRange,
-        wishes: &mut Vec<ByteRange>,
-    ) {
+    fn start(&mut self, index: usize, from: &Candidate, way: run::Way, read: ByteRange, wishes: &mut Vec<ByteRange>) {
         let run = Run::new(from, way, read, self.limits, self.size, self.trust.is_silent());
         self.put(index, Stream::Run(run));
         self.wish(index, wishes);

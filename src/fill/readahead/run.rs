@@ -11,8 +11,8 @@ use crate::units::MIB;
 const REACH: u64 = 64;
 /// Lengths of a read that one may begin behind the last wish.
 const GAP: u64 = 4;
-/// Lengths of a read after which it is known whether the reader leaves out: half of what clients keep in flight.
-const TELLING: u64 = 32;
+/// Lengths of a read after which it is known whether the reader leaves out: what clients keep in flight.
+const TELLING: u64 = REACH;
 /// Bytes by which the wishes of a wide window go on: a window stays nearly as far ahead as it is wide.
 const STEP: u64 = MIB;
 /// Pieces of a stride that are wished ahead at most.
@@ -60,14 +60,7 @@ const fn reflect(range: ByteRange, size: u64) -> ByteRange {
 
 impl Run {
     /// Of a candidate whose last read was `read`.
-    pub(super) fn new(
-        from: &Candidate,
-        way: Way,
-        read: ByteRange,
-        limits: Limits,
-        size: u64,
-        is_silent: bool,
-    ) -> Self {
+    pub(super) fn new(from: &Candidate, way: Way, read: ByteRange, limits: Limits, size: u64, is_silent: bool) -> Self {
         let span = if way == Way::Down { reflect(from.span(), size) } else { from.span() };
         let (low, head) = match way {
             Way::Up | Way::Down => (span.start(), span.end()),
@@ -157,16 +150,11 @@ impl Run {
         self.read += seen.length();
         let wished = ByteRange::between(self.first_wish, self.wished).intersect(seen).length();
         let matched = match self.way {
-            Way::Stride(_) if wished > 0 => self.piece().min(self.unread),
+            Way::Stride(_) if wished > 0 => self.length.min(self.unread),
             _ => wished.min(self.unread),
         };
         self.unread -= matched;
         matched
-    }
-
-    /// Bytes that are wished for one read of a stride.
-    const fn piece(&self) -> u64 {
-        self.length
     }
 
     /// Whether it leaves out most of what it passes.
@@ -177,7 +165,8 @@ impl Run {
 
     /// Bytes that the head must pass before what was read of them says anything.
     fn telling(&self) -> u64 {
-        self.spread(self.window).max(TELLING * self.stride())
+        // What is out of order may be read yet.
+        self.spread(self.window).max(TELLING * self.stride()).max(2 * self.disorder)
     }
 
     pub(super) const fn is_silent(&self) -> bool {

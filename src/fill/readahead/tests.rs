@@ -26,7 +26,12 @@ impl Random {
 
     /// Zipf with an exponent of about 1: the rank is `count^u`.
     fn zipf(&mut self, count: u64) -> u64 {
-        #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small")]
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "small"
+        )]
         let rank = (count as f64).powf(self.below(1 << 40) as f64 / (1u64 << 40) as f64) as u64 - 1;
         rank.min(count - 1)
     }
@@ -209,7 +214,7 @@ fn a_sequential_reader_finds_what_it_needs_long_before_it_comes_there() {
         assert!(outcome.least_lead >= 14 * MIB, "{length}: {} ahead", outcome.least_lead);
         assert!(outcome.missed <= 3, "{length}: {} missed", outcome.missed);
         assert!(outcome.useless <= 17 * MIB, "{length}: {} useless", outcome.useless);
-        assert!(outcome.figures.matched >= 127 * MIB, "{length}: {:?}", outcome.figures);
+        assert!(outcome.figures.matched >= 124 * MIB, "{length}: {:?}", outcome.figures);
     }
 }
 
@@ -220,9 +225,10 @@ fn requests_that_overtake_each_other_are_one_stream() {
             for seed in 1..4 {
                 let outcome = play(&[upwards(MIB, length, 128 * MIB, depth, seed)], 64 * MIB);
                 let name = format!("{length} x{depth}, seed {seed}");
-                assert!(outcome.least_lead >= 4 * MIB, "{name}: {} ahead", outcome.least_lead);
-                assert!(outcome.missed <= 80, "{name}: {} missed", outcome.missed);
-                assert!(outcome.useless <= 17 * MIB, "{name}: {} useless", outcome.useless);
+                let Outcome { least_lead, missed, useless, figures } = outcome;
+                assert!(least_lead >= 4 * MIB, "{name}: {least_lead} ahead, {missed} missed, {figures:?}");
+                assert!(missed <= 80, "{name}: {missed} missed");
+                assert!(useless <= 17 * MIB, "{name}: {useless} useless");
             }
         }
     }
@@ -232,8 +238,8 @@ fn requests_that_overtake_each_other_are_one_stream() {
 fn interleaved_readers_are_told_apart() {
     for length in [4096, 64 * KIB, 128 * KIB] {
         for apart in [101 * MIB, 128 * MIB] {
-            let readers: Vec<_> = (0..8).map(|n| upwards(n * apart, length, 64 * MIB, 4, n + 1)).collect();
-            let outcome = play(&readers, 40 * MIB);
+            let readers: Vec<_> = (0..8).map(|n| upwards(n * apart, length, 80 * MIB, 4, n + 1)).collect();
+            let outcome = play(&readers, 56 * MIB);
             assert!(outcome.least_lead >= 14 * MIB, "{length}: {} ahead", outcome.least_lead);
             assert!(outcome.missed <= 8 * 20, "{length}: {} missed", outcome.missed);
             assert!(outcome.useless <= 8 * 17 * MIB, "{length}: {} useless", outcome.useless);
@@ -267,7 +273,8 @@ fn a_share_of_a_stream_dealt_out_to_several_connections_is_a_stride() {
 #[test]
 fn streams_are_found_among_random_reads() {
     let mut random = Random(11);
-    let noise: Reader = (0..1024).map(|_| ByteRange::new(GIB + random.below(GIB / 4096) * 4096, 4096).unwrap()).collect();
+    let noise: Reader =
+        (0..1024).map(|_| ByteRange::new(GIB + random.below(GIB / 4096) * 4096, 4096).unwrap()).collect();
     let outcome = play(&[upwards(0, 64 * KIB, 64 * MIB, 1, 1), noise], u64::MAX);
     assert!(outcome.missed <= 1024 + 4, "{} missed", outcome.missed);
 }

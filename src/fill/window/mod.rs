@@ -8,7 +8,7 @@
 //! 2006): with a latency of `base + queue`, the window that leaves `target` of queue is `window * (base + target) /
 //! (base + queue)`. Once in a while it is drained to see the least latency again, as in BBR (Cardwell et al., 2016).
 //!
-//! Requests of different sizes take different times, so each power of two has its own least latency ([`base`]). The queue of a
+//! Requests of different sizes take different times, so each power of two has its own least latency (`base`). The queue of a
 //! round is the *least* among its samples: noise only ever adds, and what even the luckiest request waited for stands.
 //!
 //! Limits: a base that has never been seen without a queue of others cannot be told from a longer road.
@@ -207,9 +207,7 @@ impl Window {
     /// Takes the rates of a round. One that did not use its window tells only that it is at least so much.
     fn measure(&mut self, round: &Round, took: Duration) {
         let is_telling = round.was_full && self.drained.is_none();
-        for (rate, bytes) in
-            [(&mut self.rate, round.filled), (&mut self.delivered, round.filled + round.demanded)]
-        {
+        for (rate, bytes) in [(&mut self.rate, round.filled), (&mut self.delivered, round.filled + round.demanded)] {
             let now = per_second(bytes, took);
             *rate = match *rate {
                 None => is_telling.then_some(now),

@@ -20,6 +20,7 @@
 //! | `kernel` | the kernel's client, in a virtual machine |
 //! | `admin` | the admin API and the commands that use it |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
+//! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
 //! | `command_line` | what it prints, refuses and returns |
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
@@ -46,6 +47,7 @@ mod interop_upstreams;
 mod kernel;
 mod lies;
 mod mirror;
+mod profile;
 mod roles;
 mod serve;
 mod steps;

@@ -21,6 +21,7 @@
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
+//! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
 //! | `command_line` | what it prints, refuses and returns |
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
@@ -48,6 +49,7 @@ mod kernel;
 mod lies;
 mod mirror;
 mod prefetch;
+mod profile;
 mod roles;
 mod serve;
 mod steps;

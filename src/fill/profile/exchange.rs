@@ -101,8 +101,16 @@ impl Exchange {
         self.store.save_aside().await;
     }
 
+    /// Says what the image is, once the upstream has said it: what is handed up must be of the same.
+    fn identify(&self) {
+        if let Some(identity) = self.remote.facts().identity {
+            self.store.identify(Some(identity));
+        }
+    }
+
     /// Learns from a run of our own clients; gives what the upstream is to be told, unless it was a mere look.
     fn learn(&self, run: &Run) -> Option<Profiles> {
+        self.identify();
         let tag = &self.recording.settings().tag;
         let merged = self.store.merge(tag, run);
         let (image, bytes) = (self.remote.current(), run.bytes());
@@ -144,6 +152,7 @@ impl Exchange {
     async fn take_once(&self) {
         *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(clock::now());
         let Some(theirs) = fetch_profile(&self.remote).await else { return };
+        self.identify();
         match self.store.adopt(&theirs) {
             Ok(0) => {}
             Ok(tags) => {

@@ -66,41 +66,44 @@ pub(super) struct Inbox {
 }
 
 /// What one connection has written. What lies behind its end is zero.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Message {
-    store: Arc<Store>,
     bytes: Vec<u8>,
-    /// Whether it is counted among [`Store::messages`]: as long as it has memory.
-    is_counted: bool,
+    /// As long as it has memory.
+    place: Option<Place>,
+}
+
+/// One of the [`MOST_MESSAGES`] that may be at the same time, until what was written has been taken.
+#[derive(Debug)]
+struct Place(Arc<Store>);
+
+impl Place {
+    fn take(store: &Arc<Store>) -> Result<Self> {
+        let count = |count| (count < MOST_MESSAGES).then_some(count + 1);
+        match store.messages.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count) {
+            Ok(_) => Ok(Self(Arc::clone(store))),
+            Err(_) => Err(Error::new(ErrorKind::NoMemory, "too many profiles are being written")),
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.messages.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Message {
     /// Makes room for bytes up to `end`.
-    fn grow(&mut self, end: u64) -> Result<()> {
-        if !self.is_counted {
-            let count = |count| (count < MOST_MESSAGES).then_some(count + 1);
-            let counted = self.store.messages.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count);
-            counted.map_err(|_| Error::new(ErrorKind::NoMemory, "too many profiles are being written"))?;
-            self.is_counted = true;
+    fn grow(&mut self, end: u64, store: &Arc<Store>) -> Result<()> {
+        if self.place.is_none() {
+            self.place = Some(Place::take(store)?);
         }
         let end = to_usize(end);
         if self.bytes.len() < end {
             self.bytes.resize(end, 0);
         }
         Ok(())
-    }
-
-    fn clear(&mut self) -> Vec<u8> {
-        if std::mem::take(&mut self.is_counted) {
-            self.store.messages.fetch_sub(1, Ordering::Relaxed);
-        }
-        std::mem::take(&mut self.bytes)
-    }
-}
-
-impl Drop for Message {
-    fn drop(&mut self) {
-        self.clear();
     }
 }
 
@@ -119,7 +122,7 @@ impl Inbox {
     fn put(&self, offset: u64, data: &[u8]) -> Result<()> {
         let mut message = self.message()?;
         let end = offset + to_u64(data.len());
-        message.grow(end)?;
+        message.grow(end, &self.store)?;
         message.bytes[to_usize(offset)..to_usize(end)].copy_from_slice(data);
         Ok(())
     }
@@ -145,13 +148,14 @@ impl Inbox {
 
     /// Takes what has been written, if anything has.
     async fn deliver(&self) -> Result<()> {
-        let bytes = self.message()?.clear();
+        let Message { bytes, place } = std::mem::take(&mut *self.message()?);
         if bytes.is_empty() {
             return Ok(());
         }
         let store = Arc::clone(&self.store);
         // A thread of its own: two mebibytes take some milliseconds to be merged, and then they are saved.
         let taken = tokio::task::spawn_blocking(move || {
+            let _place = place;
             let length = measure(&bytes).map_err(super::store::Refused::from)?;
             let (bytes, rest) = bytes.split_at_checked(length).unwrap_or((&[], &[]));
             if rest.iter().any(|byte| *byte != 0) {
@@ -182,8 +186,7 @@ impl Export for Inbox {
     }
 
     fn connect(&self, _: Client) -> Option<SharedExport> {
-        let message = Message { store: Arc::clone(&self.store), bytes: Vec::new(), is_counted: false };
-        Some(Arc::new(Self { store: Arc::clone(&self.store), message: Some(Mutex::new(message)) }))
+        Some(Arc::new(Self { store: Arc::clone(&self.store), message: Some(Mutex::default()) }))
     }
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {

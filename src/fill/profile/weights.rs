@@ -324,6 +324,37 @@ mod tests {
     }
 
     #[test]
+    fn a_recorded_boot_is_wished_for_as_it_was_read() {
+        use super::super::{Profiles, Recording, Settings, Tag};
+        use std::time::Duration;
+        let (recording, start) = (Recording::new(Settings::default()), crate::clock::now());
+        let mut part = recording.join(start).unwrap();
+        let trace = include_str!("../../../tests/data/boot-debian12-web.csv");
+        let mut read = std::collections::BTreeSet::new();
+        for line in trace.lines().skip(1) {
+            let fields: Vec<_> = line.split(',').collect();
+            if fields[1] == "read" {
+                let [offset, length] = [fields[2], fields[3]].map(|field| field.parse::<u64>().unwrap());
+                let now = start + Duration::from_secs_f64(fields[0].parse().unwrap());
+                part.note(now, ByteRange::between(offset, offset + length));
+                read.extend(offset / PAGE..(offset + length).div_ceil(PAGE));
+            }
+        }
+        drop(part);
+        let run = recording.finish().remove(0);
+        let profile = Profile::of_run(&run);
+        let size = 2 << 30;
+        let wishes = profile.wishes(size);
+        let wished: Vec<_> = wishes.iter().flat_map(|wish| wish.start() / PAGE..wish.end() / PAGE).collect();
+        assert_eq!(wished.len(), read.len());
+        assert_eq!(wished.into_iter().collect::<std::collections::BTreeSet<_>>(), read);
+        assert_eq!(wishes[0].start(), 0, "the first sector comes first");
+        let bytes = Profiles::of_run(size, None, Tag::default(), &run).encode();
+        assert!(bytes.len() < 16 << 10, "{}", bytes.len());
+        println!("{} bytes read, {} encoded, {} wishes, {:?}", run.bytes(), bytes.len(), wishes.len(), profile.tally());
+    }
+
+    #[test]
     fn neighbours_are_fetched_together_up_to_a_mebibyte() {
         let touched: Naive<u32> = (0..600).map(|page| (page, u32::try_from(page).unwrap())).collect();
         let profile = Profile::of_run(&run(&touched));

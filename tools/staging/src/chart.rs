@@ -11,7 +11,7 @@ const HEIGHT: f64 = 200.0;
 /// Around each panel.
 const MARGIN: f64 = 55.0;
 /// The largest load.
-const MOST: f64 = 1.4;
+const MOST: f64 = 1.6;
 
 /// A panel, by its upper left corner.
 #[derive(Clone, Copy)]
@@ -72,7 +72,7 @@ fn panel(body: &mut String, panel: Panel, rows: &[&Row], title: &str, value: fn(
         put(body, &format!("<path d=\"M{from:.1} {y:.1}H{to:.1}\" stroke=\"#ddd\"/>"));
         text(body, panel.left - 25.0, y + 4.0, "#000", &format!("{share:.1}"));
     }
-    for load in [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2] {
+    for load in [0.0, 0.3, 0.6, 0.9, 1.2, 1.5] {
         text(body, panel.x(load) - 8.0, panel.top + HEIGHT + 15.0, "#000", &format!("{load:.1}"));
     }
     text(body, panel.left, panel.top - 6.0, "#000", title);

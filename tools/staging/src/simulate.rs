@@ -17,7 +17,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_enum, value_delimiter = ',')]
     trace: Vec<Shape>,
     /// Work that the images are, as a part of what the link could do meanwhile, if no node kept any.
-    #[arg(long, value_name = "SHARE", value_delimiter = ',', default_values_t = [0.3, 0.5, 0.7, 0.9, 1.1, 1.3])]
+    #[arg(long, value_name = "SHARE", value_delimiter = ',', default_values_t = [0.3, 0.6, 0.9, 1.2, 1.5])]
     load: Vec<f64>,
     /// Traces of each kind, all of which are made with other seeds.
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=100_000))]

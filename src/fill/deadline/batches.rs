@@ -22,8 +22,8 @@ pub(super) struct Batch<'a> {
     pub(super) bytes: u64,
     /// Seconds from now until the deadline; negative afterwards.
     left: f64,
-    /// Seconds from now until it must be worked on, so that it and whatever follows it ends in time. Negative if that is
-    /// over. They never fall from one batch to the next.
+    /// Seconds from now until it must be worked on, so that it and whatever follows it ends in time. Negative if that
+    /// is over. They never fall from one batch to the next.
     pub(super) begins_within: f64,
 }
 
@@ -42,8 +42,8 @@ pub(super) fn seconds_until(deadline: Duration, now: Duration) -> f64 {
     }
 }
 
-/// Takes orders with deadlines, sorted by deadline and batch, and gives the largest set of batches of which none is late, in
-/// the same order, and the others. A byte takes `pace` seconds.
+/// Takes orders with deadlines, sorted by deadline and batch, and gives the largest set of batches of which none is
+/// late, in the same order, and the others. A byte takes `pace` seconds.
 pub(super) fn divide<'a>(now: Duration, tasks: &[&'a Task], pace: f64) -> (Vec<Batch<'a>>, Vec<Batch<'a>>) {
     let batches: Vec<_> = tasks
         .chunk_by(|one, other| (one.deadline, one.batch) == (other.deadline, other.batch))
@@ -63,8 +63,8 @@ pub(super) fn divide<'a>(now: Duration, tasks: &[&'a Task], pace: f64) -> (Vec<B
     (kept, given_up)
 }
 
-/// The algorithm of Moore and Hodgson: whenever the next deadline cannot be met, the longest work so far is given up. Of
-/// equals, the last.
+/// The algorithm of Moore and Hodgson: whenever the next deadline cannot be met, the longest work so far is given up.
+/// Of equals, the last.
 fn give_up(batches: &[Batch<'_>], pace: f64) -> Vec<bool> {
     let mut is_given_up = vec![false; batches.len()];
     let (mut longest, mut sum) = (BinaryHeap::new(), 0_u128);

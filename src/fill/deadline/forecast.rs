@@ -18,15 +18,16 @@ pub struct Forecast {
     pub id: u64,
     /// When its last byte comes; `None` if that cannot be said, because the rate is not known.
     pub ends: Option<Duration>,
-    /// How long after its deadline that is; `None` if it is in time, has no deadline, or nothing can be said. One whose deadline is over is
-    /// late by the time since then at least, also while the rate is not known.
+    /// How long after its deadline that is; `None` if it is in time, has no deadline, or nothing can be said. One whose
+    /// deadline is over is late by the time since then at least, also while the rate is not known.
     pub late_by: Option<Duration>,
 }
 
 /// When each order will end, in the order in which they are given, and which of them will be late.
 ///
-/// Where aggressive orders stand beside others, they take turns in pieces of a thousandth of all work, so ends may be wrong by
-/// as much. `O(n^2 log n)`, some milliseconds for a hundred orders: for when something is ordered, not for each request.
+/// Where aggressive orders stand beside others, they take turns in pieces of a thousandth of all work, so ends may be
+/// wrong by as much. `O(n^2 log n)`, some milliseconds for a hundred orders: for when something is ordered, not for
+/// each request.
 pub fn forecast(now: Duration, tasks: &[Task], rate: f64) -> Vec<Forecast> {
     let mut left = tasks.to_vec();
     let mut ends: Vec<_> = tasks.iter().map(|task| (task.remaining == 0).then_some(now)).collect();

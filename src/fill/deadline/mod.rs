@@ -9,19 +9,19 @@
 //! Deadline-driven staging is after Sotomayor, Keahey, Foster and Freeman (*Overhead matters*). What is chosen is what
 //! the next request to the upstream is for, so all of it can be preempted between two requests:
 //!
-//! 1. *Earliest deadline first*, among what can be met. On one link that meets every deadline that any order of work can
-//!    meet, also when more is ordered meanwhile (Jackson 1955; Liu and Layland, JACM 1973). Least slack first meets
+//! 1. *Earliest deadline first*, among what can be met. On one link that meets every deadline that any order of work
+//!    can meet, also when more is ordered meanwhile (Jackson 1955; Liu and Layland, JACM 1973). Least slack first meets
 //!    the same ones, but two orders with equal slack take turns for each request; here one ends before the next begins,
 //!    so what is fetched first is of use first.
-//! 2. When not all can be met, as few *batches* as possible are given up: those of Moore and Hodgson (Moore, *An n job, one
-//!    machine sequencing algorithm*, Management Science 1968). That is the least for what has been ordered; nobody
-//!    can promise it for what may be ordered later. It is judged anew each time, with what is left of each order and the
-//!    rate of now, so an order that was given up is taken up again when the link becomes faster.
+//! 2. When not all can be met, as few *batches* as possible are given up: those of Moore and Hodgson (Moore, *An n job,
+//!    one machine sequencing algorithm*, Management Science 1968). That is the least for what has been ordered; nobody
+//!    can promise it for what may be ordered later. It is judged anew each time, with what is left of each order and
+//!    the rate of now, so an order that was given up is taken up again when the link becomes faster.
 //! 3. What was given up takes what time the others leave, least work first: that makes the sum of the delays least
 //!    (Smith 1956).
 //!
-//! An order is *due* when it must be worked on from now on: as late as it and all that is to follow it still ends in time,
-//! if the rate is a tenth less than measured, and two seconds before that. Whatever is due is urgent.
+//! An order is *due* when it must be worked on from now on: as late as it and all that is to follow it still ends in
+//! time, if the rate is a tenth less than measured, and two seconds before that. Whatever is due is urgent.
 //!
 //! Owns: the order of work, and nothing else. It has no clock, keeps nothing from one choice to the next, and knows
 //! neither chunks nor links.
@@ -101,8 +101,8 @@ pub struct Task {
     pub strategy: Strategy,
     /// When it was ordered.
     pub ordered: Duration,
-    /// Whether it was chosen before. One that is just in time is not held back any more then, or it would be for a moment
-    /// after each request, in which it won a little time.
+    /// Whether it was chosen before. One that is just in time is not held back any more then, or it would be for a
+    /// moment after each request, in which it won a little time.
     pub is_started: bool,
 }
 
@@ -113,8 +113,8 @@ pub enum Choice {
     Fetch {
         /// Of this one.
         id: u64,
-        /// Whether it can hardly wait: it goes before what is fetched ahead for running clients, and yields to demand only. What
-        /// would be late by far is not urgent: it would cost running clients, and saves nobody.
+        /// Whether it can hardly wait: it goes before what is fetched ahead for running clients, and yields to demand
+        /// only. What would be late by far is not urgent: it would cost running clients, and saves nobody.
         is_urgent: bool,
     },
     /// There is nothing to do before that time.

@@ -1,5 +1,6 @@
 //! The schedule against slow and plain ways to say the same: all subsets, and a link that is played request by request.
 
+use std::slice::from_ref;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -55,8 +56,8 @@ impl Played {
     }
 }
 
-/// Whatever is ordered is known from `ordered` on. `rate` is what the link really brings at a time, `measured` what it is
-/// thought to bring, given what it brought in the last second.
+/// Whatever is ordered is known from `ordered` on. `rate` is what the link really brings at a time, `measured` what it
+/// is thought to bring, given what it brought in the last second.
 fn play(tasks: &[Task], rate: impl Fn(Duration) -> f64, mut measured: impl FnMut(f64) -> f64) -> Played {
     let mut left = tasks.to_vec();
     let mut spans = vec![(Duration::MAX, Duration::MAX); tasks.len()];
@@ -139,7 +140,8 @@ prop_compose! {
         load in 4..20_u64,
         parts in prop::collection::vec((1..12_u64, 0..comes, 0..1000_u64), 1..=most),
     ) -> Vec<Task> {
-        let until = |requests: u64, ordered: u64, looseness: u64| ordered + requests + looseness * load * to_u64(parts.len()) / 2000;
+        let spare = |looseness: u64| looseness * load * to_u64(parts.len()) / 2000;
+        let until = |requests: u64, ordered: u64, looseness: u64| ordered + requests + spare(looseness);
         let build = |(id, (requests, ordered, looseness)): (usize, &(u64, u64, u64))| Task {
             ordered: seconds(*ordered),
             ..hybrid(to_u64(id), *requests, until(*requests, *ordered, *looseness))
@@ -259,7 +261,8 @@ proptest! {
         for strategy in [Strategy::Hybrid, Strategy::Aggressive] {
             let tasks = with(&tasks, strategy);
             let played = play_steadily(&tasks);
-            for (forecast, (task, (_, end))) in forecast(seconds(0), &tasks, RATE).iter().zip(tasks.iter().zip(&played.spans)) {
+            let foreseen = forecast(seconds(0), &tasks, RATE);
+            for (forecast, (task, (_, end))) in foreseen.iter().zip(tasks.iter().zip(&played.spans)) {
                 prop_assert!(forecast.ends.unwrap().abs_diff(*end) < Duration::from_micros(1));
                 prop_assert_eq!(forecast.late_by.is_some(), *end > task.deadline.unwrap());
             }
@@ -343,11 +346,11 @@ fn aggressive_ones_go_in_the_order_of_their_orders_until_others_are_due() {
 #[test]
 fn just_in_time_waits_until_it_must_begin_and_goes_on_then() {
     let mut order = task(1, 90 * REQUEST, Some(1000), Strategy::Jit);
-    let Choice::WaitUntil(then) = choose(seconds(0), &[order.clone()], RATE) else { panic!("it began at once") };
+    let Choice::WaitUntil(then) = choose(seconds(0), from_ref(&order), RATE) else { panic!("it began at once") };
     assert_eq!(then.as_millis(), 898_000);
     let idle = [order.clone(), task(2, REQUEST, None, Strategy::Jit)];
     assert_eq!(choose(seconds(0), &idle, RATE), fetch(2, false));
-    assert_eq!(choose(then, &[order.clone()], RATE), fetch(1, true));
+    assert_eq!(choose(then, from_ref(&order), RATE), fetch(1, true));
     order.remaining -= 10 * REQUEST;
     order.is_started = true;
     assert_eq!(choose(then + seconds(10), &[order], RATE), fetch(1, false));

@@ -24,7 +24,7 @@ const LONGEST: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
 impl Mirrors {
     /// What earlier runs of an image read, by the tag under which that was kept; `None` if nothing is.
-    #[expect(clippy::unused_self, clippy::needless_pass_by_value, reason = "the place where profiles are joined in")]
+    #[expect(clippy::unused_self, reason = "the place where profiles are joined in")]
     fn profile_ranges(&self, _: &Generation, _: &str) -> Option<Vec<ByteRange>> {
         None
     }

@@ -73,10 +73,10 @@ fn bars(orders: &[Given]) -> anyhow::Result<Vec<ProgressBar>> {
     let style = ProgressStyle::with_template(form)?;
     let all = MultiProgress::new();
     let bar = |order: &Given| {
-        let bar = all.add(ProgressBar::new(order.status.total_bytes).with_style(style.clone()));
-        bar.set_prefix(printable(&order.status.image));
         // What is here already did not come in the time that is measured.
-        bar.set_position(order.status.here_bytes);
+        let bar = ProgressBar::new(order.status.total_bytes).with_position(order.status.here_bytes);
+        let bar = all.add(bar.with_style(style.clone()));
+        bar.set_prefix(printable(&order.status.image));
         bar.reset_eta();
         bar
     };

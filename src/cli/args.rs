@@ -1,5 +1,7 @@
 //! What was typed. Nothing here looks at a file or a socket.
 
+mod fill;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -16,6 +18,7 @@ use crate::nbd::uri::Security;
 use crate::net::ListenAddress;
 use crate::telemetry::LogFormat;
 use crate::units::ByteSize;
+pub(super) use fill::Fill;
 
 /// A tiered NBD server for people who start many machines from few disk images.
 ///
@@ -163,6 +166,8 @@ pub(super) struct Mirror {
     /// time-out of the clients.
     #[arg(long, value_name = "SECONDS", default_value = "25", value_parser = seconds)]
     pub(super) upstream_timeout: Duration,
+    #[command(flatten)]
+    pub(super) fill: Fill,
     #[command(flatten)]
     pub(super) daemon: Daemon,
 }

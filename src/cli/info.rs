@@ -70,7 +70,13 @@ impl Info {
             Ok(agreed) => agreed,
             Err(failure) => return Err(explain(uri, failure, limit).await),
         };
-        let settings = Settings { connections: 1, connect_timeout: limit, stall_timeout: limit, patience: limit };
+        let settings = Settings {
+            connections: 1,
+            connect_timeout: limit,
+            stall_timeout: limit,
+            patience: limit,
+            ..Settings::default()
+        };
         let remote = Remote::open(vec![uri.clone()], Expectation::default(), settings).await?;
         let facts = remote.facts();
         let mirror =

@@ -18,6 +18,7 @@ use crate::worker::Workers;
 
 pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
     let patience = arguments.upstream_timeout;
+    let fill = arguments.fill.settings();
     let defaults = Settings::default();
     let upstream = Settings {
         connections: usize::from(arguments.upstream_connections),
@@ -25,6 +26,7 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         stall_timeout: defaults.stall_timeout.min(patience / 2),
         // A little less than the mirror's own: the upstream can say better what went wrong.
         patience: patience.mul_f32(0.98),
+        is_mirror: true,
         ..defaults
     };
     let args::Mirror { images, cache, chunk_size, cache_size, reserve, policy, daemon, .. } = arguments;
@@ -32,8 +34,9 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         images: images.into_iter().map(plan).collect::<anyhow::Result<_>>()?,
         cache,
         space: SpaceSettings { limit: cache_size, reserve, policy, admission: Admission::default() },
-        mirror: mirror::Settings { chunk_size, patience },
+        mirror: mirror::Settings { chunk_size, patience, observer: None },
         upstream,
+        fill,
     };
     daemon::run(daemon, Images { plan: Some(plan), mirrors: None })
 }

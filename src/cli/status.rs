@@ -7,7 +7,7 @@ use super::output;
 use super::running::{block_on, reach};
 use super::table::{Table, printable};
 use crate::control::AdminAddress;
-use crate::control::status::{CacheStatus, ImageStatus, Kind, MirrorStatus, Status, UpstreamStatus};
+use crate::control::status::{CacheStatus, ImageStatus, Kind, LinkStatus, MirrorStatus, Status, UpstreamStatus};
 use crate::manifest::ImageId;
 use crate::units::ByteSize;
 
@@ -24,12 +24,18 @@ pub(super) fn run(arguments: args::Status) -> anyhow::Result<()> {
 }
 
 fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
-    let Status { version, pid, role, uptime_seconds, images, clients, cache } = status;
+    let Status { version, pid, role, uptime_seconds, images, clients, cache, link } = status;
     let mut text = format!("headwater {version} {role}, process {pid}, up {}, at {address}\n", ago(*uptime_seconds));
     write!(text, "\nimages\n{}", of_images(images))?;
     let mirrors: Vec<_> = images.iter().filter_map(|image| Some((&*image.name, image.mirror.as_ref()?))).collect();
     if !mirrors.is_empty() {
         write!(text, "\nmirrors\n{}\nupstreams\n{}", of_mirrors(&mirrors), of_upstreams(&mirrors))?;
+        write!(text, "\nbrought here, and why\n{}", of_fills(&mirrors))?;
+    }
+    if let Some(LinkStatus { window_bytes, in_flight_bytes, rate }) = link {
+        let rate = rate.map_or_else(String::new, |rate| format!("; lately {} a second", size(rate)));
+        let (in_flight, window) = (size(*in_flight_bytes), size(*window_bytes));
+        writeln!(text, "  ahead of demand, {in_flight} are on their way, {window} may be{rate}")?;
     }
     if let Some(cache) = cache {
         write!(text, "\ncache {}\n{}", cache.path, of_cache(cache)?)?;
@@ -111,6 +117,24 @@ fn of_mirrors(mirrors: &[(&str, &MirrorStatus)]) -> Table {
             mirror.verify_failures.to_string(),
             size(mirror.upstream_bytes),
         ]);
+    }
+    table
+}
+
+fn of_fills(mirrors: &[(&str, &MirrorStatus)]) -> Table {
+    let mut table = Table::new(&["IMAGE", "CAUSE", ">BROUGHT", ">USED", ">LATE", ">UNREAD", ">UNUSED"]);
+    for (name, mirror) in mirrors {
+        for (cause, status) in mirror.fill.iter().filter(|(_, status)| status.brought_bytes > 0) {
+            table.row(vec![
+                short_name(name),
+                cause.clone(),
+                size(status.brought_bytes),
+                size(status.used_bytes),
+                size(status.late_bytes),
+                size(status.unread_bytes),
+                size(status.unused_bytes),
+            ]);
+        }
     }
     table
 }

@@ -104,6 +104,7 @@ impl Api {
             images,
             clients,
             cache: self.operated.cache(),
+            link: self.operated.link(),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use thiserror::Error;
 
 use super::jobs::Jobs;
-use super::status::{CacheStatus, ImageStatus, PinReport, Role, VerifyOrder};
+use super::status::{CacheStatus, ImageStatus, LinkStatus, PinReport, Role, VerifyOrder};
 use crate::ranges::ByteRange;
 
 /// What comes of an order.
@@ -27,6 +27,9 @@ pub trait Operated: Send + Sync + std::fmt::Debug {
 
     /// The cache, if there is one. May block.
     fn cache(&self) -> Option<CacheStatus>;
+
+    /// How the link to the upstreams is used, if there is one.
+    fn link(&self) -> Option<LinkStatus>;
 
     /// The table in which orders that take long are kept.
     fn jobs(&self) -> &Jobs;

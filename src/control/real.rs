@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::status::{CacheStatus, ImageStatus, Kind, PinReport, Role, VerifyOrder};
+use super::status::{CacheStatus, ImageStatus, Kind, LinkStatus, PinReport, Role, VerifyOrder};
 use super::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
 use crate::export::SharedExport;
 use crate::image::index::{Check, CheckError, Checked, Damaged, run_aside};
@@ -137,6 +137,10 @@ impl Operated for RealImages {
     }
 
     fn cache(&self) -> Option<CacheStatus> {
+        None
+    }
+
+    fn link(&self) -> Option<LinkStatus> {
         None
     }
 

@@ -4,6 +4,7 @@
 //! What a server says may grow new fields, so whoever reads it skips those that it does not know. What a server is
 //! asked is held to the letter: an unknown field is an error.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,9 @@ pub struct Status {
     pub clients: Vec<ClientStatus>,
     /// The cache that all mirrors share; `null` if there is none.
     pub cache: Option<CacheStatus>,
+    /// How it is filled ahead of demand; `null` if nothing is.
+    #[serde(default)]
+    pub link: Option<LinkStatus>,
 }
 
 /// What a server does.
@@ -116,8 +120,38 @@ pub struct MirrorStatus {
     pub unstored_chunks: u64,
     /// Bytes that came from upstreams.
     pub upstream_bytes: u64,
+    /// What came of what was brought, by why it was: `demand`, `readahead`, `profile`, `prefetch`, `background`.
+    pub fill: BTreeMap<String, CauseStatus>,
     /// Where they come from, in order of preference.
     pub upstreams: Vec<UpstreamStatus>,
+}
+
+/// What came of what was brought because of one thing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CauseStatus {
+    /// Brought here, whole chunks.
+    pub brought_bytes: u64,
+    /// Of them, chunks that a client read.
+    pub used_bytes: u64,
+    /// Of them, chunks that were evicted, or never stored, before a client read them.
+    pub unused_bytes: u64,
+    /// Of them, chunks that are here and that no client has read.
+    pub unread_bytes: u64,
+    /// Of what was used, chunks that a client wanted while they were on their way.
+    pub late_bytes: u64,
+}
+
+/// How the link to the upstreams is used by what nobody waits for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LinkStatus {
+    /// Bytes that may be on their way.
+    pub window_bytes: u64,
+    /// Bytes that are.
+    pub in_flight_bytes: u64,
+    /// Bytes per second, lately; `null` while that is not known.
+    pub rate: Option<u64>,
 }
 
 /// One server that a mirror is filled from.

@@ -78,6 +78,13 @@ pub type Hold = Arc<dyn fmt::Debug + Send + Sync>;
 /// Says whether pieces are the bytes that they should be.
 pub type Check<'a> = dyn Fn(&[Piece]) -> bool + 'a;
 
+/// Who has connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Client {
+    /// Whether it is a mirror, as it says.
+    pub is_mirror: bool,
+}
+
 /// How [`Export::try_read`] ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TryRead {
@@ -177,7 +184,8 @@ pub trait Export: fmt::Debug + Send + Sync {
     }
 
     /// This export for one connection, if it makes a difference between them; its facts are the same.
-    fn connect(&self) -> Option<SharedExport> {
+    fn connect(&self, client: Client) -> Option<SharedExport> {
+        let _ = client;
         None
     }
 

@@ -227,6 +227,7 @@ impl Inner {
             self.space.twins.remove(key, self.place(chunk));
         }
         self.states.set(chunk, State::Absent);
+        self.origins.left(chunk);
         self.stats.evicted_chunks.add(1);
         self.space.stats().evicted_chunks.add(1);
         self.discharge(chunk)

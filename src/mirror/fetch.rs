@@ -18,6 +18,7 @@ use futures_util::future::{join, join_all};
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
+use super::ahead::{Ahead, Asked};
 use super::arrival::{Arrival, Write, contiguous, split};
 use super::chunks::{Chunk, State};
 use super::flight::{ChunkData, Claim, Slice};
@@ -127,6 +128,22 @@ struct Run {
     _permit: OwnedSemaphorePermit,
 }
 
+/// Claims in the order in which they are worked on: those for which clients wait come first.
+type Waiting = BTreeMap<(bool, Chunk), Claim>;
+
+fn place_of(claim: &Claim) -> (bool, Chunk) {
+    (claim.flight.ahead.is_some(), claim.chunk)
+}
+
+/// Whether two claims may travel together: on demand, or by one order to fetch ahead.
+fn is_of_one_fetch(one: &Claim, other: &Claim) -> bool {
+    match (&one.flight.ahead, &other.flight.ahead) {
+        (None, None) => true,
+        (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+        _ => false,
+    }
+}
+
 impl Inner {
     /// Has claimed chunks worked on by this worker.
     pub(super) fn launch(self: &Arc<Self>, claims: Claims) {
@@ -166,7 +183,7 @@ impl Inner {
             if claims.is_empty() {
                 return;
             }
-            let mut waiting: BTreeMap<Chunk, Claim> = claims.into_iter().map(|claim| (claim.chunk, claim)).collect();
+            let mut waiting: Waiting = claims.into_iter().map(|claim| (place_of(&claim), claim)).collect();
             while let Some(run) = self.next_run(need, &mut waiting).await {
                 tokio::task::spawn_local(Arc::clone(&self).work(need, run));
             }
@@ -175,7 +192,7 @@ impl Inner {
 
     /// The first claim and its neighbours, as far as the budget and the length of a run go. Claims whose time is
     /// over before there is room for them fail.
-    async fn next_run(&self, need: Need, waiting: &mut BTreeMap<Chunk, Claim>) -> Option<Run> {
+    async fn next_run(&self, need: Need, waiting: &mut Waiting) -> Option<Run> {
         let budget = &self.queues.lane(need).budget;
         let each = u32::try_from(self.geometry.chunk_size() / PERMIT).unwrap_or(u32::MAX).max(1);
         let mut permit = loop {
@@ -200,8 +217,10 @@ impl Inner {
         let is_as_old = |claim: &Claim| claim.deadline.max(age) - claim.deadline.min(age) <= self.patience / 10;
         let mut claims = vec![first];
         while to_u64(claims.len() + 1) * self.geometry.chunk_size() <= LONGEST_RUN
-            && let Some(neighbour) = claims.last().and_then(|last| self.geometry.chunk(last.chunk.number() + 1))
-            && waiting.get(&neighbour).is_some_and(is_as_old)
+            && let Some(last) = claims.last()
+            && let Some(neighbour) = self.geometry.chunk(last.chunk.number() + 1)
+            && let neighbour = (last.flight.ahead.is_some(), neighbour)
+            && waiting.get(&neighbour).is_some_and(|claim| is_as_old(claim) && is_of_one_fetch(last, claim))
             && let Ok(more) = Arc::clone(budget).try_acquire_many_owned(each)
         {
             permit.merge(more);
@@ -280,6 +299,7 @@ impl Inner {
             self.pending.distrust();
         }
         self.states.set(chunk, State::Absent);
+        self.origins.left(chunk);
         self.segments.depart(self.segments.of(chunk));
         self.pending.changed(chunk, chunk);
     }
@@ -328,8 +348,13 @@ impl Inner {
             claim.flight.land(Ok(ChunkData::Zero));
             self.flights.lock().remove(&claim.chunk);
         }
-        let kept = data.iter().map(|claim| claim.chunk).filter(|chunk| self.should_keep(*chunk)).collect();
+        let is_ahead = data.first().is_some_and(|claim| claim.flight.ahead.is_some());
+        let kept = data.iter().map(|claim| claim.chunk).filter(|chunk| is_ahead || self.should_keep(*chunk)).collect();
         let room = Room::new(kept, epoch);
+        if is_ahead && !data.is_empty() && !self.reserve(&room).await {
+            let error = Error::new(ErrorKind::NoSpace, "there is no space for it");
+            return data.into_iter().for_each(|claim| self.fail(claim, &error));
+        }
         self.space.stats().bypassed_chunks.add(to_u64(data.len() - room.kept.len()));
         let bring = async {
             let data = self.copy_twins(data, &room).await;
@@ -410,8 +435,9 @@ impl Inner {
     /// Reads neighbouring chunks from the tier below; what has a manifest comes right or not at all.
     async fn read_below(&self, claims: &[&Claim], range: ByteRange) -> Result<Vec<Arrival>> {
         let cut = |pieces: &[Piece]| split(self.geometry, claims.iter().map(|claim| claim.chunk), range, pieces);
+        let ahead = claims.first().and_then(|claim| claim.flight.ahead.as_deref());
         let Some(truth) = self.truth.get() else {
-            let arrivals = cut(&self.lower.read(range).await?)?;
+            let arrivals = cut(&self.ask_below(range, ahead).await?)?;
             // A manifest that has come meanwhile has not been asked.
             return if self.truth.get().is_none() { Ok(arrivals) } else { Err(wrong_bytes(range)) };
         };
@@ -426,7 +452,16 @@ impl Inner {
             }
             right
         };
-        cut(&self.lower.read_verified(range, &is_right).await?)
+        if ahead.is_some_and(Ahead::is_special)
+            && let Ok(pieces) = self.ask_below(range, ahead).await
+            && is_right(&pieces)
+        {
+            return cut(&pieces);
+        }
+        let asked = Asked::new(self.observer.as_deref(), range.length());
+        let answer = self.lower.read_verified(range, &is_right).await;
+        asked.answered(answer.is_ok());
+        cut(&answer?)
     }
 
     fn late(&self) -> Error {
@@ -434,14 +469,26 @@ impl Inner {
     }
 
     fn fail(&self, claim: &Claim, error: &Error) {
-        if let Some(unsaid) = self.fetch_warnings.now(clock::now()) {
+        let is_ahead = claim.flight.ahead.is_some();
+        if is_ahead {
+            tracing::debug!(
+                image = self.name,
+                chunk = claim.chunk.number(),
+                error = error.chain(),
+                "not fetched ahead"
+            );
+        } else if let Some(unsaid) = self.fetch_warnings.now(clock::now()) {
             let (offset, error) = (self.geometry.range(claim.chunk).start(), error.chain());
             tracing::warn!(image = self.name, offset, error, unsaid, "cannot fetch: clients get an I/O error");
         }
         // Before the flight lands: whoever hears of the failure and asks again starts a new fetch.
         self.flights.lock().remove(&claim.chunk);
         // Whatever the upstream's reason, for a client of this mirror it is an error of the disk.
-        let kind = if error.kind() == ErrorKind::Unavailable { ErrorKind::Unavailable } else { ErrorKind::Io };
+        let kind = match error.kind() {
+            ErrorKind::Unavailable => ErrorKind::Unavailable,
+            ErrorKind::NoSpace if is_ahead => ErrorKind::NoSpace,
+            _ => ErrorKind::Io,
+        };
         let offset = self.geometry.range(claim.chunk).start();
         let message = format!("{}: cannot fetch the chunk at {offset}: {}", self.name, error.chain());
         claim.flight.land(Err(Error::new(kind, message)));
@@ -450,6 +497,7 @@ impl Inner {
     /// Gives everybody what came, then stores it.
     async fn land(&self, claims: &[&Claim], mut arrivals: Vec<Arrival>, room: &Room) {
         for (claim, arrival) in claims.iter().zip(&arrivals) {
+            self.note_arrival(claim, arrival);
             claim.flight.land(Ok(arrival.data.clone()));
         }
         crash_point("arrived");
@@ -469,6 +517,7 @@ impl Inner {
                 }
             }
             if !arrival.is_kept {
+                self.origins.left(arrival.chunk);
                 table.remove(&arrival.chunk);
             }
         }
@@ -476,6 +525,15 @@ impl Inner {
         tokio::task::yield_now().await;
         for write in contiguous(&arrivals) {
             self.store_chunks(write, room).await;
+        }
+    }
+
+    /// Remembers why a chunk came.
+    fn note_arrival(&self, claim: &Claim, arrival: &Arrival) {
+        // A client that begins to want it sees either that it has not landed, or the mark.
+        let _table = self.flights.lock();
+        if matches!(arrival.data, ChunkData::Bytes(_)) {
+            self.origins.came(arrival.chunk, claim.flight.cause(), claim.flight.is_wanted());
         }
     }
 
@@ -496,6 +554,7 @@ impl Inner {
         }
         if !self.note_stored(arrivals, &checksums, result.is_ok(), room) {
             for arrival in arrivals {
+                self.origins.left(arrival.chunk);
                 self.give_back(arrival.chunk).await;
                 self.flights.lock().remove(&arrival.chunk);
             }

@@ -6,12 +6,15 @@
 
 use std::collections::HashMap;
 use std::ops::{Deref, Range};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::Cause;
+use super::ahead::Ahead;
 use super::chunks::Chunk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manifest::is_zero;
@@ -81,18 +84,44 @@ impl Deref for Slice {
 #[derive(Debug, Default)]
 pub(super) struct Flight {
     result: OnceLock<Result<ChunkData>>,
-    landed: Notify,
+    /// It has landed, or is over.
+    news: Notify,
+    /// Whether its chunk is stored by now, or is not going to be.
+    is_over: AtomicBool,
+    /// What it belongs to, if it is ahead of demand.
+    pub(super) ahead: Option<Arc<Ahead>>,
+    /// Whether a client waits for it.
+    is_wanted: AtomicBool,
 }
 
 impl Flight {
-    fn has_landed(&self) -> bool {
+    pub(super) fn has_landed(&self) -> bool {
         self.result.get().is_some()
+    }
+
+    /// Why it flies.
+    pub(super) fn cause(&self) -> Cause {
+        self.ahead.as_ref().map_or(Cause::Demand, |ahead| ahead.cause)
+    }
+
+    /// A client waits for it, who would not have to if it were on demand. Gives whether that is new.
+    pub(super) fn want(&self) -> bool {
+        let is_new = !self.is_wanted.swap(true, Ordering::AcqRel);
+        if is_new && let Some(ahead) = &self.ahead {
+            ahead.hurry();
+        }
+        is_new
+    }
+
+    /// Whether a client waits for it, or began it.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.ahead.is_none() || self.is_wanted.load(Ordering::Acquire)
     }
 
     /// Gives everybody the result. Only the first call counts.
     pub(super) fn land(&self, result: Result<ChunkData>) {
         if self.result.set(result).is_ok() {
-            self.landed.notify_waiters();
+            self.news.notify_waiters();
         }
     }
 
@@ -101,12 +130,25 @@ impl Flight {
     /// Cancel safety: the flight goes on.
     pub(super) async fn wait(&self) -> Result<ChunkData> {
         loop {
-            let landed = self.landed.notified();
+            let landed = self.news.notified();
             // Asked after the notification is armed, so that it cannot come in between.
             if let Some(result) = self.result.get() {
                 return result.clone();
             }
             landed.await;
+        }
+    }
+
+    /// Waits until its chunk is stored, or is not going to be.
+    ///
+    /// Cancel safety: the flight goes on.
+    pub(super) async fn over(&self) {
+        loop {
+            let news = self.news.notified();
+            if self.is_over.load(Ordering::Acquire) {
+                return;
+            }
+            news.await;
         }
     }
 }
@@ -142,8 +184,9 @@ impl Claim {
         table: &mut HashMap<Chunk, Arc<Flight>>,
         chunk: Chunk,
         deadline: Instant,
+        ahead: Option<&Arc<Ahead>>,
     ) -> Self {
-        let flight = Arc::new(Flight::default());
+        let flight = Arc::new(Flight { ahead: ahead.cloned(), ..Flight::default() });
         table.insert(chunk, Arc::clone(&flight));
         Self { chunk, flight, deadline, flights: Arc::clone(flights) }
     }
@@ -159,6 +202,8 @@ impl Drop for Claim {
         if !self.flight.has_landed() {
             self.flight.land(Err(Error::new(ErrorKind::Io, "the fetch was given up")));
         }
+        self.flight.is_over.store(true, Ordering::Release);
+        self.flight.news.notify_waiters();
     }
 }
 
@@ -199,7 +244,7 @@ mod tests {
     async fn a_claim_that_is_dropped_fails_who_waits_and_makes_way() {
         let flights = Arc::new(Flights::default());
         let chunk = Geometry::new(1, 4096).chunk(0).unwrap();
-        let begin = || Claim::begin(&flights, &mut flights.lock(), chunk, Instant::now());
+        let begin = || Claim::begin(&flights, &mut flights.lock(), chunk, Instant::now(), None);
         let claim = begin();
         let flight = Arc::clone(&claim.flight);
         drop(claim);

@@ -8,6 +8,8 @@
 //! | `cause` | why a chunk is fetched |
 //! | `flight` | one fetch for all who want a chunk |
 //! | `fetch` | from a claimed chunk to a stored one: joining, fetching, checking, storing |
+//! | [`ahead`] | fetching what nobody waits for |
+//! | `origins` | why each chunk came, and whether it was read |
 //! | `arrival` | what came over, cut into chunks |
 //! | `truth` | what the bytes should be: the manifest |
 //! | `chart` | what the upstream says is zero, where there is no manifest |
@@ -28,6 +30,7 @@
 //! Owns: the cache of one image. Does not own: where the bytes come from (any [`Export`] below) and what is to be
 //! fetched ahead of demand.
 
+pub mod ahead;
 mod arrival;
 mod cause;
 mod chart;
@@ -37,6 +40,7 @@ mod fetch;
 mod flight;
 mod flusher;
 pub mod map;
+mod origins;
 pub mod pins;
 pub mod policy;
 mod read;
@@ -64,6 +68,7 @@ use crate::export::{Context, Export, Facts, FileRange, ImageId, LocalFuture, Nod
 use crate::nbd::Extent;
 use crate::ranges::ByteRange;
 use crate::telemetry::{Counter, Seldom, ShardedCounter};
+use ahead::Observer;
 pub use cause::Cause;
 use chart::Chart;
 use chunks::{Chunk, Geometry, State, States};
@@ -71,6 +76,8 @@ use fetch::Queues;
 use flight::Flights;
 use flusher::Pending;
 pub use map::{CHUNK_SIZES, Header};
+use origins::Origins;
+pub use origins::Tally;
 use pins::Pins;
 pub use pins::{PinError, Pinned};
 use policy::{Heat, Segment};
@@ -101,12 +108,14 @@ pub struct Settings {
     pub chunk_size: Option<u32>,
     /// How long a read waits for what is not here before it fails.
     pub patience: Duration,
+    /// Who is told of the requests that clients wait for.
+    pub observer: Option<Arc<dyn Observer>>,
 }
 
 impl Default for Settings {
     /// Under the 30 seconds after which clients commonly give up.
     fn default() -> Self {
-        Self { chunk_size: None, patience: Duration::from_secs(25) }
+        Self { chunk_size: None, patience: Duration::from_secs(25), observer: None }
     }
 }
 
@@ -158,6 +167,8 @@ struct Inner {
     header: Header,
     geometry: Geometry,
     states: States,
+    origins: Origins,
+    observer: Option<Arc<dyn Observer>>,
     flights: Arc<Flights>,
     queues: Queues,
     chart: Chart,
@@ -238,6 +249,8 @@ impl Mirror {
                 header,
                 geometry,
                 states,
+                origins: Origins::new(geometry),
+                observer: settings.observer.clone(),
                 flights: Arc::default(),
                 queues: Queues::new(),
                 chart: Chart::new(geometry),
@@ -334,6 +347,16 @@ impl Mirror {
     /// What happened so far.
     pub fn stats(&self) -> &Stats {
         &self.0.stats
+    }
+
+    /// What came of what was fetched because of `cause`.
+    pub fn tally(&self, cause: Cause) -> &Tally {
+        self.0.origins.tally(cause)
+    }
+
+    /// Whether so many bytes fit into the cache beside all else, without evicting anything.
+    pub fn has_room(&self, bytes: u64) -> bool {
+        self.0.space.has_room(bytes)
     }
 
     /// How much is here now. Looks at every chunk.

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use tokio::time::Instant;
 
+use super::ahead::Ahead;
 use super::chunks::{Chunk, State, checksum};
 use super::fetch::Claims;
 use super::flight::{ChunkData, Claim, Flight, Slice};
-use super::{EXTENTS_PATIENCE, Inner};
+use super::{Cause, EXTENTS_PATIENCE, Inner};
 use crate::disk::Inline;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{FileRange, Piece, Residency, TryRead, push_extent, push_piece};
@@ -27,10 +28,12 @@ const EXTENTS_CHUNKS: u64 = 128 << 10;
 const CHECKED_INLINE: u64 = 256 * KIB;
 /// A chunk that cannot be read, is found right, and cannot be read again is given up after so many times.
 const READS_OF_A_CHUNK: usize = 3;
+/// How many times as long as a read a fetch ahead of demand may take.
+const AHEAD_PATIENCE: u32 = 4;
 
 /// Where a part of a read comes from.
 #[derive(Debug)]
-enum Source {
+pub(super) enum Source {
     /// The data file, for one chunk or several.
     File,
     Zero,
@@ -57,7 +60,9 @@ impl Inner {
             let source = match state {
                 State::Resident => Source::File,
                 State::Zero => Source::Zero,
-                State::Absent | State::Leaving | State::Volatile | State::Unverified => self.claim(chunk, &mut claims),
+                State::Absent | State::Leaving | State::Volatile | State::Unverified => {
+                    self.claim(chunk, &mut claims, None)
+                }
             };
             match (parts.last_mut(), &source) {
                 (Some(Part { range, source: Source::File }), Source::File)
@@ -84,6 +89,7 @@ impl Inner {
                 self.stats.hit_bytes.add(part.length());
             }
         }
+        self.origins.read_all(part);
         self.segments.touch(part, self.space.clock.now());
     }
 
@@ -91,13 +97,17 @@ impl Inner {
     fn note_hits(&self, range: ByteRange) {
         self.stats.hits.add(self.geometry.span(range));
         self.stats.hit_bytes.add(range.length());
+        self.origins.read_all(range);
         self.segments.touch(range, self.space.clock.now());
     }
 
-    /// Joins the flight of a chunk, or begins one.
-    fn claim(&self, chunk: Chunk, claims: &mut Claims) -> Source {
+    /// Joins the flight of a chunk, or begins one: for a client that waits, or ahead of demand.
+    pub(super) fn claim(&self, chunk: Chunk, claims: &mut Claims, ahead: Option<&Arc<Ahead>>) -> Source {
         let mut table = self.flights.lock();
         if let Some(flight) = table.get(&chunk) {
+            if ahead.is_none() {
+                self.want(chunk, flight);
+            }
             return Source::Flight(Arc::clone(flight));
         }
         let lane = match self.states.get(chunk) {
@@ -107,10 +117,24 @@ impl Inner {
             State::Resident => return Source::File,
             State::Zero => return Source::Zero,
         };
-        let claim = Claim::begin(&self.flights, &mut table, chunk, Instant::now() + self.patience);
+        // What nobody waits for may have to wait for its turn.
+        let patience = if ahead.is_some() { self.patience * AHEAD_PATIENCE } else { self.patience };
+        let claim = Claim::begin(&self.flights, &mut table, chunk, Instant::now() + patience, ahead);
         let flight = Arc::clone(&claim.flight);
         lane.push(claim);
         Source::Flight(flight)
+    }
+
+    /// A client wants a chunk that is under way. To be called under the lock of the flights.
+    fn want(&self, chunk: Chunk, flight: &Flight) {
+        if flight.cause() == Cause::Demand {
+            return;
+        }
+        if !flight.has_landed() && flight.want() {
+            self.origins.late(chunk, flight.cause());
+        }
+        // It may just have been marked.
+        self.origins.read(chunk);
     }
 
     pub(super) async fn read_pieces(self: &Arc<Self>, range: ByteRange) -> Result<Vec<Piece>> {
@@ -119,7 +143,7 @@ impl Inner {
         let mut brought: Option<Slice> = None;
         for Part { range, source } in self.plan(range) {
             if let Source::Flight(flight) = &source
-                && let ChunkData::Bytes(slice) = flight.wait().await?
+                && let ChunkData::Bytes(slice) = self.wait_for(flight, range).await?
             {
                 let slice = self.cut(&slice, range);
                 if !brought.as_mut().is_some_and(|brought| brought.join(&slice)) {
@@ -135,6 +159,21 @@ impl Inner {
         }
         pieces.extend(brought.map(|slice| Piece::Data(slice.bytes())));
         Ok(pieces)
+    }
+
+    /// Waits for the chunk in which `range` lies. Failures of what was fetched ahead of demand are not the client's: it
+    /// was not asked for with its patience.
+    async fn wait_for(self: &Arc<Self>, flight: &Flight, range: ByteRange) -> Result<ChunkData> {
+        match flight.wait().await {
+            Err(_) if flight.cause() != Cause::Demand => {}
+            result => return result,
+        }
+        let chunk = self.geometry.chunks(range).next().expect("a part of a read is not empty");
+        let whole = self.geometry.range(chunk);
+        Ok(match self.read_chunk(chunk, whole).await? {
+            Piece::Data(bytes) => ChunkData::Bytes(bytes.into()),
+            Piece::Hole(_) => ChunkData::Zero,
+        })
     }
 
     /// The part `range` of the chunk that it lies in.
@@ -293,15 +332,15 @@ impl Inner {
     async fn read_chunk(self: &Arc<Self>, chunk: Chunk, part: ByteRange) -> Result<Piece> {
         for _ in 0..READS_OF_A_CHUNK {
             let mut claims = Claims::default();
-            let source = self.claim(chunk, &mut claims);
+            let source = self.claim(chunk, &mut claims, None);
             self.launch(claims);
             match source {
-                Source::Flight(flight) => {
-                    return Ok(match flight.wait().await? {
-                        ChunkData::Zero => Piece::Hole(part.length()),
-                        ChunkData::Bytes(slice) => Piece::Data(self.cut(&slice, part).bytes()),
-                    });
-                }
+                Source::Flight(flight) => match flight.wait().await {
+                    Ok(ChunkData::Zero) => return Ok(Piece::Hole(part.length())),
+                    Ok(ChunkData::Bytes(slice)) => return Ok(Piece::Data(self.cut(&slice, part).bytes())),
+                    Err(error) if flight.cause() == Cause::Demand => return Err(error),
+                    Err(_) => flight.over().await,
+                },
                 Source::Zero => return Ok(Piece::Hole(part.length())),
                 Source::File => {
                     if let Some(bytes) = self.read_resident(part).await {
@@ -315,18 +354,23 @@ impl Inner {
 
     /// Brings over what is absent in `range`.
     pub(super) async fn fill(self: &Arc<Self>, range: ByteRange) -> Result<()> {
+        let ahead = Arc::new(Ahead::new(Cause::Prefetch));
         for window in range.pieces(CACHE_WINDOW) {
             let (mut claims, mut flights) = (Claims::default(), Vec::new());
             for chunk in self.geometry.chunks(window) {
                 if matches!(self.states.get(chunk), State::Absent | State::Leaving)
-                    && let Source::Flight(flight) = self.claim(chunk, &mut claims)
+                    && let Source::Flight(flight) = self.claim(chunk, &mut claims, Some(&ahead))
                 {
                     flights.push(flight);
                 }
             }
             self.launch(claims);
             for flight in flights {
-                flight.wait().await?;
+                match flight.wait().await {
+                    // It was a hint.
+                    Err(error) if error.kind() == ErrorKind::NoSpace => return Ok(()),
+                    result => result?,
+                };
             }
         }
         Ok(())
@@ -371,9 +415,10 @@ impl Inner {
 
     pub(super) fn residency(&self, range: ByteRange, limit: usize) -> Vec<Extent> {
         let pinned = |part| if self.pins.touch(part) { Residency::PINNED } else { Residency::empty() };
+        let unread = |part| if self.origins.is_unread(part) { Residency::UNREAD } else { Residency::empty() };
         self.describe(self.describable(range), limit, |part, state| {
             let state = match state {
-                State::Resident | State::Unverified => Residency::RESIDENT,
+                State::Resident | State::Unverified => Residency::RESIDENT | unread(part),
                 State::Zero => Residency::ZERO,
                 State::Absent | State::Leaving | State::Volatile => Residency::empty(),
             };

@@ -255,6 +255,13 @@ impl Space {
         Some(figures.f_bavail.saturating_mul(figures.f_frsize))
     }
 
+    /// Whether so many bytes fit beside all else, and what is to be kept free is left free.
+    pub(super) fn has_room(&self, bytes: u64) -> bool {
+        let used = self.used.load(Ordering::Relaxed).saturating_add(bytes);
+        let fits = used.saturating_add(self.settings.plenty()) <= self.limit() || self.settings.limit.is_none();
+        fits && !self.is_disk_out() && self.lack_of_reserve(bytes.saturating_add(self.settings.plenty())) == 0
+    }
+
     /// Reserves space at once, or not at all.
     fn try_reserve(self: &Arc<Self>, bytes: u64) -> Option<Reservation> {
         let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit());

@@ -396,7 +396,11 @@ fn misses_that_wait_for_room_fail_no_later_than_the_others() {
         let silent = Gate::new(Arc::new(Memory::holding(vec![0; to_usize(size)]).read_only()));
         let lower = Arc::new(Record::new(Arc::new(silent)));
         let scratch = Scratch::new();
-        let settings = Settings { chunk_size: Some(*CHUNK_SIZES.end()), patience: Duration::from_millis(300) };
+        let settings = Settings {
+            chunk_size: Some(*CHUNK_SIZES.end()),
+            patience: Duration::from_millis(300),
+            ..Settings::default()
+        };
         let cache = Cache::open(scratch.0.path(), "x").unwrap();
         let mirror = Mirror::open("x", cache, lower.clone(), None, &scratch.space(), &settings).unwrap();
         let reads = (0..64).map(|chunk| read(&mirror, chunk << 22, (chunk << 22) + 1));

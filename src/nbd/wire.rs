@@ -179,3 +179,6 @@ bitflags! {
 
 /// The metadata context of allocation, defined by the protocol itself.
 pub const BASE_ALLOCATION: &str = "base:allocation";
+
+/// A query by which a Headwater mirror says in LIST_META_CONTEXT that it is one. No context has this name.
+pub const MIRROR: &str = "x-headwater:mirror";

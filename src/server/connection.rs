@@ -15,7 +15,7 @@ use super::limits::ConnectionBudget;
 use super::requests::Session;
 use super::transmission::{End, Transmission};
 use crate::clock;
-use crate::export::{Context, SharedExport};
+use crate::export::{Client, Context, SharedExport};
 use crate::nbd::handshake::server::{Negotiated, Progress, ServerHandshake, Violation, context_id};
 use crate::nbd::request::Rules;
 use crate::nbd::wire::{MAX_PAYLOAD_BYTES, MAX_PAYLOAD_UNTOLD};
@@ -96,8 +96,8 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
 }
 
 fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>, entry: &Entry) -> Session {
-    let Negotiated { export: (export, offered), listing, replies, contexts, knows_block_sizes } = chosen;
-    let export = export.connect().unwrap_or(export);
+    let Negotiated { export: (export, offered), listing, replies, contexts, knows_block_sizes, is_mirror } = chosen;
+    let export = export.connect(Client { is_mirror }).unwrap_or(export);
     let contexts: Vec<_> = contexts.into_iter().map(|position| (context_id(position), offered[position])).collect();
     Session {
         export,

@@ -28,7 +28,7 @@ use crate::nbd::handshake::ReplyMode;
 use crate::nbd::handshake::client::{Agreed, Ask, ClientHandshake, Outcome, Refusal};
 use crate::nbd::reply::Violation;
 use crate::nbd::uri::Security;
-use crate::nbd::wire::{TransmissionFlags, command};
+use crate::nbd::wire::{MIRROR, TransmissionFlags, command};
 use crate::nbd::{Uri, request};
 use crate::net::{Stream, connect};
 use crate::ranges::ByteRange;
@@ -179,7 +179,7 @@ pub async fn inspect(uri: &Uri, limit: Duration) -> Result<Agreed, OpenFailure> 
 
 /// The facts of an export, by a connection that asks for nothing else.
 pub(super) async fn look(uri: &Uri, limit: Duration) -> Result<Facts, OpenFailure> {
-    let (stream, _, agreed) = open_export(uri, limit).await?;
+    let (stream, _, agreed) = open_export(uri, limit, false).await?;
     // The answer is there already; a server that takes no goodbye shall not keep it.
     let _ = tokio::time::timeout(limit, part(&stream, agreed.replies)).await;
     Ok(facts(&agreed))
@@ -193,11 +193,15 @@ async fn part(stream: &Stream, mode: ReplyMode) {
     let _ = stream.write_all(&mut output).await;
 }
 
-async fn open_export(uri: &Uri, limit: Duration) -> Result<(Stream, BytesMut, Agreed), OpenFailure> {
+async fn open_export(uri: &Uri, limit: Duration, is_mirror: bool) -> Result<(Stream, BytesMut, Agreed), OpenFailure> {
+    let mut list = vec![NAMESPACE.to_owned()];
+    if is_mirror {
+        list.push(MIRROR.to_owned());
+    }
     let ask = Ask::Open {
         export: uri.export.clone(),
         contexts: CONTEXTS.iter().map(|context| context.name().to_owned()).collect(),
-        list: Some(vec![NAMESPACE.to_owned()]),
+        list: Some(list),
     };
     match open(uri, ask, limit).await? {
         (stream, input, Outcome::Opened(agreed)) => Ok((stream, input, agreed)),
@@ -285,7 +289,7 @@ pub(super) async fn start(
     admit: impl FnOnce(&Facts) -> Result<(), OpenFailure>,
     ended: impl FnOnce(String) + 'static,
 ) -> Result<Handle, OpenFailure> {
-    let (stream, input, agreed) = open_export(uri, settings.connect_timeout).await?;
+    let (stream, input, agreed) = open_export(uri, settings.connect_timeout, settings.is_mirror).await?;
     admit(&facts(&agreed))?;
     let (jobs, queue) = mpsc::channel(DEPTH);
     let agreed = Arc::new(agreed);

@@ -58,6 +58,8 @@ pub struct Settings {
     pub stall_timeout: Duration,
     /// How long a request is tried before it fails.
     pub patience: Duration,
+    /// Whether the bytes are for a mirror, which servers are told: they need not learn from what it reads.
+    pub is_mirror: bool,
 }
 
 impl Default for Settings {
@@ -68,6 +70,7 @@ impl Default for Settings {
             connect_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(10),
             patience: Duration::from_secs(25),
+            is_mirror: false,
         }
     }
 }

@@ -24,7 +24,11 @@ use futures_util::future::join_all;
 use thiserror::Error;
 
 use super::Jobs;
-use crate::export::{DuplicateName, ImageId, Registry};
+use crate::export::{DuplicateName, ImageId, Registry, SharedExport};
+use crate::fill;
+use crate::fill::client::Filled;
+use crate::fill::engine::Engine;
+use crate::fill::image::Image;
 use crate::mirror::{self, CacheError, ManifestError, Mirror, Share, Space, SpaceSettings};
 use crate::nbd::Uri;
 use crate::units::ByteSize;
@@ -58,6 +62,8 @@ pub struct Plan {
     pub mirror: mirror::Settings,
     /// How upstreams are used.
     pub upstream: upstream::Settings,
+    /// What is fetched ahead of demand.
+    pub fill: fill::Settings,
 }
 
 /// Why an image cannot be mirrored.
@@ -134,6 +140,7 @@ pub struct Mirrors(Arc<Shared>);
 struct Shared {
     plan: Plan,
     space: Arc<Space>,
+    engine: Engine,
     registry: Arc<Registry>,
     /// Not kept alive by us: watchers run on them.
     workers: Weak<Workers>,
@@ -147,17 +154,22 @@ struct Shared {
 struct Generation {
     image: PlannedImage,
     mirror: Mirror,
+    /// What clients get.
+    filled: Arc<Filled>,
     /// Uses servers only as long as they have this very image. Those of older ones may have it again some day.
     remote: Arc<Remote>,
 }
 
 impl Mirrors {
     /// Opens all images of `plan` and puts them into `registry`; keeps them running on `workers`.
-    pub async fn open(plan: Plan, registry: Arc<Registry>, workers: &Arc<Workers>) -> Result<Self, MirrorError> {
+    pub async fn open(mut plan: Plan, registry: Arc<Registry>, workers: &Arc<Workers>) -> Result<Self, MirrorError> {
+        let engine = Engine::new(plan.fill.rates);
+        plan.mirror.observer = Some(engine.observer());
         let space = Space::new(&plan.cache, plan.space);
         let shared = Shared {
             plan,
             space,
+            engine,
             registry,
             workers: Arc::downgrade(workers),
             generations: Mutex::default(),
@@ -170,6 +182,8 @@ impl Mirrors {
         this.fit(workers).await?;
         let space = Arc::clone(&this.0.space);
         workers.run(move || space.run_evictor()).await;
+        let engine = this.0.engine.clone();
+        workers.run(move || engine.run()).await;
         Ok(this)
     }
 
@@ -204,7 +218,7 @@ impl Mirrors {
             "mirroring, {} here",
             ByteSize(resident)
         );
-        self.0.registry.insert(name, Arc::new(newest.mirror.clone()))?;
+        self.0.registry.insert(name, newest.export())?;
         self.start(&newest, workers).await;
         self.generations().push(Arc::new(newest));
         self.reopen_older(&image, workers).await;
@@ -212,6 +226,16 @@ impl Mirrors {
         let name = image.name.clone();
         workers.run(move || this.watch(name)).await;
         Ok(())
+    }
+
+    /// Has a mirror filled ahead of demand, as a part of `image`.
+    fn fill(&self, image: &PlannedImage, mirror: &Mirror, is_newest: bool) -> Arc<Filled> {
+        let settings = &self.0.plan.fill;
+        let in_background = is_newest && settings.mode == fill::Mode::Background;
+        let filling = Image::new(image.name.clone(), mirror.clone(), settings.rates.image, in_background);
+        let readahead = if settings.mode == fill::Mode::None { 0 } else { settings.readahead };
+        self.0.engine.add(Arc::clone(&filling));
+        Arc::new(Filled::new(self.0.engine.clone(), filling, readahead))
     }
 
     /// Keeps a generation running.
@@ -245,6 +269,11 @@ impl Mirrors {
 }
 
 impl Generation {
+    /// What clients get.
+    fn export(&self) -> SharedExport {
+        Arc::<Filled>::clone(&self.filled)
+    }
+
     async fn settle(&self, workers: &Workers) {
         let (name, mirror) = (&self.image.name, &self.mirror);
         let settling = mirror.clone();

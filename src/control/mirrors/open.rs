@@ -54,7 +54,8 @@ impl Mirrors {
         let opened = tokio::task::spawn_blocking(open).await;
         let mirror = opened.map_err(|_| MirrorError::Died(image.name.clone()))??;
         remote.expect(mirror.image(), mirror.node());
-        Ok(Generation { image: image.clone(), mirror, remote })
+        let filled = self.fill(image, &mirror, true);
+        Ok(Generation { image: image.clone(), mirror, filled, remote })
     }
 
     /// The cache that was used last, of all that an image has.
@@ -213,17 +214,18 @@ impl Mirrors {
         let lower: SharedExport = Arc::<Remote>::clone(&remote);
         let open = move || Mirror::open(name, cache, lower, None, &space, &settings);
         let mirror = tokio::task::spawn_blocking(open).await.map_err(|_| MirrorError::Died(image.name.clone()))??;
-        self.register_older(image, identity, &mirror);
-        let generation = Generation { image: image.clone(), mirror, remote };
+        let filled = self.fill(image, &mirror, false);
+        let generation = Generation { image: image.clone(), mirror, filled, remote };
+        self.register_older(image, identity, &generation);
         self.start(&generation, workers).await;
         self.generations().insert(0, Arc::new(generation));
         Ok(())
     }
 
     /// Lets clients that know an older generation by its content still have it.
-    pub(super) fn register_older(&self, image: &PlannedImage, identity: ImageId, mirror: &Mirror) {
+    pub(super) fn register_older(&self, image: &PlannedImage, identity: ImageId, generation: &Generation) {
         let name = format!("{}@{identity}", image.name);
-        if let Err(error) = self.0.registry.insert(&name, Arc::new(mirror.clone())) {
+        if let Err(error) = self.0.registry.insert(&name, generation.export()) {
             tracing::debug!(%error, "not exported by its content");
         }
     }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use super::{Generation, Mirrors};
 use crate::control::status::{
-    CacheStatus, ImageStatus, Kind, MirrorStatus, PinReport, Role, UpstreamStatus, VerifyOrder,
+    CacheStatus, CauseStatus, ImageStatus, Kind, LinkStatus, MirrorStatus, PinReport, Role, UpstreamStatus, VerifyOrder,
 };
 use crate::control::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
-use crate::mirror::{Mirror, PinError, Pinned, Scrub, Share};
+use crate::mirror::{Cause, Mirror, PinError, Pinned, Scrub, Share, Tally};
 use crate::ranges::ByteRange;
+use crate::telemetry::Counter;
 use crate::upstream::ServerStatus;
 
 impl Generation {
@@ -46,10 +47,21 @@ impl Generation {
                 damaged_pages: stats.damaged_pages.value(),
                 unstored_chunks: stats.unstored_chunks.value(),
                 upstream_bytes: self.remote.stats().received_bytes.value(),
+                fill: Cause::ALL
+                    .into_iter()
+                    .map(|cause| (cause.name().to_owned(), tally(self.mirror.tally(cause))))
+                    .collect(),
                 upstreams: self.remote.servers().into_iter().map(upstream).collect(),
             }),
         }
     }
+}
+
+fn tally(tally: &Tally) -> CauseStatus {
+    let [used_bytes, unused_bytes, late_bytes, brought_bytes] =
+        [&tally.used_bytes, &tally.unused_bytes, &tally.late_bytes, &tally.brought_bytes].map(Counter::value);
+    let unread_bytes = brought_bytes.saturating_sub(used_bytes.saturating_add(unused_bytes));
+    CauseStatus { brought_bytes, used_bytes, unused_bytes, unread_bytes, late_bytes }
 }
 
 fn upstream(server: ServerStatus) -> UpstreamStatus {
@@ -158,6 +170,11 @@ impl Operated for Mirrors {
             failed: usage.is_disk_out,
             deduplicated_bytes: stats.deduplicated_bytes.value(),
         })
+    }
+
+    fn link(&self) -> Option<LinkStatus> {
+        let link = self.0.engine.link();
+        Some(LinkStatus { window_bytes: link.window, in_flight_bytes: link.in_flight, rate: link.rate })
     }
 
     fn jobs(&self) -> &Jobs {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::open::fetch_manifest;
 use super::{Generation, MirrorError, Mirrors};
-use crate::export::{Facts, ImageId, SharedExport};
+use crate::export::{Facts, ImageId};
 use crate::mirror::ManifestError;
 use crate::upstream::{Expectation, Remote};
 use crate::worker::Workers;
@@ -76,14 +76,13 @@ impl Mirrors {
             to,
             "the upstream's image has been replaced: new clients get the new one; those that are connected keep the old one, as far as it is here"
         );
-        let export: SharedExport = Arc::new(new.mirror.clone());
-        self.0.registry.replace(&image.name, export);
+        self.0.registry.replace(&image.name, new.export());
         let mut generations = self.generations();
         generations.retain(|generation| !Arc::ptr_eq(generation, &new));
         generations.push(new);
         drop(generations);
         if let Some(identity) = old.mirror.image() {
-            self.register_older(image, identity, &old.mirror);
+            self.register_older(image, identity, old);
         }
         Ok(())
     }

@@ -6,7 +6,9 @@ use std::sync::{Mutex, PoisonError};
 use bytes::{Bytes, BytesMut};
 
 use crate::error::Result;
-use crate::export::{Check, Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite};
+use crate::export::{
+    Check, Client, Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite,
+};
 use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::ranges::ByteRange;
@@ -104,7 +106,7 @@ impl Export for Record {
     }
 
     /// One for all connections: what is below would go around this.
-    fn connect(&self) -> Option<SharedExport> {
+    fn connect(&self, _: Client) -> Option<SharedExport> {
         None
     }
 

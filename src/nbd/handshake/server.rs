@@ -49,6 +49,8 @@ pub struct Negotiated<E> {
     pub contexts: Vec<usize>,
     /// Whether the client was told the block sizes.
     pub knows_block_sizes: bool,
+    /// Whether the client is a mirror, as it says.
+    pub is_mirror: bool,
 }
 
 /// The metadata context id on the wire of the context at `position` of the listing.
@@ -114,6 +116,7 @@ pub struct ServerHandshake {
     state: State,
     no_zeroes: bool,
     knows_block_sizes: bool,
+    is_mirror: bool,
     replies: ReplyMode,
     /// The last successful SET_META_CONTEXT: canonical export name, positions of the contexts.
     contexts: Option<(String, Vec<usize>)>,
@@ -130,6 +133,7 @@ impl ServerHandshake {
             state: State::Flags,
             no_zeroes: false,
             knows_block_sizes: false,
+            is_mirror: false,
             replies: ReplyMode::Simple,
             contexts: None,
             options: 0,
@@ -383,6 +387,7 @@ impl ServerHandshake {
         let Some((_, listing)) = directory.find(name) else {
             return refuse(output, number, option_reply::ERR_UNKNOWN, "no such export");
         };
+        self.is_mirror |= !set && queries.contains(&wire::MIRROR);
         let mut chosen = Vec::new();
         for (position, context) in listing.contexts.iter().enumerate() {
             let matches = |query: &&str| *query == context || !set && is_namespace_of(query, context);
@@ -414,8 +419,8 @@ impl ServerHandshake {
             Some((name, contexts)) if name == listing.name => contexts,
             _ => Vec::new(),
         };
-        let Self { replies, knows_block_sizes, .. } = *self;
-        Progress::Finished(Box::new(Negotiated { export, listing, replies, contexts, knows_block_sizes }))
+        let Self { replies, knows_block_sizes, is_mirror, .. } = *self;
+        Progress::Finished(Box::new(Negotiated { export, listing, replies, contexts, knows_block_sizes, is_mirror }))
     }
 }
 

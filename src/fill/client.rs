@@ -1,0 +1,155 @@
+//! An image as its clients get it: each connection's reads are watched, and what they lead to is fetched.
+//!
+//! Owns: the watching. Does not own: any bytes; reads go to the mirror as they came.
+
+use std::io::IoSlice;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+
+use super::engine::Engine;
+use super::image::Image;
+use super::readahead::{Limits, Readahead};
+use crate::error::Result;
+use crate::export::{
+    Check, Client, Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite,
+};
+use crate::nbd::Extent;
+use crate::nbd::request::{Durability, ZeroMode};
+use crate::ranges::ByteRange;
+
+/// An image that is filled ahead of demand: as it stands in the registry, or for one connection.
+#[derive(Debug)]
+pub struct Filled {
+    engine: Engine,
+    image: Arc<Image>,
+    /// Bytes that one reader's readahead is ahead of it, at most; 0: none.
+    readahead: u64,
+    /// What the connection has read; locked by its worker alone.
+    watch: Option<Mutex<Watch>>,
+}
+
+#[derive(Debug)]
+struct Watch {
+    readahead: Option<Readahead>,
+    wishes: Vec<ByteRange>,
+}
+
+impl Filled {
+    /// `image`, filled by `engine`.
+    pub const fn new(engine: Engine, image: Arc<Image>, readahead: u64) -> Self {
+        Self { engine, image, readahead, watch: None }
+    }
+
+    /// A client has read, or is about to.
+    fn note(&self, range: ByteRange) {
+        let Some(watch) = &self.watch else { return };
+        let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
+        let Watch { readahead, wishes } = &mut *watch;
+        let Some(readahead) = readahead.as_mut().filter(|_| self.image.has_gaps()) else { return };
+        readahead.note(range, wishes);
+        if wishes.is_empty() {
+            return;
+        }
+        if self.image.is_readahead_wasted() {
+            return wishes.clear();
+        }
+        self.image.wish(wishes.drain(..));
+        drop(watch);
+        self.engine.pump();
+    }
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl Export for Filled {
+    fn facts(&self) -> Facts {
+        self.image.mirror.facts()
+    }
+
+    fn try_read(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
+        let result = self.image.mirror.try_read(range, output);
+        // What has to wait is noted when it is read again.
+        if result != TryRead::Wait {
+            self.note(range);
+        }
+        result
+    }
+
+    fn in_file(&self, range: ByteRange) -> Option<FileRange> {
+        let found = self.image.mirror.in_file(range);
+        if found.is_some() {
+            self.note(range);
+        }
+        found
+    }
+
+    fn is_in_file(&self, range: ByteRange) -> bool {
+        self.image.mirror.is_in_file(range)
+    }
+
+    fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
+        let mut read = self.image.mirror.read(range);
+        let mut is_noted = false;
+        Box::pin(std::future::poll_fn(move |context| {
+            let result = read.as_mut().poll(context);
+            // What the client waits for has begun before what it does not wait for.
+            if !std::mem::replace(&mut is_noted, true) {
+                self.note(range);
+            }
+            result
+        }))
+    }
+
+    fn read_verified<'a>(&'a self, range: ByteRange, check: &'a Check<'a>) -> LocalFuture<'a, Result<Vec<Piece>>> {
+        self.image.mirror.read_verified(range, check)
+    }
+
+    fn manifest(&self) -> Option<SharedExport> {
+        self.image.mirror.manifest()
+    }
+
+    fn profile(&self) -> Option<SharedExport> {
+        self.image.mirror.profile()
+    }
+
+    fn profile_inbox(&self) -> Option<SharedExport> {
+        self.image.mirror.profile_inbox()
+    }
+
+    fn connect(&self, _: Client) -> Option<SharedExport> {
+        self.image.look();
+        let limits = Limits { most: self.readahead, ..Limits::default() };
+        let readahead = (self.readahead > 0).then(|| Readahead::new(limits, self.image.mirror.size()));
+        let watch = Some(Mutex::new(Watch { readahead, wishes: Vec::new() }));
+        let (engine, image) = (self.engine.clone(), Arc::clone(&self.image));
+        Some(Arc::new(Self { engine, image, readahead: self.readahead, watch }))
+    }
+
+    fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {
+        self.image.mirror.try_write(offset, parts)
+    }
+
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> LocalFuture<'_, Result<()>> {
+        self.image.mirror.write(offset, data, durability)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, mode: ZeroMode, durability: Durability) -> LocalFuture<'_, Result<()>> {
+        self.image.mirror.write_zeroes(range, mode, durability)
+    }
+
+    fn trim(&self, range: ByteRange, durability: Durability) -> LocalFuture<'_, Result<()>> {
+        self.image.mirror.trim(range, durability)
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<()>> {
+        self.image.mirror.flush()
+    }
+
+    fn cache(&self, range: ByteRange) -> LocalFuture<'_, Result<()>> {
+        self.image.mirror.cache(range)
+    }
+
+    fn extents(&self, range: ByteRange, context: Context, limit: usize) -> LocalFuture<'_, Result<Vec<Extent>>> {
+        self.image.mirror.extents(range, context, limit)
+    }
+}

@@ -1,0 +1,439 @@
+//! The engine: what leaves next, on behalf of all fills of a server.
+//!
+//! Nobody sits at a queue. Whoever changes something (a reader that wishes, a request that ended, a timer) has the
+//! engine look whether something may leave, and what may leave is fetched on that very worker.
+//!
+//! The order: urgent orders (whose deadline would be missed), readahead, profiles, and then, if clients leave the link
+//! to them, other orders and the background. What clients wait for is never asked here: it leaves at once.
+//!
+//! Three things bound what leaves: the *window* of bytes under way, which is what the link takes without a queue that
+//! clients would feel; the *budgets* of the server, the image and the order; and, for what can wait, [`Calm`].
+//!
+//! Locks: an image's plan, then (never together with another one) the link's. Never held across an await.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use super::budget::Budget;
+use super::calm::Calm;
+use super::image::Image;
+use super::window::Window;
+use crate::clock;
+use crate::export::LocalFuture;
+use crate::mirror::Cause;
+use crate::mirror::ahead::{Ahead, Brought, Observer, Pace};
+use crate::ranges::ByteRange;
+use crate::units::{KIB, MIB};
+
+/// The window is never smaller or larger than this.
+const SMALLEST_WINDOW: u64 = 64 * KIB;
+const LARGEST_WINDOW: u64 = 32 * MIB;
+/// The longest fetch: that many may be lost to a fetch that is late.
+const LONGEST_RUN: u64 = MIB;
+/// Fetches that can wait are this long, and their requests too while no client is expected.
+const LEISURE_RUN: u64 = 256 * KIB;
+/// While clients are expected, requests that can wait are so short that they are hardly felt.
+const SHORT_PART: u64 = 16 * KIB;
+/// Fetches under way at once.
+const RUNS: usize = 256;
+/// The engine looks this often even if nothing happens.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How fills are bounded.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Rates {
+    /// Bytes per second of all fills of the server; `None`: what the link takes.
+    pub server: Option<u64>,
+    /// Bytes per second of the fills of each image.
+    pub image: Option<u64>,
+}
+
+/// How the link to the upstreams is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkStatus {
+    /// Bytes of fills that may be under way.
+    pub window: u64,
+    /// Bytes of fills that are.
+    pub in_flight: u64,
+    /// Fetches that are under way.
+    pub fetches: usize,
+    /// Bytes per second that fills have had lately; `None` while that is not known.
+    pub rate: Option<u64>,
+}
+
+/// The fills of a server. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub struct Engine(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    rates: Rates,
+    link: Mutex<Link>,
+    images: Mutex<Images>,
+    /// Something may leave now that could not before: fetches that have begun go on.
+    news: Notify,
+    /// And others may begin.
+    wake: Notify,
+    /// Whose turn it is among images.
+    turn: AtomicU64,
+}
+
+/// The way to the upstreams, which all images share.
+#[derive(Debug)]
+struct Link {
+    window: Window,
+    calm: Calm,
+    budget: Budget,
+    runs: usize,
+    /// Whether something waits for clients to leave the link to it.
+    is_held: bool,
+}
+
+#[derive(Debug, Default)]
+struct Images(Vec<Arc<Image>>);
+
+/// A fetch that may leave now.
+#[derive(Debug)]
+struct Run {
+    image: Arc<Image>,
+    range: ByteRange,
+    cause: Cause,
+    can_wait: bool,
+    /// Bytes of its first request, which are let go.
+    first: u64,
+}
+
+/// What came of a look.
+#[derive(Debug)]
+enum Look {
+    Leaves(Box<Run>),
+    /// Nothing leaves before that, unless something happens.
+    Waits(Option<Instant>),
+}
+
+/// The earlier of two times, either of which may be never.
+fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
+impl Engine {
+    /// An engine without images.
+    pub fn new(rates: Rates) -> Self {
+        let link = Link {
+            window: Window::new(SMALLEST_WINDOW, LARGEST_WINDOW),
+            calm: Calm::default(),
+            budget: Budget::new(rates.server),
+            runs: 0,
+            is_held: false,
+        };
+        Self(Arc::new(Shared {
+            rates,
+            link: Mutex::new(link),
+            images: Mutex::default(),
+            news: Notify::new(),
+            wake: Notify::new(),
+            turn: AtomicU64::new(0),
+        }))
+    }
+
+    /// How fills are bounded.
+    pub fn rates(&self) -> Rates {
+        self.0.rates
+    }
+
+    /// Fills `image` too.
+    pub fn add(&self, image: Arc<Image>) {
+        self.0.images.lock().unwrap_or_else(PoisonError::into_inner).0.push(image);
+        self.0.wake.notify_one();
+    }
+
+    /// The images that are filled.
+    pub fn images(&self) -> Vec<Arc<Image>> {
+        self.0.images.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// Who is to be told of what clients wait for.
+    pub fn observer(&self) -> Arc<dyn Observer> {
+        Arc::clone(&self.0) as Arc<dyn Observer>
+    }
+
+    /// How the link to the upstreams is used now.
+    pub fn link(&self) -> LinkStatus {
+        let link = self.0.link();
+        let Link { window, runs, .. } = &*link;
+        LinkStatus { window: window.limit(), in_flight: window.in_flight(), fetches: *runs, rate: window.rate() }
+    }
+
+    /// Looks from time to time, for ever. One task of a worker does this.
+    pub async fn run(self) {
+        loop {
+            let until = self.pump().unwrap_or_else(|| clock::now() + LOOK).min(clock::now() + LOOK);
+            // Whether it is news or time does not matter.
+            let _ = tokio::time::timeout_at(until.into(), self.0.wake.notified()).await;
+        }
+    }
+
+    /// Has everything leave that may. Gives when there may be more, if nothing happens before. To be called on a worker;
+    /// elsewhere it leaves it to one.
+    pub fn pump(&self) -> Option<Instant> {
+        if crate::worker::index().is_none() {
+            self.0.wake.notify_one();
+            return None;
+        }
+        loop {
+            match self.look(clock::now()) {
+                Look::Leaves(run) => {
+                    tokio::task::spawn_local(self.clone().fetch(*run));
+                }
+                Look::Waits(until) => return until,
+            }
+        }
+    }
+
+    async fn fetch(self, run: Run) {
+        let Run { image, range, cause, can_wait, first } = run;
+        let under_way = UnderWay { shared: Arc::clone(&self.0), can_wait };
+        let pace = Paced { engine: self.clone(), can_wait, admitted: AtomicU64::new(first) };
+        let ahead = Ahead::paced(cause, Arc::new(pace), None);
+        let Brought { bytes, missed } = image.mirror.bring(range, ahead).await;
+        image.ended(clock::now(), bytes, missed);
+        drop(under_way);
+        self.pump();
+    }
+
+    /// Finds what may leave now, and lets it.
+    fn look(&self, now: Instant) -> Look {
+        let images = self.images();
+        let (most, until) = match self.0.link().room(now) {
+            Ok(most) => (most, None),
+            Err(until) => return Look::Waits(until),
+        };
+        let mut until: Option<Instant> = until;
+        let turn = usize::try_from(self.0.turn.fetch_add(1, Ordering::Relaxed)).unwrap_or(0);
+        let (mut ready, mut waiting) = (Vec::new(), None);
+        for index in 0..images.len() {
+            let image = &images[(turn + index) % images.len()];
+            match image.wait(now) {
+                None => ready.push(image),
+                at => waiting = earlier(waiting, at),
+            }
+        }
+        until = earlier(until, waiting);
+        for (cause, next) in [
+            (Cause::Readahead, Image::next_readahead as fn(&Image, u64) -> Option<ByteRange>),
+            (Cause::Profile, Image::next_of_profile),
+        ] {
+            for image in &ready {
+                if let Some(range) = next(image, most) {
+                    return self.leave(image, range, cause, false, now);
+                }
+            }
+        }
+        if let Some(at) = self.0.link().hold(now) {
+            return Look::Waits(earlier(until, Some(at)));
+        }
+        for image in &ready {
+            let (range, at) = image.next_of_background(now, LEISURE_RUN.max(image.mirror.chunk_size()));
+            if let Some(range) = range {
+                return self.leave(image, range, Cause::Background, true, now);
+            }
+            until = earlier(until, at);
+        }
+        Look::Waits(until)
+    }
+
+    fn leave(&self, image: &Arc<Image>, range: ByteRange, cause: Cause, can_wait: bool, now: Instant) -> Look {
+        image.spend(now, range.length());
+        let first = self.0.link().leave(range.length(), can_wait, now);
+        Look::Leaves(Box::new(Run { image: Arc::clone(image), range, cause, can_wait, first }))
+    }
+}
+
+impl Shared {
+    fn link(&self) -> MutexGuard<'_, Link> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Link {
+    /// How long the next fetch may be; or when there may be one, if nothing happens before.
+    fn room(&self, now: Instant) -> Result<u64, Option<Instant>> {
+        if let Some(until) = self.budget.wait(now) {
+            return Err(Some(until));
+        }
+        let (limit, in_flight) = (self.window.limit(), self.window.in_flight());
+        if self.runs >= RUNS || in_flight >= limit {
+            return Err(None);
+        }
+        Ok((limit / 4).clamp(4 * KIB, LONGEST_RUN))
+    }
+
+    /// When what can wait may begin, if not now.
+    fn hold(&mut self, now: Instant) -> Option<Instant> {
+        let until = self.calm.wait(now);
+        self.is_held = until.is_some();
+        until
+    }
+
+    /// A fetch begins. Gives the bytes of its first request.
+    fn leave(&mut self, bytes: u64, can_wait: bool, now: Instant) -> u64 {
+        self.runs += 1;
+        self.budget.spend(now, bytes);
+        if can_wait {
+            self.calm.left(now);
+        } else {
+            self.calm.began(now);
+        }
+        let part = self.part(can_wait, now).min(bytes);
+        self.window.sent(now, part);
+        part
+    }
+
+    /// It is over.
+    fn ended(&mut self, can_wait: bool, now: Instant) {
+        self.runs -= 1;
+        if !can_wait {
+            self.calm.ended(now);
+        }
+    }
+
+    /// Bytes of one request.
+    fn part(&self, can_wait: bool, now: Instant) -> u64 {
+        if can_wait && self.calm.is_watched(now) { SHORT_PART } else { LONGEST_RUN }
+    }
+
+    /// Whether one more request of a fetch may leave that can wait; or when, if nothing happens before.
+    fn may_go_on(&self, now: Instant) -> Result<(), Option<Instant>> {
+        if let Some(until) = self.calm.wait(now) {
+            return Err(Some(until));
+        }
+        // Beside clients there is to be no queue at all.
+        let limit = self.window.limit() / if self.calm.is_watched(now) { 2 } else { 1 };
+        if self.window.in_flight() == 0 || self.window.in_flight() < limit { Ok(()) } else { Err(None) }
+    }
+}
+
+impl Observer for Shared {
+    fn began(&self) {
+        self.link().calm.began(clock::now());
+    }
+
+    fn ended(&self, bytes: u64, latency: Option<Duration>) {
+        let now = clock::now();
+        let mut link = self.link();
+        link.calm.ended(now);
+        if let Some(latency) = latency {
+            link.window.demand_landed(now, bytes, latency);
+        }
+        let is_held = link.is_held;
+        drop(link);
+        self.news.notify_waiters();
+        if is_held {
+            self.wake.notify_one();
+        }
+    }
+}
+
+/// A fetch under way. Dropped, it is over.
+struct UnderWay {
+    shared: Arc<Shared>,
+    can_wait: bool,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.shared.link().ended(self.can_wait, clock::now());
+    }
+}
+
+/// The pace of one fetch.
+#[derive(Debug)]
+struct Paced {
+    engine: Engine,
+    can_wait: bool,
+    /// Bytes that were let go and have not left yet.
+    admitted: AtomicU64,
+}
+
+impl Paced {
+    /// What was let go, if it has not left yet.
+    fn take_admitted(&self) -> u64 {
+        self.admitted.swap(0, Ordering::Relaxed)
+    }
+}
+
+impl Pace for Paced {
+    fn part(&self) -> u64 {
+        match self.admitted.load(Ordering::Relaxed) {
+            0 => self.engine.0.link().part(self.can_wait, clock::now()),
+            admitted => admitted,
+        }
+    }
+
+    fn turn(&self, bytes: u64) -> LocalFuture<'_, ()> {
+        Box::pin(async move {
+            let shared = &self.engine.0;
+            if self.admitted.load(Ordering::Relaxed) > 0 {
+                // It may be less than was let go, at the end of an image.
+                let admitted = self.take_admitted();
+                shared.link().window.withdrawn(admitted.saturating_sub(bytes));
+                return;
+            }
+            loop {
+                let news = shared.news.notified();
+                let now = clock::now();
+                let until = {
+                    let mut link = shared.link();
+                    match link.may_go_on(now) {
+                        Ok(()) => {
+                            link.calm.left(now);
+                            link.window.sent(now, bytes);
+                            return;
+                        }
+                        Err(until) => until,
+                    }
+                };
+                let until = until.unwrap_or(now + LOOK);
+                tokio::select! {
+                    () = news => {}
+                    () = tokio::time::sleep_until(until.into()) => {}
+                }
+            }
+        })
+    }
+
+    fn hurried(&self, bytes: u64) {
+        let admitted = self.take_admitted();
+        let mut link = self.engine.0.link();
+        link.window.withdrawn(admitted);
+        link.window.sent(clock::now(), bytes);
+    }
+
+    fn ended(&self, bytes: u64, latency: Option<Duration>) {
+        let now = clock::now();
+        let mut link = self.engine.0.link();
+        match latency {
+            Some(latency) => link.window.landed(now, bytes, latency),
+            None => link.window.failed(now, bytes),
+        }
+        drop(link);
+        self.engine.0.news.notify_waiters();
+        self.engine.pump();
+    }
+}
+
+impl Drop for Paced {
+    fn drop(&mut self) {
+        // It never left: there was nothing to fetch after all.
+        let admitted = self.take_admitted();
+        if admitted > 0 {
+            self.engine.0.link().window.withdrawn(admitted);
+        }
+    }
+}

@@ -1,1 +1,0 @@
-//! Where one client's reads lead to.

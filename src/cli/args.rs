@@ -97,6 +97,7 @@ pub(super) enum Command {
     Pin(Pin),
     Unpin(Unpin),
     Verify(Verify),
+    Profile(super::profile::Profile),
 }
 
 /// Serve real images: raw files, block devices, qcow2 files.
@@ -168,6 +169,8 @@ pub(super) struct Mirror {
     pub(super) upstream_timeout: Duration,
     #[command(flatten)]
     pub(super) fill: Fill,
+    #[command(flatten)]
+    pub(super) profile: super::profile::Recorded,
     #[command(flatten)]
     pub(super) daemon: Daemon,
 }

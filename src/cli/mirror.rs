@@ -29,7 +29,7 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         is_mirror: true,
         ..defaults
     };
-    let args::Mirror { images, cache, chunk_size, cache_size, reserve, policy, daemon, .. } = arguments;
+    let args::Mirror { images, cache, chunk_size, cache_size, reserve, policy, profile, daemon, .. } = arguments;
     let plan = Plan {
         images: images.into_iter().map(plan).collect::<anyhow::Result<_>>()?,
         cache,
@@ -37,6 +37,7 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         mirror: mirror::Settings { chunk_size, patience, observer: None },
         upstream,
         fill,
+        profile: profile.into(),
     };
     daemon::run(daemon, Images { plan: Some(plan), mirrors: None })
 }

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `args` | commands, flags, and the help that teaches them |
 //! | `daemon` | what `serve` and `mirror` have in common: listening, serving, ending |
-//! | `serve`, `mirror`, `index`, `info`, `status`, `pin`, `verify` | one command each; `pin` has `unpin` too |
+//! | `serve`, `mirror`, `index`, `info`, `status`, `pin`, `verify`, `profile` | one command each; `pin` has `unpin` too |
 //! | `verify_file` | `verify` for files, which needs no server |
 //! | `running` | finding the running server that a command is for |
 //! | `long_work` | calling long work off, and showing how it gets on |
@@ -21,6 +21,7 @@ mod long_work;
 mod mirror;
 mod output;
 mod pin;
+mod profile;
 mod running;
 mod serve;
 mod status;
@@ -47,6 +48,7 @@ pub fn run() -> ExitCode {
         Command::Pin(arguments) => pin::pin(arguments).map(|()| ExitCode::SUCCESS),
         Command::Unpin(arguments) => pin::unpin(arguments).map(|()| ExitCode::SUCCESS),
         Command::Verify(arguments) => verify::run(arguments),
+        Command::Profile(arguments) => profile::run(arguments).map(|()| ExitCode::SUCCESS),
     };
     match result {
         Ok(code) => code,

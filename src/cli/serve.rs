@@ -9,7 +9,8 @@ use super::args::{FormatArgument, NamedPath, Serve};
 use super::daemon::{self, Exports};
 use crate::control::Operated;
 use crate::control::real::{RealImage, RealImages};
-use crate::export::Registry;
+use crate::export::{Registry, SharedExport};
+use crate::fill::profile::{Kept, Store, profile_path};
 use crate::image::index::{Background, Settings};
 use crate::image::{self, Options};
 use crate::net::Listener;
@@ -61,13 +62,13 @@ impl Exports for Images {
             }
             let facts = image.export.facts();
             tracing::info!(name, path = %path.display(), size = facts.size, writable = facts.writable, "serving");
-            registry.insert(name, Arc::clone(&image.export))?;
-            self.open.push(RealImage {
-                name: name.clone(),
-                path: path.display().to_string(),
-                export: image.export,
-                seal: image.seal,
-            });
+            // Nothing is written beside a device.
+            let profile = path.is_file().then(|| profile_path(path));
+            let profiles = Arc::new(Store::open(profile, facts.size, facts.identity));
+            let export: SharedExport = Arc::new(Kept::new(image.export, Arc::clone(&profiles)));
+            registry.insert(name, Arc::clone(&export))?;
+            let path = path.display().to_string();
+            self.open.push(RealImage { name: name.clone(), path, export, seal: image.seal, profiles });
         }
         if let Some(settings) = self.index.take() {
             let indexing = Background::start(seals, self.options.format, settings).context("cannot start indexing")?;

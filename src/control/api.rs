@@ -5,6 +5,9 @@
 //! | `GET /v1/status` | | [`Status`] |
 //! | `POST /v1/images/NAME/pin`, `.../unpin` | [`PinOrder`] | [`PinReport`] |
 //! | `POST /v1/images/NAME/verify` | [`VerifyOrder`] | [`JobStarted`] |
+//! | `GET /v1/images/NAME/profile` | | profiles, as they lie in files |
+//! | `PUT /v1/images/NAME/profile?force=true` | the same | [`ProfileReport`](super::status::ProfileReport) |
+//! | `DELETE /v1/images/NAME/profile?tag=TAG` | | the same |
 //! | `GET /v1/jobs/ID`, `DELETE /v1/jobs/ID` | | [`JobStatus`] |
 //!
 //! `NAME` is percent-encoded, its slashes too. An empty body stands for `{}`. What cannot be done is answered with a
@@ -24,6 +27,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
@@ -59,9 +63,9 @@ pub(super) struct Api {
     gathering: Arc<Mutex<()>>,
 }
 
-type Shared = State<Arc<Api>>;
-type Name = Result<Path<HashMap<String, String>>, PathRejection>;
-type Answered<T> = Result<Json<T>, Problem>;
+pub(super) type Shared = State<Arc<Api>>;
+pub(super) type Name = Result<Path<HashMap<String, String>>, PathRejection>;
+pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
     pub(super) fn new(operated: Arc<dyn Operated>, clients: ClientTable) -> Self {
@@ -79,6 +83,8 @@ impl Api {
             .route("/v1/images//unpin", post(unpin))
             .route("/v1/images/{name}/verify", post(verify))
             .route("/v1/images//verify", post(verify))
+            .route("/v1/images/{name}/profile", super::profiles::routes())
+            .route("/v1/images//profile", super::profiles::routes())
             .route("/v1/jobs/{id}", get(job).delete(cancel))
             .fallback(nowhere)
             .method_not_allowed_fallback(not_so)
@@ -87,6 +93,10 @@ impl Api {
             Reach::Owner => router,
             Reach::Machine => router.layer(middleware::from_fn(refuse_browsers)),
         }
+    }
+
+    pub(super) fn operated(&self) -> &dyn Operated {
+        &*self.operated
     }
 
     /// Blocks.
@@ -167,26 +177,32 @@ async fn pin_order(name: Name, body: Body) -> Result<(String, Option<Vec<ByteRan
 }
 
 /// The image that a path names: the one whose name is empty if there is nothing between the slashes.
-fn image_name(name: Name) -> Result<String, Problem> {
+pub(super) fn image_name(name: Name) -> Result<String, Problem> {
     let Path(mut parts) = name?;
     Ok(parts.remove("name").unwrap_or_default())
 }
 
 /// Reads a body of JSON, of whatever type it is said to be.
 async fn read_order<T: DeserializeOwned + Default>(body: Body) -> Result<T, Problem> {
-    let body = tokio::time::timeout(BODY_PATIENCE, Limited::new(body, LONGEST_BODY).collect());
-    let bytes = match body.await {
-        Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "the body has more than 64 KiB"));
-        }
-        Ok(Err(_)) => return Err(Problem::new(StatusCode::BAD_REQUEST, "the body broke off")),
-        Err(_) => return Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "the body took too long")),
-    };
+    let bytes = read_body(body, LONGEST_BODY).await?;
     if bytes.is_empty() {
         return Ok(T::default());
     }
     serde_json::from_slice(&bytes).map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))
+}
+
+/// Reads a body of at most `longest` bytes.
+pub(super) async fn read_body(body: Body, longest: usize) -> Result<Bytes, Problem> {
+    let body = tokio::time::timeout(BODY_PATIENCE, Limited::new(body, longest).collect());
+    match body.await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            let kib = longest / 1024;
+            Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body has more than {kib} KiB")))
+        }
+        Ok(Err(_)) => Err(Problem::new(StatusCode::BAD_REQUEST, "the body broke off")),
+        Err(_) => Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "the body took too long")),
+    }
 }
 
 /// Refuses what a page in a browser may have sent: it has an origin, or it came here by a name that somebody else's
@@ -220,13 +236,13 @@ fn is_loopback(host: &str) -> bool {
 
 /// Why a request is not done.
 #[derive(Debug)]
-struct Problem {
+pub(super) struct Problem {
     status: StatusCode,
     error: String,
 }
 
 impl Problem {
-    fn new(status: StatusCode, error: impl Into<String>) -> Self {
+    pub(super) fn new(status: StatusCode, error: impl Into<String>) -> Self {
         Self { status, error: error.into() }
     }
 }

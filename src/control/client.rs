@@ -17,7 +17,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::place::AdminAddress;
-use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, Status, VerifyOrder};
+use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, ProfileReport, Status, VerifyOrder};
+use crate::fill::profile::Tag;
 
 /// How long a server may take to say something about itself. Longer than it lets others keep a place of a connection
 /// without saying anything.
@@ -124,6 +125,26 @@ impl Client {
     pub async fn verify(&self, image: &str, order: &VerifyOrder) -> Result<u64, CallError> {
         let JobStarted { job } = self.order(&of_image(image, "verify"), order).await?;
         Ok(job)
+    }
+
+    /// The profiles of an image, as they lie in files.
+    pub async fn profile(&self, image: &str) -> Result<Bytes, CallError> {
+        self.send(Method::GET, &of_image(image, "profile"), Bytes::new(), PATIENCE).await
+    }
+
+    /// Puts profiles in the place of those that an image has; `force`: also those of an image of another identity.
+    pub async fn import_profile(&self, image: &str, profile: Bytes, force: bool) -> Result<ProfileReport, CallError> {
+        let path = format!("{}?force={force}", of_image(image, "profile"));
+        let json = self.send(Method::PUT, &path, profile, ORDER_PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// Has the profile of a workload forgotten, or all of an image.
+    pub async fn forget_profile(&self, image: &str, tag: Option<&Tag>) -> Result<ProfileReport, CallError> {
+        let query = tag.map_or_else(String::new, |tag| format!("?tag={tag}"));
+        let path = format!("{}{query}", of_image(image, "profile"));
+        let json = self.send(Method::DELETE, &path, Bytes::new(), ORDER_PATIENCE).await?;
+        self.decode(&json)
     }
 
     /// How far a job has come.

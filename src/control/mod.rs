@@ -9,6 +9,7 @@
 //! | `operated` | [`Operated`]: what a server must be able to do to be operated |
 //! | `jobs` | orders that take long: their progress, and calling them off |
 //! | `api` | requests: routes, bodies, errors |
+//! | `profiles` | those for profiles |
 //! | `place` | where admin sockets are, and finding the only running server |
 //! | `listen` | the listening socket |
 //! | `client` | the other side: requests to a running server |
@@ -29,6 +30,7 @@ mod listen;
 pub mod mirrors;
 mod operated;
 pub mod place;
+mod profiles;
 pub mod real;
 pub mod status;
 

@@ -1,11 +1,13 @@
 //! What a server must be able to do to be operated.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use thiserror::Error;
 
 use super::jobs::Jobs;
 use super::status::{CacheStatus, ImageStatus, LinkStatus, PinReport, Role, VerifyOrder};
+use crate::fill::profile::Store;
 use crate::ranges::ByteRange;
 
 /// What comes of an order.
@@ -39,6 +41,9 @@ pub trait Operated: Send + Sync + std::fmt::Debug {
 
     /// Ends that.
     fn unpin(&self, image: String, ranges: Option<Vec<ByteRange>>) -> Answer<'_, PinReport>;
+
+    /// The profiles of an image.
+    fn profiles(&self, image: &str) -> Result<Arc<Store>, Refusal>;
 
     /// Begins to check what is here of an image; gives the number of the job.
     fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64>;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::status::{CacheStatus, ImageStatus, Kind, LinkStatus, PinReport, Role, VerifyOrder};
 use super::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
 use crate::export::SharedExport;
+use crate::fill::profile::Store;
 use crate::image::index::{Check, CheckError, Checked, Damaged, run_aside};
 use crate::image::{CannotSeal, Format, Seal};
 use crate::ranges::ByteRange;
@@ -24,6 +25,8 @@ pub struct RealImage {
     pub export: SharedExport,
     /// What gives it its identity; or why it can have none.
     pub seal: Result<Arc<Seal>, CannotSeal>,
+    /// What clients of mirrors read of it.
+    pub profiles: Arc<Store>,
 }
 
 /// The real images of a server.
@@ -154,6 +157,12 @@ impl Operated for RealImages {
 
     fn unpin(&self, image: String, _: Option<Vec<ByteRange>>) -> Answer<'_, PinReport> {
         self.refuse_pins(&image)
+    }
+
+    fn profiles(&self, image: &str) -> Result<Arc<Store>, Refusal> {
+        let image = self.find(image)?;
+        image.profiles.identify(image.export.facts().identity);
+        Ok(Arc::clone(&image.profiles))
     }
 
     fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64> {

@@ -299,6 +299,13 @@ pub enum JobState {
     Failed,
 }
 
+/// The answer to `PUT` and `DELETE /v1/images/NAME/profile`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProfileReport {
+    /// Profiles that were replaced, or forgotten.
+    pub tags: u64,
+}
+
 /// What everything that cannot be done is answered with, beside the status code.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Complaint {

@@ -6,7 +6,9 @@
 //! | --- | --- |
 //! | `NAME@blake3-HEX` | NAME, if its identity is just that |
 //! | `NAME@manifest` | the manifest of NAME, if it has one |
-//! | `NAME@blake3-HEX@manifest` | both at once |
+//! | `NAME@profile` | what clients read of NAME, if anything is known |
+//! | `NAME@profile-inbox` | takes what clients of mirrors read of NAME, if NAME has a place for it |
+//! | `NAME@blake3-HEX@manifest`, `...@profile`, `...@profile-inbox` | both at once |
 //!
 //! A name that was given is itself, whatever it looks like.
 
@@ -15,10 +17,17 @@ use std::sync::{PoisonError, RwLock};
 
 use thiserror::Error;
 
-use super::{ImageId, SharedExport};
+use super::{Export, ImageId, SharedExport};
 
-/// What is behind the name of an image to name its manifest.
-const MANIFEST_SUFFIX: &str = "@manifest";
+/// How an export gives one that is beside it.
+type Beside = fn(&dyn Export) -> Option<SharedExport>;
+
+/// What is behind the name of an image to name what is beside it.
+const SIDES: [(&str, Beside); 3] = [
+    ("@manifest", |export| export.manifest()),
+    ("@profile", |export| export.profile()),
+    ("@profile-inbox", |export| export.profile_inbox()),
+];
 
 /// Splits `NAME@blake3-HEX` into the name and the identity that it asks for; any other name is given back whole.
 pub fn split_content_name(name: &str) -> (&str, Option<ImageId>) {
@@ -68,25 +77,21 @@ impl Registry {
         if let Some(found) = self.find_given(name) {
             return Some(found);
         }
-        let (rest, wants_manifest) = match name.strip_suffix(MANIFEST_SUFFIX) {
-            Some(rest) => (rest, true),
-            None => (name, false),
-        };
+        let side = SIDES.iter().find_map(|(suffix, beside)| Some((name.strip_suffix(suffix)?, *suffix, beside)));
+        let rest = side.map_or(name, |(rest, ..)| rest);
         let (given, id) = split_content_name(rest);
         // With an identity asked for the name is not over at the suffix alone; without either it was looked up above.
         let (mut found, export) = match self.find_given(rest) {
-            Some(found) if wants_manifest => found,
+            Some(found) if side.is_some() => found,
             _ => {
                 let (found, export) = self.find_given(given)?;
                 let id = id.filter(|id| export.facts().identity == Some(*id))?;
                 (format!("{found}@{id}"), export)
             }
         };
-        if !wants_manifest {
-            return Some((found, export));
-        }
-        found.push_str(MANIFEST_SUFFIX);
-        export.manifest().map(|manifest| (found, manifest))
+        let Some((_, suffix, beside)) = side else { return Some((found, export)) };
+        found.push_str(suffix);
+        beside(&*export).map(|beside| (found, beside))
     }
 
     /// The export with this name, or the only one if the name is empty. What has the name of another and a content, as
@@ -117,7 +122,7 @@ mod tests {
     use super::*;
     use crate::error::Result;
     use crate::export::memory::Memory;
-    use crate::export::{Export, Facts, LocalFuture, Piece};
+    use crate::export::{Facts, LocalFuture, Piece};
     use crate::ranges::ByteRange;
     use std::sync::Arc;
 
@@ -157,10 +162,14 @@ mod tests {
         fn manifest(&self) -> Option<SharedExport> {
             Some(Arc::new(Memory::zeroed(self.1)))
         }
+
+        fn profile_inbox(&self) -> Option<SharedExport> {
+            Some(Arc::new(Memory::zeroed(self.1 + 1)))
+        }
     }
 
     #[test]
-    fn contents_and_manifests_have_names_that_are_not_listed() {
+    fn contents_and_what_is_beside_have_names_that_are_not_listed() {
         let (id, other) = (ImageId([0xab; 32]), ImageId([0xcd; 32]));
         let registry = Registry::new();
         registry.insert("a", Arc::new(Known(id, 5000))).unwrap();
@@ -171,6 +180,10 @@ mod tests {
             assert_eq!(found(&format!("{name}@{id}")), Some((by_id.clone(), 10)));
             assert_eq!(found(&format!("{name}@manifest")), Some(("a@manifest".into(), 5000)));
             assert_eq!(found(&format!("{name}@{id}@manifest")), Some((format!("{by_id}@manifest"), 5000)));
+            assert_eq!(found(&format!("{name}@profile-inbox")), Some(("a@profile-inbox".into(), 5001)));
+            assert_eq!(found(&format!("{name}@{id}@profile-inbox")), Some((format!("{by_id}@profile-inbox"), 5001)));
+            assert_eq!(found(&format!("{name}@profile")), None, "nothing is known");
+            assert_eq!(found(&format!("{name}@manifest@profile-inbox")), None);
             assert_eq!(found(&format!("{name}@{other}")), None);
             assert_eq!(found(&format!("{name}@{other}@manifest")), None);
             assert_eq!(found(&format!("{name}@manifest@manifest")), None);

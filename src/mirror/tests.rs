@@ -1,5 +1,6 @@
 //! Mirrors over exports in memory, on both disk engines. What reached the export below is what counts.
 
+mod ahead;
 mod review;
 mod room;
 mod trusted;

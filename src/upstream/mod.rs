@@ -140,6 +140,28 @@ pub struct Remote {
     facts: Arc<RwLock<Facts>>,
 }
 
+/// An export that a Headwater server has beside an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// What the image holds.
+    Manifest,
+    /// What clients read of it.
+    Profile,
+    /// Takes what clients of mirrors read of it.
+    ProfileInbox,
+}
+
+impl Side {
+    /// What stands behind the image's name and an `@`.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Manifest => "manifest",
+            Self::Profile => "profile",
+            Self::ProfileInbox => "profile-inbox",
+        }
+    }
+}
+
 /// Errors of the server after which the request is tried elsewhere, or again, before it fails.
 const REFUSALS: u32 = 4;
 /// Connections that a question for extents may cost. Reads get on without the answer, and share the connection.
@@ -221,22 +243,27 @@ impl Remote {
         join_all(looks).await
     }
 
-    /// Where the manifest of the image is: `EXPORT@manifest` on each server, in the order in which they are to be tried.
-    fn manifest_uris(&self) -> Vec<Uri> {
+    /// Where a side export of the image is on each server, in the order in which they are to be tried.
+    pub fn beside(&self, side: Side) -> Vec<Uri> {
         let of = |server| {
             let uri = self.pool.uri(server);
-            Uri { export: format!("{}@manifest", uri.export), ..uri.clone() }
+            Uri { export: format!("{}@{}", uri.export, side.name()), ..uri.clone() }
         };
         self.pool.order().into_iter().map(of).collect()
+    }
+
+    /// Connects to one that [`Self::beside`] named. It may be anything: some servers have one export under all names.
+    pub async fn open_beside(&self, uri: Uri) -> Result<Self, OpenError> {
+        let settings = Settings { connections: 1, patience: self.patience, ..self.pool.settings().clone() };
+        Self::open(vec![uri], Expectation::default(), settings).await
     }
 
     /// The manifest of the image, as each server offers it, in the order in which they are to be tried. Who has none is
     /// left out.
     pub async fn manifests(&self) -> Vec<Self> {
-        let settings = Settings { connections: 1, patience: self.patience, ..self.pool.settings().clone() };
         let mut offers = Vec::new();
-        for uri in self.manifest_uris() {
-            offers.extend(Self::open(vec![uri], Expectation::default(), settings.clone()).await.ok());
+        for uri in self.beside(Side::Manifest) {
+            offers.extend(self.open_beside(uri).await.ok());
         }
         offers
     }

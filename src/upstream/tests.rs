@@ -236,6 +236,7 @@ fn quick() -> Settings {
         connect_timeout: Duration::from_secs(2),
         stall_timeout: Duration::from_millis(100),
         patience: Duration::from_secs(20),
+        is_mirror: false,
     }
 }
 

@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
-use headwater::control::status::{CacheStatus, ImageStatus, Kind, PinReport, Role, VerifyOrder};
+use headwater::control::status::{CacheStatus, ImageStatus, Kind, LinkStatus, PinReport, Role, VerifyOrder};
 use headwater::control::{Admin, AdminAddress, AdminListener, Answer, Jobs, Operated, Outcome, Refusal};
+use headwater::fill::profile::Store;
 use headwater::nbd::wire::{CommandFlags, command};
 use headwater::ranges::ByteRange;
 use headwater::server::ClientTable;
@@ -409,6 +410,10 @@ impl Operated for Desk {
         NAMES.iter().map(image).collect()
     }
 
+    fn link(&self) -> Option<LinkStatus> {
+        None
+    }
+
     fn cache(&self) -> Option<CacheStatus> {
         None
     }
@@ -426,6 +431,10 @@ impl Operated for Desk {
     fn unpin(&self, image: String, _: Option<Vec<ByteRange>>) -> Answer<'_, PinReport> {
         self.note(format!("unpin {image:?}"));
         Box::pin(async { Err(Refusal::Conflict("it is stuck".into())) })
+    }
+
+    fn profiles(&self, image: &str) -> Result<Arc<Store>, Refusal> {
+        Err(Refusal::UnknownImage(image.to_owned()))
     }
 
     fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64> {

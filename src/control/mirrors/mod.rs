@@ -29,6 +29,7 @@ use crate::fill;
 use crate::fill::client::Filled;
 use crate::fill::engine::Engine;
 use crate::fill::image::Image;
+use crate::fill::profile::{self, Kept, Store};
 use crate::mirror::{self, CacheError, ManifestError, Mirror, Share, Space, SpaceSettings};
 use crate::nbd::Uri;
 use crate::units::ByteSize;
@@ -64,6 +65,8 @@ pub struct Plan {
     pub upstream: upstream::Settings,
     /// What is fetched ahead of demand.
     pub fill: fill::Settings,
+    /// How profiles are recorded.
+    pub profile: profile::Settings,
 }
 
 /// Why an image cannot be mirrored.
@@ -158,6 +161,8 @@ struct Generation {
     filled: Arc<Filled>,
     /// Uses servers only as long as they have this very image. Those of older ones may have it again some day.
     remote: Arc<Remote>,
+    /// What its clients read.
+    profiles: Arc<Store>,
 }
 
 impl Mirrors {
@@ -271,7 +276,8 @@ impl Mirrors {
 impl Generation {
     /// What clients get.
     fn export(&self) -> SharedExport {
-        Arc::<Filled>::clone(&self.filled)
+        let filled: SharedExport = Arc::<Filled>::clone(&self.filled);
+        Arc::new(Kept::new(filled, Arc::clone(&self.profiles)))
     }
 
     async fn settle(&self, workers: &Workers) {

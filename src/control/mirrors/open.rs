@@ -8,9 +8,17 @@ use std::sync::Arc;
 
 use super::{Generation, KEPT_GENERATIONS, MirrorError, Mirrors, PlannedImage};
 use crate::export::{Export, Facts, ImageId, SharedExport};
-use crate::mirror::{Cache, ManifestError, Mirror, Truth};
+use crate::fill::profile::Store;
+use crate::mirror::{Cache, CacheError, ManifestError, Mirror, Truth};
 use crate::upstream::{Expectation, OpenError, Remote};
 use crate::worker::Workers;
+
+/// What a mirror's directory has beside the cache for the next clients. Blocks.
+fn with_profiles(mirror: Mirror) -> (Mirror, Arc<Store>) {
+    let path = mirror.directory().join("profile");
+    let profiles = Arc::new(Store::open(Some(path), mirror.size(), mirror.image()));
+    (mirror, profiles)
+}
 
 impl Mirrors {
     /// Connects to the upstream of an image and opens the cache that belongs to what it has.
@@ -50,12 +58,13 @@ impl Mirrors {
         let lower: SharedExport = Arc::<Remote>::clone(&remote);
         let (space, settings) = (Arc::clone(&self.0.space), self.0.plan.mirror.clone());
         let name = image.name.clone();
-        let open = move || Mirror::open(name, cache, lower, truth, &space, &settings);
-        let opened = tokio::task::spawn_blocking(open).await;
-        let mirror = opened.map_err(|_| MirrorError::Died(image.name.clone()))??;
+        let open = move || Ok(with_profiles(Mirror::open(name, cache, lower, truth, &space, &settings)?));
+        let opened: Result<_, CacheError> =
+            tokio::task::spawn_blocking(open).await.map_err(|_| MirrorError::Died(image.name.clone()))?;
+        let (mirror, profiles) = opened?;
         remote.expect(mirror.image(), mirror.node());
         let filled = self.fill(image, &mirror, true);
-        Ok(Generation { image: image.clone(), mirror, filled, remote })
+        Ok(Generation { image: image.clone(), mirror, filled, remote, profiles })
     }
 
     /// The cache that was used last, of all that an image has.
@@ -200,7 +209,7 @@ impl Mirrors {
             tracing::info!(path = %path.display(), "removing the cache of an older generation");
             return cache.remove().map_err(|source| {
                 let path = path.to_owned();
-                crate::mirror::CacheError::System { what: "remove", path, source }.into()
+                CacheError::System { what: "remove", path, source }.into()
             });
         };
         let mut facts = Facts::read_only(header.image_size, "an older generation");
@@ -212,20 +221,22 @@ impl Mirrors {
             Expectation { identity: Some(identity), not_through: Some(header.node), ..Expectation::default() };
         let remote = Arc::new(Remote::offline(image.uris.clone(), facts, expectation, self.0.plan.upstream.clone()));
         let lower: SharedExport = Arc::<Remote>::clone(&remote);
-        let open = move || Mirror::open(name, cache, lower, None, &space, &settings);
-        let mirror = tokio::task::spawn_blocking(open).await.map_err(|_| MirrorError::Died(image.name.clone()))??;
+        let open = move || Ok(with_profiles(Mirror::open(name, cache, lower, None, &space, &settings)?));
+        let opened: Result<_, CacheError> =
+            tokio::task::spawn_blocking(open).await.map_err(|_| MirrorError::Died(image.name.clone()))?;
+        let (mirror, profiles) = opened?;
         let filled = self.fill(image, &mirror, false);
-        let generation = Generation { image: image.clone(), mirror, filled, remote };
-        self.register_older(image, identity, &generation);
+        let generation = Generation { image: image.clone(), mirror, filled, remote, profiles };
+        self.register_older(image, identity, generation.export());
         self.start(&generation, workers).await;
         self.generations().insert(0, Arc::new(generation));
         Ok(())
     }
 
     /// Lets clients that know an older generation by its content still have it.
-    pub(super) fn register_older(&self, image: &PlannedImage, identity: ImageId, generation: &Generation) {
+    pub(super) fn register_older(&self, image: &PlannedImage, identity: ImageId, export: SharedExport) {
         let name = format!("{}@{identity}", image.name);
-        if let Err(error) = self.0.registry.insert(&name, generation.export()) {
+        if let Err(error) = self.0.registry.insert(&name, export) {
             tracing::debug!(%error, "not exported by its content");
         }
     }

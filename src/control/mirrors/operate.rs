@@ -7,6 +7,7 @@ use crate::control::status::{
     CacheStatus, CauseStatus, ImageStatus, Kind, LinkStatus, MirrorStatus, PinReport, Role, UpstreamStatus, VerifyOrder,
 };
 use crate::control::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
+use crate::fill::profile::Store;
 use crate::mirror::{Cause, Mirror, PinError, Pinned, Scrub, Share, Tally};
 use crate::ranges::ByteRange;
 use crate::telemetry::Counter;
@@ -187,6 +188,12 @@ impl Operated for Mirrors {
 
     fn unpin(&self, image: String, ranges: Option<Vec<ByteRange>>) -> Answer<'_, PinReport> {
         Box::pin(self.change_pins(image, ranges, false))
+    }
+
+    fn profiles(&self, image: &str) -> Result<Arc<Store>, Refusal> {
+        let generation = self.find(image)?;
+        generation.profiles.identify(generation.mirror.image());
+        Ok(Arc::clone(&generation.profiles))
     }
 
     fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64> {

@@ -82,7 +82,7 @@ impl Mirrors {
         generations.push(new);
         drop(generations);
         if let Some(identity) = old.mirror.image() {
-            self.register_older(image, identity, old);
+            self.register_older(image, identity, old.export());
         }
         Ok(())
     }

@@ -1,1 +1,0 @@
-//! Which of several orders goes first, and which will be late.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing::level_filters::LevelFilter;
 
+use super::prefetch::args::Prefetch;
 use crate::control::AdminAddress;
 use crate::disk::Preference;
 use crate::image::Format;
@@ -98,6 +99,7 @@ pub(super) enum Command {
     Unpin(Unpin),
     Verify(Verify),
     Profile(super::profile::Profile),
+    Prefetch(Box<Prefetch>),
 }
 
 /// Serve real images: raw files, block devices, qcow2 files.
@@ -304,7 +306,7 @@ pub(super) struct Parts {
 }
 
 /// Which server is meant.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct RunningServer {
     /// The server's --admin address. [default: the only server that runs here]
     #[arg(long, value_name = "ADDR")]
@@ -546,7 +548,7 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 /// Also a rate, in bytes a second.
-fn positive_size(text: &str) -> Result<u64, String> {
+pub(super) fn positive_size(text: &str) -> Result<u64, String> {
     size(text).and_then(|bytes| if bytes == 0 { Err("more than nothing".to_owned()) } else { Ok(bytes) })
 }
 

@@ -60,12 +60,13 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
     }
     let admin = listen_to_operators(daemon.admin)?;
     let greeting = greeting(&registry, &listeners)?;
+    let listen: Vec<_> = listeners.iter().filter_map(|listener| Some(listener.uri("").ok()?.to_string())).collect();
     for listener in &listeners {
         tracing::info!(%listener, workers = count, "listening");
     }
     let server = Server::start(Arc::clone(&registry), listeners, Arc::clone(&workers), settings);
     let admin = admin.zip(exports.operated());
-    let admin = admin.map(|(listener, operated)| Admin::start(listener, operated, server.clients()));
+    let admin = admin.map(|(listener, operated)| Admin::start(listener, operated, server.clients(), listen));
     output::print(&greeting)?;
     notify_manager(&sd_notify::NotifyState::Ready);
     signals.next().await;

@@ -32,9 +32,14 @@ pub(super) fn run<T: Send + 'static>(
     })
 }
 
+/// Whether somebody sees progress bars.
+pub(super) fn is_seen() -> bool {
+    io::stderr().is_terminal()
+}
+
 /// A progress bar in this form, on the standard error stream. Invisible where nobody is there to see it.
 pub(super) fn bar(template: &str) -> anyhow::Result<ProgressBar> {
-    if !io::stderr().is_terminal() {
+    if !is_seen() {
         return Ok(ProgressBar::hidden());
     }
     Ok(ProgressBar::no_length().with_style(ProgressStyle::with_template(template)?))

@@ -5,13 +5,14 @@
 //! | `args` | commands, flags, and the help that teaches them |
 //! | `daemon` | what `serve` and `mirror` have in common: listening, serving, ending |
 //! | `serve`, `mirror`, `index`, `info`, `status`, `pin`, `verify`, `profile` | one command each; `pin` has `unpin` too |
+//! | `prefetch` | ordering, waiting, deploying to many mirrors |
 //! | `verify_file` | `verify` for files, which needs no server |
 //! | `running` | finding the running server that a command is for |
 //! | `long_work` | calling long work off, and showing how it gets on |
 //! | `table` | columns for people |
 //! | `output` | the standard output stream |
 //!
-//! Exit status: 0 when all went well, 1 on a failure, 2 when the command line makes no sense; `verify` has more.
+//! Exit status: 0 when all went well, 1 on a failure, 2 when the command line makes no sense; `verify` and `prefetch` have more.
 
 mod args;
 mod daemon;
@@ -21,6 +22,7 @@ mod long_work;
 mod mirror;
 mod output;
 mod pin;
+mod prefetch;
 mod profile;
 mod running;
 mod serve;
@@ -49,6 +51,7 @@ pub fn run() -> ExitCode {
         Command::Unpin(arguments) => pin::unpin(arguments).map(|()| ExitCode::SUCCESS),
         Command::Verify(arguments) => verify::run(arguments),
         Command::Profile(arguments) => profile::run(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Prefetch(arguments) => prefetch::run(*arguments),
     };
     match result {
         Ok(code) => code,

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::args;
 use super::output;
+use super::prefetch;
 use super::running::{block_on, reach};
 use super::table::{Table, printable};
 use crate::control::AdminAddress;
@@ -24,7 +25,7 @@ pub(super) fn run(arguments: args::Status) -> anyhow::Result<()> {
 }
 
 fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
-    let Status { version, pid, role, uptime_seconds, images, clients, cache, link } = status;
+    let Status { version, pid, role, uptime_seconds, images, clients, cache, link, orders, .. } = status;
     let mut text = format!("headwater {version} {role}, process {pid}, up {}, at {address}\n", ago(*uptime_seconds));
     write!(text, "\nimages\n{}", of_images(images))?;
     let mirrors: Vec<_> = images.iter().filter_map(|image| Some((&*image.name, image.mirror.as_ref()?))).collect();
@@ -39,6 +40,9 @@ fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
     }
     if let Some(cache) = cache {
         write!(text, "\ncache {}\n{}", cache.path, of_cache(cache)?)?;
+    }
+    if !orders.is_empty() {
+        write!(text, "\norders to prefetch\n{}", prefetch::table(orders))?;
     }
     if clients.is_empty() {
         return Ok(text + "\nno clients\n");
@@ -163,7 +167,7 @@ fn short(identity: &str) -> String {
 }
 
 /// The name of an image, which for an older generation has its identity in it. The table of images has all of it.
-fn short_name(name: &str) -> String {
+pub(super) fn short_name(name: &str) -> String {
     match name.rsplit_once('@') {
         Some((name, identity)) if identity.parse::<ImageId>().is_ok() => format!("{name}@{}", short(identity)),
         _ => name.to_owned(),
@@ -198,11 +202,11 @@ fn of_cache(cache: &CacheStatus) -> anyhow::Result<String> {
     Ok(text)
 }
 
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     ByteSize(bytes).to_string()
 }
 
-fn percent(part: u64, whole: u64) -> String {
+pub(super) fn percent(part: u64, whole: u64) -> String {
     if whole == 0 {
         return "-".to_owned();
     }
@@ -211,7 +215,7 @@ fn percent(part: u64, whole: u64) -> String {
 }
 
 /// A length of time, to two units.
-fn ago(seconds: f64) -> String {
+pub(super) fn ago(seconds: f64) -> String {
     let seconds = std::time::Duration::try_from_secs_f64(seconds).unwrap_or_default().as_secs();
     match seconds {
         0..60 => format!("{seconds} s"),

@@ -9,6 +9,9 @@
 //! | `PUT /v1/images/NAME/profile?force=true` | the same | [`ProfileReport`](super::status::ProfileReport) |
 //! | `DELETE /v1/images/NAME/profile?tag=TAG` | | the same |
 //! | `GET /v1/jobs/ID`, `DELETE /v1/jobs/ID` | | [`JobStatus`] |
+//! | `POST /v1/images/NAME/prefetch` | [`PrefetchOrder`] | [`PrefetchReport`] |
+//! | `GET /v1/orders` | | [`OrderList`] |
+//! | `GET /v1/orders/ID`, `DELETE /v1/orders/ID` | | [`OrderStatus`] |
 //!
 //! `NAME` is percent-encoded, its slashes too. An empty body stands for `{}`. What cannot be done is answered with a
 //! [`Complaint`]: 400 it makes no sense, 403 a browser, 404 no such thing, 409 not as things are, 413 too long a body,
@@ -33,6 +36,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
 
 use super::operated::{Operated, Refusal};
+use super::prefetch::{OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, Status, VerifyOrder};
 use crate::clock;
 use crate::ranges::ByteRange;
@@ -58,6 +62,8 @@ pub(super) enum Reach {
 pub(super) struct Api {
     operated: Arc<dyn Operated>,
     clients: ClientTable,
+    /// Where clients connect to, as URIs without the name of an export.
+    listen: Vec<String>,
     started: Instant,
     /// Held while status is gathered, which may block on a disk: one thread is enough to find that out.
     gathering: Arc<Mutex<()>>,
@@ -68,8 +74,8 @@ pub(super) type Name = Result<Path<HashMap<String, String>>, PathRejection>;
 pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
-    pub(super) fn new(operated: Arc<dyn Operated>, clients: ClientTable) -> Self {
-        Self { operated, clients, started: clock::now(), gathering: Arc::default() }
+    pub(super) fn new(operated: Arc<dyn Operated>, clients: ClientTable, listen: Vec<String>) -> Self {
+        Self { operated, clients, listen, started: clock::now(), gathering: Arc::default() }
     }
 
     pub(super) fn router(self, reach: Reach) -> Router {
@@ -86,6 +92,10 @@ impl Api {
             .route("/v1/images/{name}/profile", super::profiles::routes())
             .route("/v1/images//profile", super::profiles::routes())
             .route("/v1/jobs/{id}", get(job).delete(cancel))
+            .route("/v1/images/{name}/prefetch", post(prefetch))
+            .route("/v1/images//prefetch", post(prefetch))
+            .route("/v1/orders", get(orders))
+            .route("/v1/orders/{id}", get(order).delete(cancel_order))
             .fallback(nowhere)
             .method_not_allowed_fallback(not_so)
             .with_state(Arc::new(self));
@@ -106,6 +116,8 @@ impl Api {
         for image in &mut images {
             image.clients = to_u64(clients.iter().filter(|client| client.export == image.name).count());
         }
+        let mut orders = self.operated.orders();
+        orders.retain(|order| order.state == OrderState::Active);
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -115,18 +127,25 @@ impl Api {
             clients,
             cache: self.operated.cache(),
             link: self.operated.link(),
+            orders,
+            listen: self.listen.clone(),
         }
     }
 }
 
 async fn status(State(api): Shared) -> Answered<Status> {
+    gather(api, Api::status).await.map(Json)
+}
+
+/// Gathers what may block, one at a time.
+async fn gather<T: Send + 'static>(api: Arc<Api>, what: impl FnOnce(&Api) -> T + Send + 'static) -> Result<T, Problem> {
     let turn = Arc::clone(&api.gathering).lock_owned().await;
     let gather = move || {
         let _turn = turn;
-        api.status()
+        what(&api)
     };
-    let status = tokio::task::spawn_blocking(gather).await;
-    status.map(Json).map_err(|_| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "gathering the status failed"))
+    let gathered = tokio::task::spawn_blocking(gather).await;
+    gathered.map_err(|_| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "gathering the status failed"))
 }
 
 async fn pin(State(api): Shared, name: Name, body: Body) -> Answered<PinReport> {
@@ -158,6 +177,29 @@ async fn job(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answer
 
 async fn cancel(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<JobStatus> {
     api.operated.jobs().cancel(id?.0).map(Json).ok_or_else(no_such_job)
+}
+
+async fn prefetch(State(api): Shared, name: Name, body: Body) -> Answered<PrefetchReport> {
+    let order: PrefetchOrder = read_order(body).await?;
+    Ok(Json(api.operated.prefetch(image_name(name)?, order).await?))
+}
+
+async fn orders(State(api): Shared) -> Answered<OrderList> {
+    let orders = gather(api, |api| api.operated.orders()).await?;
+    Ok(Json(OrderList { orders }))
+}
+
+async fn order(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<OrderStatus> {
+    let Path(id) = id?;
+    gather(api, move |api| api.operated.order(id)).await?.map(Json).ok_or_else(no_such_order)
+}
+
+async fn cancel_order(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<OrderStatus> {
+    api.operated.cancel_order(id?.0).await?.map(Json).ok_or_else(no_such_order)
+}
+
+fn no_such_order() -> Problem {
+    Problem::new(StatusCode::NOT_FOUND, "there is no such order, or it ended long ago")
 }
 
 fn no_such_job() -> Problem {

@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::place::AdminAddress;
+use super::prefetch::{OrderList, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, ProfileReport, Status, VerifyOrder};
 use crate::fill::profile::Tag;
 
@@ -79,6 +80,11 @@ impl CallError {
     pub(super) fn is_refused_connection(&self) -> bool {
         matches!(self, Self::Connect { source, .. }
             if matches!(source.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound))
+    }
+
+    /// Whether the same request may succeed later: the server may be on its way back.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Connect { .. } | Self::Lost { .. } | Self::TimedOut(_))
     }
 
     /// The message and those of all causes, as one line.
@@ -156,6 +162,29 @@ impl Client {
     /// Calls a job off. It ends soon after.
     pub async fn cancel(&self, id: u64) -> Result<JobStatus, CallError> {
         let json = self.send(Method::DELETE, &format!("/v1/jobs/{id}"), Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// Orders parts of an image to be fetched.
+    pub async fn prefetch(&self, image: &str, order: &PrefetchOrder) -> Result<PrefetchReport, CallError> {
+        self.order(&of_image(image, "prefetch"), order).await
+    }
+
+    /// The orders to prefetch: the active ones and the last that ended.
+    pub async fn prefetches(&self) -> Result<OrderList, CallError> {
+        let json = self.send(Method::GET, "/v1/orders", Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// How far one of them has come.
+    pub async fn prefetched(&self, id: u64) -> Result<OrderStatus, CallError> {
+        let json = self.send(Method::GET, &format!("/v1/orders/{id}"), Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// Calls one of them off.
+    pub async fn cancel_prefetch(&self, id: u64) -> Result<OrderStatus, CallError> {
+        let json = self.send(Method::DELETE, &format!("/v1/orders/{id}"), Bytes::new(), ORDER_PATIENCE).await?;
         self.decode(&json)
     }
 

@@ -6,6 +6,7 @@
 //! | `status` | what is said, as types that server and command line share |
 //! | [`mirrors`] | the mirrors of a server: opened, watched, replaced, operated |
 //! | [`real`] | the real images of a server, operated |
+//! | [`prefetch`] | what is said of orders to prefetch |
 //! | `operated` | [`Operated`]: what a server must be able to do to be operated |
 //! | `jobs` | orders that take long: their progress, and calling them off |
 //! | `api` | requests: routes, bodies, errors |
@@ -30,6 +31,7 @@ mod listen;
 pub mod mirrors;
 mod operated;
 pub mod place;
+pub mod prefetch;
 mod profiles;
 pub mod real;
 pub mod status;
@@ -70,10 +72,16 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Serves `operated` and tells of `clients`. Call within the `LocalRuntime` that the listener belongs to.
-    pub fn start(listener: AdminListener, operated: Arc<dyn Operated>, clients: ClientTable) -> Self {
+    /// Serves `operated` and tells of `clients`, and that they connect to `listen`, which are URIs without the name of
+    /// an export. Call within the `LocalRuntime` that the listener belongs to.
+    pub fn start(
+        listener: AdminListener,
+        operated: Arc<dyn Operated>,
+        clients: ClientTable,
+        listen: Vec<String>,
+    ) -> Self {
         let reach = if listener.is_tcp() { Reach::Machine } else { Reach::Owner };
-        let service = TowerToHyperService::new(Api::new(operated, clients).router(reach));
+        let service = TowerToHyperService::new(Api::new(operated, clients, listen).router(reach));
         let mut serving = JoinSet::new();
         serving.spawn_local(accept(listener, service));
         Self { _serving: serving }

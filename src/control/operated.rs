@@ -6,6 +6,7 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use super::jobs::Jobs;
+use super::prefetch::{OrderStatus, PrefetchOrder, PrefetchReport};
 use super::status::{CacheStatus, ImageStatus, LinkStatus, PinReport, Role, VerifyOrder};
 use crate::fill::profile::Store;
 use crate::ranges::ByteRange;
@@ -47,6 +48,30 @@ pub trait Operated: Send + Sync + std::fmt::Debug {
 
     /// Begins to check what is here of an image; gives the number of the job.
     fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64>;
+
+    /// Orders parts of an image to be fetched ahead of demand. Durable once answered.
+    fn prefetch(&self, image: String, order: PrefetchOrder) -> Answer<'_, PrefetchReport> {
+        let _ = order;
+        Box::pin(
+            async move { Err(Refusal::Invalid(format!("{image:?} is not filled here: there is nothing to order"))) },
+        )
+    }
+
+    /// The orders that are active and the last that ended, oldest first. May block.
+    fn orders(&self) -> Vec<OrderStatus> {
+        Vec::new()
+    }
+
+    /// One of them. May block.
+    fn order(&self, id: u64) -> Option<OrderStatus> {
+        self.orders().into_iter().find(|order| order.order == id)
+    }
+
+    /// Calls an order off; `None` if there is none with this number.
+    fn cancel_order(&self, id: u64) -> Answer<'_, Option<OrderStatus>> {
+        let _ = id;
+        Box::pin(async { Ok(None) })
+    }
 }
 
 /// Why an order is not carried out.

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use super::prefetch::{PrefetchOrder, PrefetchReport};
 use super::status::{CacheStatus, ImageStatus, Kind, LinkStatus, PinReport, Role, VerifyOrder};
 use super::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
 use crate::export::SharedExport;
@@ -40,6 +41,7 @@ pub struct RealImages {
 /// Damaged chunks that one check tells the log of; there may be many on a disk that dies.
 const LOGGED: u64 = 100;
 
+const NOTHING_TO_FETCH: &str = "this is a real image: all of it is here";
 const NOTHING_TO_PIN: &str = "this is a real image: all of it is here, and stays";
 
 impl RealImages {
@@ -167,5 +169,10 @@ impl Operated for RealImages {
 
     fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64> {
         Box::pin(self.begin_check(image, order))
+    }
+
+    fn prefetch(&self, image: String, _: PrefetchOrder) -> Answer<'_, PrefetchReport> {
+        let refusal = self.find(&image).err().unwrap_or_else(|| Refusal::Invalid(NOTHING_TO_FETCH.to_owned()));
+        Box::pin(async move { Err(refusal) })
     }
 }

@@ -9,6 +9,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::prefetch::{Late, OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
 pub use crate::server::ClientStatus;
 
 /// `GET /v1/status`: all that is to be known of a server.
@@ -31,6 +32,12 @@ pub struct Status {
     /// How it is filled ahead of demand; `null` if nothing is.
     #[serde(default)]
     pub link: Option<LinkStatus>,
+    /// The active orders to prefetch, oldest first.
+    #[serde(default)]
+    pub orders: Vec<OrderStatus>,
+    /// Where clients connect to: URIs without the name of an export, as they are seen from this machine.
+    #[serde(default)]
+    pub listen: Vec<String>,
 }
 
 /// What a server does.

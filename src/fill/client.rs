@@ -9,7 +9,9 @@ use bytes::{Bytes, BytesMut};
 
 use super::engine::Engine;
 use super::image::Image;
+use super::profile::Part;
 use super::readahead::{Limits, Readahead};
+use crate::clock;
 use crate::error::Result;
 use crate::export::{
     Check, Client, Context, Export, Facts, FileRange, LocalFuture, Piece, SharedExport, TryRead, TryWrite,
@@ -23,8 +25,6 @@ use crate::ranges::ByteRange;
 pub struct Filled {
     engine: Engine,
     image: Arc<Image>,
-    /// Bytes that one reader's readahead is ahead of it, at most; 0: none.
-    readahead: u64,
     /// What the connection has read; locked by its worker alone.
     watch: Option<Mutex<Watch>>,
 }
@@ -33,19 +33,37 @@ pub struct Filled {
 struct Watch {
     readahead: Option<Readahead>,
     wishes: Vec<ByteRange>,
+    /// What is recorded of it, in its first minute.
+    part: Option<Part>,
+    has_read: bool,
 }
 
 impl Filled {
     /// `image`, filled by `engine`.
-    pub const fn new(engine: Engine, image: Arc<Image>, readahead: u64) -> Self {
-        Self { engine, image, readahead, watch: None }
+    pub const fn new(engine: Engine, image: Arc<Image>) -> Self {
+        Self { engine, image, watch: None }
+    }
+
+    /// What is filled.
+    pub const fn image(&self) -> &Arc<Image> {
+        &self.image
     }
 
     /// A client has read, or is about to.
     fn note(&self, range: ByteRange) {
         let Some(watch) = &self.watch else { return };
         let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
-        let Watch { readahead, wishes } = &mut *watch;
+        let Watch { readahead, wishes, part, has_read } = &mut *watch;
+        if !std::mem::replace(has_read, true) {
+            self.image.play(&self.engine);
+        }
+        if let Some(recorded) = part {
+            let now = clock::now();
+            recorded.note(now, range);
+            if recorded.is_over(now) {
+                *part = None;
+            }
+        }
         let Some(readahead) = readahead.as_mut().filter(|_| self.image.has_gaps()) else { return };
         readahead.note(range, wishes);
         if wishes.is_empty() {
@@ -116,13 +134,19 @@ impl Export for Filled {
         self.image.mirror.profile_inbox()
     }
 
-    fn connect(&self, _: Client) -> Option<SharedExport> {
+    fn connect(&self, client: Client) -> Option<SharedExport> {
         self.image.look();
-        let limits = Limits { most: self.readahead, ..Limits::default() };
-        let readahead = (self.readahead > 0).then(|| Readahead::new(limits, self.image.mirror.size()));
-        let watch = Some(Mutex::new(Watch { readahead, wishes: Vec::new() }));
+        let most = self.image.filling().readahead;
+        let limits = Limits { most, ..Limits::default() };
+        let watch = Watch {
+            readahead: (most > 0).then(|| Readahead::new(limits, self.image.mirror.size())),
+            wishes: Vec::new(),
+            // A mirror hands up what its own clients read, and reads more than that.
+            part: (!client.is_mirror).then(|| self.image.exchange().recording().join(clock::now())).flatten(),
+            has_read: false,
+        };
         let (engine, image) = (self.engine.clone(), Arc::clone(&self.image));
-        Some(Arc::new(Self { engine, image, readahead: self.readahead, watch }))
+        Some(Arc::new(Self { engine, image, watch: Some(Mutex::new(watch)) }))
     }
 
     fn try_write(&self, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {

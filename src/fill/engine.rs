@@ -9,7 +9,7 @@
 //! Three things bound what leaves: the *window* of bytes under way, which is what the link takes without a queue that
 //! clients would feel; the *budgets* of the server, the image and the order; and, for what can wait, [`Calm`].
 //!
-//! Locks: an image's plan, then (never together with another one) the link's. Never held across an await.
+//! Locks: the orders', an image's plan, the link's, in this order, and the mirror's own within them. Never held across an await.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,10 +19,13 @@ use tokio::sync::Notify;
 
 use super::budget::Budget;
 use super::calm::Calm;
+use super::deadline;
 use super::image::Image;
+use super::orders::{Expected, Forecast, Order, Orders, State};
+use super::tasks::{Fetch, Tasks, Wish};
 use super::window::Window;
 use crate::clock;
-use crate::export::LocalFuture;
+use crate::export::{LocalFuture, SharedExport};
 use crate::mirror::Cause;
 use crate::mirror::ahead::{Ahead, Brought, Observer, Pace};
 use crate::ranges::ByteRange;
@@ -73,6 +76,8 @@ struct Shared {
     rates: Rates,
     link: Mutex<Link>,
     images: Mutex<Images>,
+    tasks: Mutex<Tasks>,
+    orders: Orders,
     /// Something may leave now that could not before: fetches that have begun go on.
     news: Notify,
     /// And others may begin.
@@ -104,6 +109,16 @@ struct Run {
     can_wait: bool,
     /// Bytes of its first request, which are let go.
     first: u64,
+    /// Where the bytes come from, if not from the image's upstream.
+    source: Option<SharedExport>,
+}
+
+/// What is to leave.
+struct Wanted<'a> {
+    image: &'a Arc<Image>,
+    range: ByteRange,
+    cause: Cause,
+    source: Option<SharedExport>,
 }
 
 /// What came of a look.
@@ -114,8 +129,13 @@ enum Look {
     Waits(Option<Instant>),
 }
 
+/// Near enough: what is told by it is told to some digits.
+fn to_f64(bytes: u64) -> f64 {
+    u32::try_from(bytes >> 10).map_or(f64::MAX, f64::from) * 1024.0
+}
+
 /// The earlier of two times, either of which may be never.
-fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+pub(super) fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
     match (one, other) {
         (Some(one), Some(other)) => Some(one.min(other)),
         (one, other) => one.or(other),
@@ -123,8 +143,8 @@ fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
 }
 
 impl Engine {
-    /// An engine without images.
-    pub fn new(rates: Rates) -> Self {
+    /// An engine without images, which says in `orders` what it has done.
+    pub fn new(rates: Rates, orders: Orders) -> Self {
         let link = Link {
             window: Window::new(SMALLEST_WINDOW, LARGEST_WINDOW),
             calm: Calm::default(),
@@ -136,6 +156,8 @@ impl Engine {
             rates,
             link: Mutex::new(link),
             images: Mutex::default(),
+            tasks: Mutex::default(),
+            orders,
             news: Notify::new(),
             wake: Notify::new(),
             turn: AtomicU64::new(0),
@@ -156,6 +178,34 @@ impl Engine {
     /// The images that are filled.
     pub fn images(&self) -> Vec<Arc<Image>> {
         self.0.images.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// Carries out an order for `image`, whose bytes come from `source` if that has them.
+    pub fn carry_out(&self, order: Arc<Order>, image: Arc<Image>, source: Option<SharedExport>) {
+        self.0.tasks().add(order, image, source);
+        self.0.wake.notify_one();
+    }
+
+    /// Whether an order is being carried out.
+    pub fn carries_out(&self, id: u64) -> bool {
+        self.0.tasks().has(id)
+    }
+
+    /// Goes on with those orders only for which `is_active` holds.
+    pub fn retain(&self, is_active: impl Fn(u64) -> bool) {
+        self.0.tasks().retain(is_active);
+    }
+
+    /// When orders will be done; `None` while nobody knows how fast the link is.
+    pub fn forecast(&self) -> Option<Forecast> {
+        let rate = self.0.rate();
+        if rate <= 0.0 {
+            return None;
+        }
+        let tasks = self.0.tasks().schedule(clock::moment());
+        let orders = deadline::forecast(Duration::ZERO, &tasks, rate).into_iter();
+        let expected = |one: deadline::Forecast| Some(Expected { id: one.id, end: one.ends?, late_by: one.late_by });
+        Some(Forecast { rate, orders: orders.filter_map(expected).collect() })
     }
 
     /// Who is to be told of what clients wait for.
@@ -197,10 +247,10 @@ impl Engine {
     }
 
     async fn fetch(self, run: Run) {
-        let Run { image, range, cause, can_wait, first } = run;
+        let Run { image, range, cause, can_wait, first, source } = run;
         let under_way = UnderWay { shared: Arc::clone(&self.0), can_wait };
         let pace = Paced { engine: self.clone(), can_wait, admitted: AtomicU64::new(first) };
-        let ahead = Ahead::paced(cause, Arc::new(pace), None);
+        let ahead = Ahead::paced(cause, Arc::new(pace), source);
         let Brought { bytes, missed } = image.mirror.bring(range, ahead).await;
         image.ended(clock::now(), bytes, missed);
         drop(under_way);
@@ -209,53 +259,104 @@ impl Engine {
 
     /// Finds what may leave now, and lets it.
     fn look(&self, now: Instant) -> Look {
-        let images = self.images();
-        let (most, until) = match self.0.link().room(now) {
-            Ok(most) => (most, None),
+        let most = match self.0.link().room(now) {
+            Ok(most) => most,
             Err(until) => return Look::Waits(until),
         };
-        let mut until: Option<Instant> = until;
+        let images = self.images();
         let turn = usize::try_from(self.0.turn.fetch_add(1, Ordering::Relaxed)).unwrap_or(0);
-        let (mut ready, mut waiting) = (Vec::new(), None);
-        for index in 0..images.len() {
-            let image = &images[(turn + index) % images.len()];
-            match image.wait(now) {
-                None => ready.push(image),
-                at => waiting = earlier(waiting, at),
-            }
-        }
-        until = earlier(until, waiting);
-        for (cause, next) in [
-            (Cause::Readahead, Image::next_readahead as fn(&Image, u64) -> Option<ByteRange>),
-            (Cause::Profile, Image::next_of_profile),
-        ] {
-            for image in &ready {
-                if let Some(range) = next(image, most) {
-                    return self.leave(image, range, cause, false, now);
-                }
-            }
+        let in_turn = (0..images.len()).map(|index| &images[(turn.wrapping_add(index)) % images.len()]);
+        let (ready, waiting): (Vec<_>, Vec<_>) = in_turn.partition(|image| image.wait(now).is_none());
+        let until = waiting.into_iter().filter_map(|image| image.wait(now)).min();
+        let until = match self.look_at_orders(most, true, now) {
+            Look::Waits(at) => earlier(until, at),
+            leaves => return leaves,
+        };
+        if let Some(leaves) = self.look_at_clients(&ready, most, now) {
+            return leaves;
         }
         if let Some(at) = self.0.link().hold(now) {
             return Look::Waits(earlier(until, Some(at)));
         }
-        for image in &ready {
+        let until = match self.look_at_orders(LEISURE_RUN, false, now) {
+            Look::Waits(at) => earlier(until, at),
+            leaves => return leaves,
+        };
+        match self.look_at_background(&ready, now) {
+            Look::Waits(at) => Look::Waits(earlier(until, at)),
+            leaves => leaves,
+        }
+    }
+
+    /// Readahead and profiles.
+    fn look_at_clients(&self, ready: &[&Arc<Image>], most: u64, now: Instant) -> Option<Look> {
+        type Next = fn(&Image, u64) -> Option<ByteRange>;
+        let sources: [(Cause, Next); 2] =
+            [(Cause::Readahead, Image::next_readahead), (Cause::Profile, Image::next_of_profile)];
+        sources.into_iter().find_map(|(cause, next)| {
+            let (image, range) = ready.iter().find_map(|image| next(image, most).map(|range| (image, range)))?;
+            Some(self.leave(Wanted { image, range, cause, source: None }, false, now))
+        })
+    }
+
+    fn look_at_orders(&self, most: u64, urgent_only: bool, now: Instant) -> Look {
+        let mut done = Vec::new();
+        let mut tasks = self.0.tasks();
+        if tasks.is_empty() {
+            return Look::Waits(None);
+        }
+        let wish = tasks.next(clock::moment(), self.0.rate(), most, urgent_only, &mut done);
+        drop(tasks);
+        for id in done {
+            tracing::info!(order = id, "an order to prefetch is done");
+            let orders = self.0.orders.clone();
+            tokio::task::spawn_local(async move { orders.end(id, State::Done).await });
+        }
+        match wish {
+            Wish::Later(until) => Look::Waits(until),
+            Wish::Fetch { task: Fetch { image, range, source, .. }, is_urgent } => {
+                let wanted = Wanted { image: &image, range, cause: Cause::Prefetch, source };
+                self.leave(wanted, !is_urgent, now)
+            }
+        }
+    }
+
+    fn look_at_background(&self, ready: &[&Arc<Image>], now: Instant) -> Look {
+        let mut until = None;
+        for image in ready {
             let (range, at) = image.next_of_background(now, LEISURE_RUN.max(image.mirror.chunk_size()));
             if let Some(range) = range {
-                return self.leave(image, range, Cause::Background, true, now);
+                let wanted = Wanted { image, range, cause: Cause::Background, source: None };
+                return self.leave(wanted, true, now);
             }
             until = earlier(until, at);
         }
         Look::Waits(until)
     }
 
-    fn leave(&self, image: &Arc<Image>, range: ByteRange, cause: Cause, can_wait: bool, now: Instant) -> Look {
+    fn leave(&self, wanted: Wanted<'_>, can_wait: bool, now: Instant) -> Look {
+        let Wanted { image, range, cause, source } = wanted;
         image.spend(now, range.length());
         let first = self.0.link().leave(range.length(), can_wait, now);
-        Look::Leaves(Box::new(Run { image: Arc::clone(image), range, cause, can_wait, first }))
+        Look::Leaves(Box::new(Run { image: Arc::clone(image), range, cause, can_wait, first, source }))
     }
 }
 
 impl Shared {
+    fn tasks(&self) -> MutexGuard<'_, Tasks> {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes per second that orders can count on; 0 while that is not known.
+    fn rate(&self) -> f64 {
+        let measured = self.link().window.rate();
+        let rate = match (measured, self.rates.server) {
+            (Some(measured), Some(limit)) => Some(measured.min(limit)),
+            (measured, limit) => measured.or(limit),
+        };
+        rate.map_or(0.0, to_f64)
+    }
+
     fn link(&self) -> MutexGuard<'_, Link> {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -9,6 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::budget::Budget;
+use super::engine::Engine;
+use super::profile::Exchange;
+use crate::clock;
 use crate::mirror::{Cause, Mirror, Tally};
 use crate::ranges::ByteRange;
 use crate::units::MIB;
@@ -24,6 +27,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const REGION: u64 = 4 * MIB;
 /// After the whole image was gone over, it is gone over again this much later, for what has left meanwhile.
 const AGAIN: Duration = Duration::from_secs(60);
+/// How long is waited for the upstream to tell what clients read.
+const ASKED: Duration = Duration::from_secs(15);
 /// Looks at the mirror in one go, each at a region or at many chunks.
 const LOOKS: usize = 64;
 
@@ -34,8 +39,11 @@ pub struct Image {
     pub name: String,
     /// What is filled.
     pub mirror: Mirror,
-    /// Whether it is to be completed.
-    in_background: bool,
+    filling: Filling,
+    /// What its clients read in earlier runs.
+    exchange: Arc<Exchange>,
+    /// Whether somebody waits for the upstream to tell that.
+    is_asking: AtomicBool,
     /// Whether all of it was here when somebody looked last, and how many chunks had been evicted by then.
     is_complete: AtomicBool,
     evicted: AtomicU64,
@@ -53,6 +61,21 @@ struct Plan {
     /// Nothing is tried before.
     paused: Option<Instant>,
     failures: u32,
+    /// When a profile was begun to be played.
+    played: Option<Instant>,
+}
+
+/// How an image is filled.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Filling {
+    /// Bytes per second at most.
+    pub rate: Option<u64>,
+    /// Bytes that one reader's readahead is ahead of it, at most; 0: none.
+    pub readahead: u64,
+    /// Whether what clients read in earlier runs is fetched when one comes.
+    pub profiles: bool,
+    /// Whether it is to be completed.
+    pub background: bool,
 }
 
 /// How the background goes over the image: first the neighbourhood of what is here, then all.
@@ -74,20 +97,23 @@ enum Swept {
 }
 
 impl Image {
-    /// An image of which nothing is planned.
-    pub fn new(name: String, mirror: Mirror, rate: Option<u64>, in_background: bool) -> Arc<Self> {
+    /// An image of which nothing is planned yet.
+    pub fn new(name: String, mirror: Mirror, filling: Filling, exchange: Arc<Exchange>) -> Arc<Self> {
         let plan = Plan {
             readahead: VecDeque::new(),
             profile: VecDeque::new(),
             background: Sweep::default(),
-            budget: Budget::new(rate),
+            budget: Budget::new(filling.rate),
             paused: None,
             failures: 0,
+            played: None,
         };
         Arc::new(Self {
             name,
             mirror,
-            in_background,
+            filling,
+            exchange,
+            is_asking: AtomicBool::new(false),
             is_complete: AtomicBool::new(false),
             evicted: AtomicU64::new(0),
             plan: Mutex::new(plan),
@@ -128,14 +154,55 @@ impl Image {
         }
     }
 
-    /// Clients are expected to read `ranges`, in this order. Replaces what was expected before.
-    pub fn expect(&self, ranges: Vec<ByteRange>) {
-        self.plan().profile = ranges.into();
+    /// How it is filled.
+    pub const fn filling(&self) -> Filling {
+        self.filling
     }
 
-    /// Whether a profile is being played.
-    pub fn is_playing(&self) -> bool {
-        !self.plan().profile.is_empty()
+    /// What its clients read, and are expected to read.
+    pub const fn exchange(&self) -> &Arc<Exchange> {
+        &self.exchange
+    }
+
+    /// A client has come, or is expected: what clients read in earlier runs is fetched. What is not known here may be
+    /// known by the upstream soon. To be called on a worker.
+    pub fn play(self: &Arc<Self>, engine: &Engine) {
+        if !self.filling.profiles || !self.has_gaps() {
+            return;
+        }
+        if self.begin_to_play() {
+            engine.pump();
+        } else if !self.is_asking.swap(true, Ordering::Relaxed) {
+            tokio::task::spawn_local(Arc::clone(self).ask_and_play(engine.clone()));
+        }
+    }
+
+    /// Gives whether a profile is known.
+    fn begin_to_play(&self) -> bool {
+        let Some(profile) = self.exchange.store().get(&self.exchange.recording().settings().tag) else { return false };
+        let now = clock::now();
+        let mut plan = self.plan();
+        let is_recent = plan.played.is_some_and(|played| now.saturating_duration_since(played) < AGAIN / 6);
+        if plan.profile.is_empty() && !is_recent {
+            plan.played = Some(now);
+            plan.profile = profile.wishes(self.mirror.size()).into();
+        }
+        true
+    }
+
+    async fn ask_and_play(self: Arc<Self>, engine: Engine) {
+        let answered = self.exchange.answered();
+        let mut answered = std::pin::pin!(answered);
+        // Armed before it is asked.
+        let is_early =
+            std::future::poll_fn(|context| std::task::Poll::Ready(answered.as_mut().poll(context).is_ready()));
+        if !is_early.await {
+            self.exchange.ask_again();
+            let _ = tokio::time::timeout(ASKED, answered).await;
+        }
+        self.is_asking.store(false, Ordering::Relaxed);
+        self.begin_to_play();
+        engine.pump();
     }
 
     /// When something may be sent for this image, if not now.
@@ -190,7 +257,7 @@ impl Image {
 
     /// The next bytes of the image as a whole, at most `most`; when there is something again, if not now.
     pub fn next_of_background(&self, now: Instant, most: u64) -> (Option<ByteRange>, Option<Instant>) {
-        if !self.in_background {
+        if !self.filling.background {
             return (None, None);
         }
         let mut plan = self.plan();

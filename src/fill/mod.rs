@@ -5,6 +5,8 @@
 //! | [`engine`] | what leaves next, for all images of a server |
 //! | [`image`] | what is to come of one image |
 //! | [`client`] | an image as its clients get it: their reads are watched |
+//! | [`peer`] | another mirror as a source |
+//! | `tasks` | orders that are being carried out |
 //! | `budget` | a byte rate |
 //! | `calm` | whether clients leave the link to what can wait |
 //! | [`readahead`] | where one client's reads lead to (pure) |
@@ -23,8 +25,10 @@ pub mod deadline;
 pub mod engine;
 pub mod image;
 pub mod orders;
+pub mod peer;
 pub mod profile;
 pub mod readahead;
+mod tasks;
 pub mod window;
 
 /// What is fetched ahead of demand.

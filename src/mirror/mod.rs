@@ -22,6 +22,7 @@
 //! | `evict` | giving space back |
 //! | `twins` | chunks with the same bytes, in one image or several |
 //! | `pins` | what is never evicted |
+//! | `here` | how much of some ranges is here, and whether all of them could be |
 //! | `scrub` | reading all that is here again, and mending it |
 //!
 //! Order of events for a chunk: its bytes arrive, are answered to all who wait, are written to `data`, are made
@@ -39,6 +40,7 @@ mod evict;
 mod fetch;
 mod flight;
 mod flusher;
+mod here;
 pub mod map;
 mod origins;
 pub mod pins;
@@ -75,6 +77,7 @@ use chunks::{Chunk, Geometry, State, States};
 use fetch::Queues;
 use flight::Flights;
 use flusher::Pending;
+pub use here::{Here, NeverFits};
 pub use map::{CHUNK_SIZES, Header};
 use origins::Origins;
 pub use origins::Tally;

@@ -316,10 +316,31 @@ impl Space {
         self.used.fetch_sub(bytes, Ordering::AcqRel);
     }
 
+    /// Charges a file beside the caches, unless there is no room for it now.
+    pub fn take(&self, bytes: u64) -> bool {
+        let fits = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= self.limit());
+        self.used.fetch_update(Ordering::AcqRel, Ordering::Relaxed, fits).is_ok()
+    }
+
+    /// Charges such a file that is there already.
+    pub fn take_anyway(&self, bytes: u64) {
+        self.charge(bytes);
+    }
+
+    /// Takes that back.
+    pub fn give_back(&self, bytes: u64) {
+        self.discharge(bytes);
+    }
+
+    /// Bytes that chunks can take: the limit without maps, manifests and headroom.
+    pub(super) fn most_kept(&self) -> u64 {
+        let fixed: u64 = self.members().iter().map(|member| member.fixed_bytes()).sum();
+        self.limit().saturating_sub(fixed + self.headroom())
+    }
+
     /// Changes what pins keep, unless that would be more than there can be: then gives the sum that does not fit.
     pub(super) fn pin(&self, before: u64, after: u64) -> Result<(), u64> {
-        let fixed: u64 = self.members().iter().map(|member| member.fixed_bytes()).sum();
-        let most = self.limit().saturating_sub(fixed + self.headroom());
+        let most = self.most_kept();
         let change = |pinned: u64| {
             let sum = pinned - before + after;
             (sum <= most || after <= before).then_some(sum)

@@ -64,7 +64,7 @@ fn raw(mut socket: impl Read + Write, request: &[u8]) -> (u16, Value) {
 }
 
 #[track_caller]
-fn ask(socket: &Path, line: &str, body: &str) -> (u16, Value) {
+pub(crate) fn ask(socket: &Path, line: &str, body: &str) -> (u16, Value) {
     let length = body.len();
     let request = format!("{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}");
     raw(connect(socket), request.as_bytes())
@@ -344,7 +344,7 @@ impl Desk {
             let runtime = builder.enable_all().build_local(tokio::runtime::LocalOptions::default()).unwrap();
             runtime.block_on(async {
                 let listener = AdminListener::bind(&address).unwrap();
-                let _admin = Admin::start(listener, Arc::new(operated), ClientTable::default());
+                let _admin = Admin::start(listener, Arc::new(operated), ClientTable::default(), Vec::new());
                 ready.send(()).unwrap();
                 std::future::pending::<()>().await;
             });

@@ -19,6 +19,7 @@
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
 //! | `kernel` | the kernel's client, in a virtual machine |
 //! | `admin` | the admin API and the commands that use it |
+//! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
 //! | `command_line` | what it prints, refuses and returns |
 //!
@@ -46,6 +47,7 @@ mod interop_upstreams;
 mod kernel;
 mod lies;
 mod mirror;
+mod prefetch;
 mod roles;
 mod serve;
 mod steps;

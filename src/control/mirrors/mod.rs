@@ -6,6 +6,8 @@
 //! | `open` | which cache belongs to which image, and its manifest |
 //! | `watch` | noticing that the upstream's image has been replaced, or has got a manifest |
 //! | `operate` | mirrors as operators see them |
+//! | `prefetch` | orders to fetch ahead of demand: taken, told of, called off |
+//! | `runner` | carrying them out |
 //!
 //! An image has *generations*: one for each identity that its upstream has had. Each has a cache of its own, so what is
 //! of one identity never gets into another. New clients get the newest; those that are connected keep theirs for as long
@@ -15,6 +17,8 @@
 
 mod open;
 mod operate;
+mod prefetch;
+mod runner;
 mod watch;
 
 use std::path::PathBuf;
@@ -28,8 +32,9 @@ use crate::export::{DuplicateName, ImageId, Registry, SharedExport};
 use crate::fill;
 use crate::fill::client::Filled;
 use crate::fill::engine::Engine;
-use crate::fill::image::Image;
-use crate::fill::profile::{self, Kept, Store};
+use crate::fill::image::{Filling, Image};
+use crate::fill::orders::Orders;
+use crate::fill::profile::{self, Exchange, Kept, Recording, Store};
 use crate::mirror::{self, CacheError, ManifestError, Mirror, Share, Space, SpaceSettings};
 use crate::nbd::Uri;
 use crate::units::ByteSize;
@@ -150,6 +155,7 @@ struct Shared {
     /// Newer ones of an image come later.
     generations: Mutex<Vec<Arc<Generation>>>,
     jobs: Jobs,
+    orders: Orders,
 }
 
 /// One image as it was at one time.
@@ -168,9 +174,12 @@ struct Generation {
 impl Mirrors {
     /// Opens all images of `plan` and puts them into `registry`; keeps them running on `workers`.
     pub async fn open(mut plan: Plan, registry: Arc<Registry>, workers: &Arc<Workers>) -> Result<Self, MirrorError> {
-        let engine = Engine::new(plan.fill.rates);
-        plan.mirror.observer = Some(engine.observer());
         let space = Space::new(&plan.cache, plan.space);
+        let (cache, account) = (plan.cache.clone(), Arc::clone(&space));
+        let orders = tokio::task::spawn_blocking(move || Orders::open(&cache, &account)).await;
+        let orders = orders.map_err(|_| MirrorError::Died("the table of orders".to_owned()))?;
+        let engine = Engine::new(plan.fill.rates, orders.clone());
+        plan.mirror.observer = Some(engine.observer());
         let shared = Shared {
             plan,
             space,
@@ -179,6 +188,7 @@ impl Mirrors {
             workers: Arc::downgrade(workers),
             generations: Mutex::default(),
             jobs: Jobs::default(),
+            orders,
         };
         let this = Self(Arc::new(shared));
         for image in this.0.plan.images.clone() {
@@ -189,6 +199,8 @@ impl Mirrors {
         workers.run(move || space.run_evictor()).await;
         let engine = this.0.engine.clone();
         workers.run(move || engine.run()).await;
+        let runner = this.clone();
+        workers.run(move || runner.run_orders()).await;
         Ok(this)
     }
 
@@ -234,19 +246,43 @@ impl Mirrors {
     }
 
     /// Has a mirror filled ahead of demand, as a part of `image`.
-    fn fill(&self, image: &PlannedImage, mirror: &Mirror, is_newest: bool) -> Arc<Filled> {
-        let settings = &self.0.plan.fill;
-        let in_background = is_newest && settings.mode == fill::Mode::Background;
-        let filling = Image::new(image.name.clone(), mirror.clone(), settings.rates.image, in_background);
-        let readahead = if settings.mode == fill::Mode::None { 0 } else { settings.readahead };
-        self.0.engine.add(Arc::clone(&filling));
-        Arc::new(Filled::new(self.0.engine.clone(), filling, readahead))
+    fn fill(
+        &self,
+        image: &PlannedImage,
+        mirror: &Mirror,
+        remote: &Arc<Remote>,
+        profiles: &Arc<Store>,
+        is_newest: bool,
+    ) -> Arc<Filled> {
+        let fill::Settings { mode, readahead, rates } = self.0.plan.fill;
+        let is_ahead = mode != fill::Mode::None;
+        let filling = Filling {
+            rate: rates.image,
+            readahead: if is_ahead { readahead } else { 0 },
+            profiles: is_ahead,
+            background: is_newest && mode == fill::Mode::Background,
+        };
+        let recording = Recording::new(self.0.plan.profile.clone());
+        let exchange = Arc::new(Exchange::new(Arc::clone(profiles), Arc::clone(remote), recording));
+        let image = Image::new(image.name.clone(), mirror.clone(), filling, exchange);
+        self.0.engine.add(Arc::clone(&image));
+        Arc::new(Filled::new(self.0.engine.clone(), image))
     }
 
     /// Keeps a generation running.
     async fn start(&self, generation: &Generation, workers: &Arc<Workers>) {
         let flusher = generation.mirror.clone();
         workers.run(move || flusher.run_flusher()).await;
+        let (image, engine) = (Arc::clone(generation.filled.image()), self.0.engine.clone());
+        workers
+            .run(move || async move {
+                if image.filling().background {
+                    image.play(&engine);
+                }
+                let exchange = Arc::clone(image.exchange());
+                exchange.run().await;
+            })
+            .await;
     }
 
     fn generations(&self) -> MutexGuard<'_, Vec<Arc<Generation>>> {
@@ -282,8 +318,15 @@ impl Generation {
 
     async fn settle(&self, workers: &Workers) {
         let (name, mirror) = (&self.image.name, &self.mirror);
-        let settling = mirror.clone();
-        if workers.ask(move || async move { settling.settle().await }).await.is_none() {
+        let (settling, exchange) = (mirror.clone(), Arc::clone(self.filled.image().exchange()));
+        if workers
+            .ask(move || async move {
+                exchange.settle().await;
+                settling.settle().await;
+            })
+            .await
+            .is_none()
+        {
             tracing::error!(name, "cannot make everything durable: its worker died");
         }
         let Share { resident, zero, .. } = mirror.share();

@@ -63,7 +63,7 @@ impl Mirrors {
             tokio::task::spawn_blocking(open).await.map_err(|_| MirrorError::Died(image.name.clone()))?;
         let (mirror, profiles) = opened?;
         remote.expect(mirror.image(), mirror.node());
-        let filled = self.fill(image, &mirror, true);
+        let filled = self.fill(image, &mirror, &remote, &profiles, true);
         Ok(Generation { image: image.clone(), mirror, filled, remote, profiles })
     }
 
@@ -225,7 +225,7 @@ impl Mirrors {
         let opened: Result<_, CacheError> =
             tokio::task::spawn_blocking(open).await.map_err(|_| MirrorError::Died(image.name.clone()))?;
         let (mirror, profiles) = opened?;
-        let filled = self.fill(image, &mirror, false);
+        let filled = self.fill(image, &mirror, &remote, &profiles, false);
         let generation = Generation { image: image.clone(), mirror, filled, remote, profiles };
         self.register_older(image, identity, generation.export());
         self.start(&generation, workers).await;

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::{Generation, Mirrors};
 use crate::control::status::{
-    CacheStatus, CauseStatus, ImageStatus, Kind, LinkStatus, MirrorStatus, PinReport, Role, UpstreamStatus, VerifyOrder,
+    CacheStatus, CauseStatus, ImageStatus, Kind, LinkStatus, MirrorStatus, OrderStatus, PinReport, PrefetchOrder,
+    PrefetchReport, Role, UpstreamStatus, VerifyOrder,
 };
 use crate::control::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
 use crate::fill::profile::Store;
@@ -83,7 +84,7 @@ fn upstream(server: ServerStatus) -> UpstreamStatus {
 
 impl Mirrors {
     /// The generation that an operator names: by its image, or an older one by its content too.
-    fn find(&self, name: &str) -> Result<Arc<Generation>, Refusal> {
+    pub(super) fn find(&self, name: &str) -> Result<Arc<Generation>, Refusal> {
         let of_content = || {
             let generations = self.generations();
             let is_it = |generation: &&Arc<Generation>| {
@@ -198,5 +199,21 @@ impl Operated for Mirrors {
 
     fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64> {
         Box::pin(self.begin_scrub(image, order))
+    }
+
+    fn prefetch(&self, image: String, order: PrefetchOrder) -> Answer<'_, PrefetchReport> {
+        Box::pin(self.take_order(image, order))
+    }
+
+    fn orders(&self) -> Vec<OrderStatus> {
+        self.order_list()
+    }
+
+    fn order(&self, id: u64) -> Option<OrderStatus> {
+        self.order_status(id)
+    }
+
+    fn cancel_order(&self, id: u64) -> Answer<'_, Option<OrderStatus>> {
+        Box::pin(self.call_off(id))
     }
 }

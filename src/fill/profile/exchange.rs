@@ -36,6 +36,8 @@ pub struct Exchange {
     recording: Recording,
     /// Told when somebody would like to have profiles.
     wanted: Notify,
+    /// Told when the upstream has been asked.
+    answered: Notify,
     asked: Mutex<Option<Instant>>,
 }
 
@@ -50,7 +52,7 @@ impl Exchange {
     /// Between `store`, with what `recording` records, and `remote`. Nothing happens before [`Self::run`].
     pub fn new(store: Arc<Store>, remote: Arc<Remote>, recording: Recording) -> Self {
         store.begin_to_relay();
-        Self { store, remote, recording, wanted: Notify::new(), asked: Mutex::default() }
+        Self { store, remote, recording, wanted: Notify::new(), answered: Notify::new(), asked: Mutex::default() }
     }
 
     /// Takes what the upstream knows, then learns from runs and hands them up, for ever. One task of a worker does this.
@@ -116,8 +118,30 @@ impl Exchange {
         Some(Profiles::of_run(known.image_size(), known.identity(), tag.clone(), run))
     }
 
+    /// Waits until the upstream has been asked once more.
+    ///
+    /// Cancel safety: nothing is lost.
+    pub async fn answered(&self) {
+        self.answered.notified().await;
+    }
+
+    /// What is recorded here.
+    pub const fn recording(&self) -> &Recording {
+        &self.recording
+    }
+
+    /// What was learnt.
+    pub const fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
     /// Takes what the upstream knows.
     async fn take(&self) {
+        self.take_once().await;
+        self.answered.notify_waiters();
+    }
+
+    async fn take_once(&self) {
         *self.asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(clock::now());
         let Some(theirs) = fetch_profile(&self.remote).await else { return };
         match self.store.adopt(&theirs) {

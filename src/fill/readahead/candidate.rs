@@ -24,6 +24,8 @@ pub(super) struct Candidate {
     ups: u32,
     /// Reads that moved `low` down.
     downs: u32,
+    /// Reads in a row, up to the last, that ended where the one before began.
+    steps_down: u32,
     last: ByteRange,
     /// How far the start of the last read was from that before it; 0 if unknown or not upwards.
     stride: u64,
@@ -49,6 +51,7 @@ impl Candidate {
             reads: 1,
             ups: 0,
             downs: 0,
+            steps_down: 0,
             last: read,
             stride: 0,
             strides: 0,
@@ -74,6 +77,7 @@ impl Candidate {
         } else if read.start() < self.low {
             self.downs += 1;
         }
+        self.steps_down = if read.end() == self.last.start() { self.steps_down + 1 } else { 0 };
         self.note_stride(self.last, read);
         (self.low, self.high) = (self.low.min(read.start()), self.high.max(read.end()));
         self.bytes = (self.bytes + read.length()).min(self.high - self.low);
@@ -108,7 +112,8 @@ impl Candidate {
         if is_dense && self.ups >= self.downs + proof {
             return Verdict::Runs(Way::Up);
         }
-        if is_dense && self.downs >= self.ups + proof {
+        // Requests that overtake each other also come downwards, but not so many without a gap.
+        if self.steps_down >= 2 * proof {
             return Verdict::Runs(Way::Down);
         }
         // All of a place is being read, in whatever order.
@@ -123,6 +128,11 @@ impl Candidate {
 
     pub(super) const fn span(&self) -> ByteRange {
         ByteRange::between(self.low, self.high)
+    }
+
+    /// How far reads are out of order: nothing if they came upwards, else all that it spans.
+    pub(super) const fn disorder(&self) -> u64 {
+        if self.downs == 0 { 0 } else { self.high - self.low }
     }
 
     /// The length of its last read.

@@ -176,7 +176,14 @@ impl Readahead {
         }
     }
 
-    fn start(&mut self, index: usize, from: &Candidate, way: run::Way, read: ByteRange, wishes: &mut Vec<ByteRange>) {
+    fn start(
+        &mut self,
+        index: usize,
+        from: &Candidate,
+        way: run::Way,
+        read: ByteRange,
+        wishes: &mut Vec<ByteRange>,
+    ) {
         let run = Run::new(from, way, read, self.limits, self.size, self.trust.is_silent());
         self.put(index, Stream::Run(run));
         self.wish(index, wishes);

@@ -11,6 +11,8 @@ use crate::units::MIB;
 const REACH: u64 = 64;
 /// Lengths of a read that one may begin behind the last wish.
 const GAP: u64 = 4;
+/// Lengths of a read after which it is known whether the reader leaves out: half of what clients keep in flight.
+const TELLING: u64 = 32;
 /// Bytes by which the wishes of a wide window go on: a window stays nearly as far ahead as it is wide.
 const STEP: u64 = MIB;
 /// Pieces of a stride that are wished ahead at most.
@@ -44,9 +46,10 @@ pub(super) struct Run {
     window: u64,
     /// The head when the window last changed.
     changed: u64,
-    /// Bytes read since the head was at `counted`: the same, or the reader leaves out.
+    /// Bytes read since then: as many as the head passed, or the reader leaves out.
     read: u64,
-    counted: u64,
+    /// How far behind the head reads have begun lately.
+    disorder: u64,
     is_silent: bool,
 }
 
@@ -57,12 +60,20 @@ const fn reflect(range: ByteRange, size: u64) -> ByteRange {
 
 impl Run {
     /// Of a candidate whose last read was `read`.
-    pub(super) fn new(from: &Candidate, way: Way, read: ByteRange, limits: Limits, size: u64, is_silent: bool) -> Self {
+    pub(super) fn new(
+        from: &Candidate,
+        way: Way,
+        read: ByteRange,
+        limits: Limits,
+        size: u64,
+        is_silent: bool,
+    ) -> Self {
         let span = if way == Way::Down { reflect(from.span(), size) } else { from.span() };
         let (low, head) = match way {
             Way::Up | Way::Down => (span.start(), span.end()),
             Way::Stride(stride) => (read.start(), read.start() + stride),
         };
+        let disorder = from.disorder();
         let window = limits.first.max(2 * from.length());
         Self {
             way,
@@ -75,7 +86,7 @@ impl Run {
             window,
             changed: head,
             read: 0,
-            counted: head,
+            disorder,
             is_silent,
         }
     }
@@ -106,7 +117,7 @@ impl Run {
     /// Where reads begin, as it sees them, that may belong to it.
     fn near(&self) -> ByteRange {
         let reach = REACH * self.stride();
-        let last = self.wished.max(self.head).saturating_add(GAP * self.stride());
+        let last = self.wished.max(self.head).saturating_add(GAP * self.stride() + 2 * self.disorder);
         ByteRange::between(
             self.low.max(self.head.saturating_sub(reach)),
             last.min(self.head.saturating_add(reach)).saturating_add(1),
@@ -141,6 +152,7 @@ impl Run {
     pub(super) fn add(&mut self, read: ByteRange, size: u64) -> u64 {
         let seen = self.view(read, size);
         self.length = read.length();
+        self.disorder = self.disorder.max(self.head.saturating_sub(seen.end()));
         self.head = self.head.max(seen.end());
         self.read += seen.length();
         let wished = ByteRange::between(self.first_wish, self.wished).intersect(seen).length();
@@ -159,8 +171,13 @@ impl Run {
 
     /// Whether it leaves out most of what it passes.
     pub(super) fn has_lost_the_reader(&self) -> bool {
-        let passed = self.head - self.counted;
-        passed > self.spread(self.window) && self.read < passed / 4
+        let passed = self.head - self.changed;
+        passed > self.telling() && self.read < passed / 4
+    }
+
+    /// Bytes that the head must pass before what was read of them says anything.
+    fn telling(&self) -> u64 {
+        self.spread(self.window).max(TELLING * self.stride())
     }
 
     pub(super) const fn is_silent(&self) -> bool {
@@ -207,16 +224,22 @@ impl Run {
 
     /// Widens the window of a reader that follows, narrows that of one that leaves out.
     fn resize(&mut self, first: u64, most: u64) {
-        let passed = self.head - self.counted;
-        if self.read < passed / 2 {
+        let (passed, span) = (self.head - self.changed, self.spread(self.window));
+        let follows = passed >= span && self.read >= span;
+        let leaves_out = passed > self.telling() && self.read < passed / 2;
+        if leaves_out {
             self.window = (self.window / 2).max(first);
-            self.changed = self.head;
-        } else if self.head - self.changed >= self.spread(self.window) {
+        } else if follows {
             self.window *= 2;
-            self.changed = self.head;
+        }
+        if leaves_out || follows {
+            (self.changed, self.read, self.disorder) = (self.head, 0, self.disorder / 2);
+        }
+        if self.way == Way::Up {
+            // What comes next may begin so far ahead.
+            self.window = self.window.max(2 * self.disorder);
         }
         self.window = self.window.min(most);
-        (self.read, self.counted) = (0, self.head);
     }
 
     /// Wishes for all of `from..target`, to the ends of chunks. The chunk that the head is in is being fetched.
@@ -277,6 +300,7 @@ impl Run {
             }
             _ => false,
         };
+        let (one, two) = (self.head, other.head);
         let overlap = self.head <= other.wished && other.head <= self.wished;
         if !is_same_way || !overlap || self.is_silent != other.is_silent {
             return false;
@@ -287,7 +311,8 @@ impl Run {
         self.wished = self.wished.max(other.wished);
         self.window = self.window.max(other.window);
         self.unread += other.unread;
-        (self.changed, self.read, self.counted) = (self.head, 0, self.head);
+        self.disorder = self.disorder.max(other.disorder).max(one.abs_diff(two).min(REACH * self.stride()));
+        (self.changed, self.read) = (self.head, 0);
         true
     }
 }

@@ -1,1 +1,0 @@
-//! What operators ordered to be fetched; durable.

@@ -31,6 +31,8 @@ const DELAYED_PORT: u16 = 10810;
 pub(crate) struct Origin {
     /// Where its clients on other hosts find it, over the latency.
     pub(crate) uri: String,
+    headwater: PathBuf,
+    admin: PathBuf,
     _delay: Option<Guard>,
     _server: Guard,
 }
@@ -42,14 +44,36 @@ impl Origin {
         let mut command = bed.origin.command(&lab.headwater);
         command.args(["--log-format=json", "serve", "--read-only"]);
         command.arg(format!("--listen={address}:{SERVER_PORT}"));
-        command.arg(format!("--admin={}", lab.scratch().join("origin.admin").display()));
+        let admin = lab.scratch().join("origin.admin");
+        command.arg(format!("--admin={}", admin.display()));
         command.arg(format!("{IMAGE}={}", image.display()));
         let log = lab.scratch().join("origin.log");
         let mut server = Guard::spawn(command, &log)?;
         wait_for_line(&mut server, &log, |line| line.starts_with("nbd"))?;
         let delay = if bed.link.latency.is_zero() { None } else { Some(delay(lab, bed)?) };
         let port = if delay.is_some() { DELAYED_PORT } else { SERVER_PORT };
-        Ok(Self { uri: format!("nbd://{address}:{port}/{IMAGE}"), _delay: delay, _server: server })
+        let uri = format!("nbd://{address}:{port}/{IMAGE}");
+        Ok(Self { uri, headwater: lab.headwater.clone(), admin, _delay: delay, _server: server })
+    }
+}
+
+impl Origin {
+    /// Waits until a mirror has handed it a profile.
+    pub(crate) fn wait_for_profile(&self) -> anyhow::Result<()> {
+        let deadline = clock::now() + PATIENCE;
+        let known = || {
+            let mut command = Command::new(&self.headwater);
+            output(command.args(["profile", "show", "--json", IMAGE, "--at"]).arg(&self.admin))
+        };
+        loop {
+            let answer = known();
+            // An image without profiles has an empty list, or an error that says so.
+            if answer.as_ref().is_ok_and(|text| text.contains("\"boot\"")) {
+                return Ok(());
+            }
+            ensure!(clock::now() < deadline, "the origin was handed no profile: {answer:?}");
+            std::thread::sleep(GLANCE * 20);
+        }
     }
 }
 
@@ -150,6 +174,13 @@ pub(crate) fn fetched(status: &Value) -> f64 {
     status["upstream_bytes"].as_f64().unwrap_or(0.0)
 }
 
+/// Bytes that were fetched ahead of demand and that nobody has read, of a mirror's status.
+pub(crate) fn idle(status: &Value) -> f64 {
+    let causes = status["fill"].as_object().into_iter().flatten().filter(|(cause, _)| *cause != "demand");
+    let of = |cause: &Value, name: &str| cause[name].as_f64().unwrap_or(0.0);
+    causes.map(|(_, cause)| of(cause, "unused_bytes") + of(cause, "unread_bytes")).sum()
+}
+
 /// Whether the program knows an option of `headwater mirror`; an older one can be measured without it.
 pub(crate) fn knows(lab: &Lab, option: &str) -> anyhow::Result<bool> {
     Ok(output(Command::new(&lab.headwater).args(["mirror", "--help"]))?.contains(option))
@@ -207,6 +238,15 @@ pub(crate) fn wait_for_line(child: &mut Guard, log: &Path, is: impl Fn(&str) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_nobody_has_read_is_what_was_not_demanded() {
+        let cause = |bytes| serde_json::json!({ "brought_bytes": 9, "unused_bytes": bytes, "unread_bytes": 1 });
+        let status =
+            serde_json::json!({ "fill": { "demand": cause(100), "readahead": cause(2), "profile": cause(3) } });
+        assert_eq!(idle(&status), 7.0);
+        assert_eq!(idle(&Value::Null), 0.0);
+    }
 
     #[test]
     fn the_proxy_holds_what_a_long_link_would() {

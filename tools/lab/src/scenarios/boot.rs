@@ -13,7 +13,7 @@ use replay::trace::Trace;
 use serde_json::{Value, json};
 
 use crate::bed::{Bed, Host};
-use crate::servers::{IMAGE, Mirror, Origin, demand_only, fetched, knows, replay};
+use crate::servers::{IMAGE, Mirror, Origin, demand_only, fetched, idle, knows, replay};
 use crate::table::{Cell, Row, Table};
 use crate::{Lab, image, tell};
 
@@ -85,6 +85,8 @@ struct Boot {
     sum: f64,
     slow: f64,
     fetched: f64,
+    /// Bytes fetched ahead that nobody read, by the mirror's own account.
+    idle: f64,
     detail: Value,
 }
 
@@ -103,6 +105,10 @@ impl Scene<'_> {
         &self.bed.mirrors[0]
     }
 
+    fn profile(&self) -> anyhow::Result<&str> {
+        self.profile.to_str().context("the scratch directory has a plain name")
+    }
+
     fn replay(&self, mirror: &Mirror, name: &str) -> anyhow::Result<Boot> {
         let done = replay(&self.options.trace, self.image, &mirror.uri(), self.options.pace.words())?;
         let status = mirror.status()?;
@@ -113,6 +119,7 @@ impl Scene<'_> {
             // At most some thousands.
             slow: f64::from(u32::try_from(stall.slow_reads).unwrap_or(u32::MAX)),
             fetched: fetched(&status),
+            idle: idle(&status),
             detail: json!({ "variant": name, "stall": stall, "mirror": status }),
         })
     }
@@ -121,12 +128,14 @@ impl Scene<'_> {
     fn learn(&self) -> anyhow::Result<(Boot, Boot)> {
         let mirror = Mirror::start(self.lab, self.host(), &self.origin.uri, &[])?;
         let first = self.replay(&mirror, "first")?;
-        if knows(self.lab, "--fill")? && self.options.profile == Travel::File {
-            let file = self.profile.to_str().context("the scratch directory has a plain name")?;
-            mirror.order(&["profile", "export", IMAGE, file])?;
-        }
         let resident = self.replay(&mirror, "resident")?;
+        if knows(self.lab, "--fill")? && self.options.profile == Travel::File {
+            mirror.order(&["profile", "export", IMAGE, "-o", self.profile()?])?;
+        }
         mirror.stop()?;
+        if knows(self.lab, "--fill")? && self.options.profile == Travel::Upstream {
+            self.origin.wait_for_profile()?;
+        }
         Ok((first, resident))
     }
 
@@ -139,8 +148,7 @@ impl Scene<'_> {
         };
         let mirror = Mirror::start(self.lab, self.host(), &self.origin.uri, &words)?;
         if variant == Variant::Profile && self.options.profile == Travel::File {
-            let file = self.profile.to_str().context("the scratch directory has a plain name")?;
-            mirror.order(&["profile", "import", IMAGE, file])?;
+            mirror.order(&["profile", "import", IMAGE, self.profile()?])?;
         }
         self.replay(&mirror, variant.name())
     }
@@ -193,6 +201,7 @@ fn table(
             Cell::of(all(boots, |boot| boot.slow)),
             Cell::of(all(boots, |boot| boot.fetched / 1e6)),
             excess(|boot| boot.fetched),
+            Cell::of(boots.iter().map(|boot| boot.idle / boot.fetched.max(1.0) * 100.0).collect()),
         ];
         Row::new(name, cells)
     };

@@ -1,15 +1,15 @@
 //! One image to many mirrors, before they are needed: what the origin sends in relation to the data.
 //!
 //! *Star*: each mirror has the origin above it and is read by a client. *Chain*: each has the one before it above it, and
-//! all are read at the same time, so that what one asks for the next one waits for. *Handed on*: the first mirror is told
-//! to prefetch all of it and to hand it on (`headwater prefetch --to`). Bytes are those on the origin's cable, with headers.
+//! all are read at the same time, so that what one asks for the next one waits for. *Deployed*: `headwater prefetch --to`
+//! has each fetch from another one. Bytes are those on the origin's cable, with headers.
 
 use clap::{Args, ValueEnum};
 use headwater::clock;
 use headwater::units::{ByteSize, MIB};
 use load::process::to_f64;
 
-use crate::bed::{Bed, output};
+use crate::bed::{Bed, Host, output};
 use crate::servers::{IMAGE, Mirror, Origin, fetched, load};
 use crate::table::{Cell, Row, Table};
 use crate::{Lab, image};
@@ -36,7 +36,7 @@ enum Way {
     Chain,
     /// Each mirror from the one before it, by `headwater prefetch --all` on the last.
     Prefetch,
-    /// By `headwater prefetch --all --to` on the first.
+    /// By `headwater prefetch --all --to`.
     To,
 }
 
@@ -46,7 +46,7 @@ impl Way {
             Self::Star => "all from the origin, read",
             Self::Chain => "each from the one before it, read",
             Self::Prefetch => "each from the one before it, the last one told to prefetch",
-            Self::To => "all from the origin, the first one told to hand it on",
+            Self::To => "deployed in a chain",
         }
     }
 
@@ -111,8 +111,12 @@ fn distribute(lab: &Lab, bed: &Bed, origin: &Origin, way: Way) -> anyhow::Result
             drop(mirrors.last().map(|last| last.order(&["prefetch", IMAGE, "--all", "--wait"])).transpose()?)
         }
         Way::To => {
-            let others: Vec<String> = mirrors[1..].iter().map(|mirror| mirror.admin().display().to_string()).collect();
-            mirrors[0].order(&["prefetch", IMAGE, "--all", "--wait", "--to", &others.join(",")])?;
+            let target = |(mirror, host): (&Mirror, &Host)| {
+                format!("{}=nbd://{}/{IMAGE}", mirror.admin().display(), host.address)
+            };
+            let targets: Vec<String> = mirrors.iter().zip(&bed.mirrors).map(target).collect();
+            let words = ["prefetch", IMAGE, "--all", "--wait", "--to", &targets.join(",")];
+            output(std::process::Command::new(&lab.headwater).args(words))?;
         }
     }
     let seconds = clock::now().duration_since(start).as_secs_f64();

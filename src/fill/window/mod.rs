@@ -136,6 +136,11 @@ impl Window {
         round.was_full |= is_full;
     }
 
+    /// A fill that was counted as sent has not been sent after all.
+    pub fn withdrawn(&mut self, bytes: u64) {
+        self.in_flight = self.in_flight.saturating_sub(bytes);
+    }
+
     /// A fill of `bytes` arrived, `latency` after it was sent.
     pub fn landed(&mut self, now: Instant, bytes: u64, latency: Duration) {
         self.in_flight = self.in_flight.saturating_sub(bytes);

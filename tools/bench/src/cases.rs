@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
+use load::children::{Cpus, Guard};
 
-use crate::children::{Cpus, Guard};
 use crate::clients::{self, Fio, Unit, load};
-use crate::figures::Sample;
 use crate::servers::{Mirror, Place, Programs, Running, Server, Transport, upstream};
+use crate::table::Sample;
 
 /// The part of the image that mirrors are measured with.
 const RESIDENT: &str = "0+128M";

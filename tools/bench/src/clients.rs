@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use headwater::clock;
+use load::children::{self, Cpus};
 use load::process;
 use load::report::Report;
 use serde_json::Value;
 
-use crate::children::{self, Cpus};
-use crate::figures::Sample;
 use crate::servers::Programs;
+use crate::table::Sample;
 
 /// What is counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

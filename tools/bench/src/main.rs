@@ -6,16 +6,13 @@
 //! | `servers` | how each server is started |
 //! | `clients` | load, fio and nbdcopy, and what they say |
 //! | `limit` | the bare server that marks what is possible |
-//! | `children` | processes that end with us |
-//! | `figures`, `table` | medians and ratios, and how they are printed |
+//! | `table` | medians and ratios, and how they are printed |
 //!
 //! The load generator and the bare server are this program too, under the names `bench load` and `bench limit`, so
 //! that one build has all that is needed.
 
 mod cases;
-mod children;
 mod clients;
-mod figures;
 mod limit;
 mod servers;
 mod table;
@@ -31,9 +28,9 @@ use anyhow::{Context, bail, ensure};
 use clap::Parser;
 use headwater::clock;
 use headwater::units::{ByteSize, MIB};
+use load::children::Stop;
 
 use cases::{Bench, Case, Role, Subject};
-use children::Stop;
 use servers::{Programs, Server, TOOLS};
 use table::{Outcome, Row};
 

@@ -9,8 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use clap::ValueEnum;
 use headwater::clock;
-
-use crate::children::{self, Cpus, Guard};
+use load::children::{self, Cpus, Guard};
 
 /// How long a server may take to listen.
 const READY: Duration = Duration::from_secs(15);

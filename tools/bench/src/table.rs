@@ -1,10 +1,23 @@
 //! What was measured, as a table and as JSON.
 
+use load::figures::Figure;
 use serde::Serialize;
 
 use crate::cases::Role;
 use crate::clients::Unit;
-use crate::figures::{Figure, Sample};
+
+/// What one run of one server came to. More is better in `rate`, less in `cpu`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(crate) struct Sample {
+    /// Requests or megabytes per second.
+    pub(crate) rate: f64,
+    /// CPU time of the server for each request or gigabyte.
+    pub(crate) cpu: Option<f64>,
+    /// Microseconds.
+    pub(crate) p99: Option<f64>,
+    /// The least of all connections' shares, 1 if all had the same.
+    pub(crate) share: Option<f64>,
+}
 
 /// A case and its samples.
 #[derive(Debug, Serialize)]

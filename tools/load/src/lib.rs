@@ -11,11 +11,14 @@
 //! | `pattern`, `ledger` | data that say where they belong, and what must be there |
 //! | [`process`] | what the server used |
 //! | [`report`] | what a run came to |
+//! | [`children`], [`figures`] | for programs that measure in turns: processes that end with us; medians and ratios |
 //!
 //! The wire is the library's: requests, replies and the negotiation come from [`headwater::nbd`].
 
 pub mod arguments;
+pub mod children;
 mod connection;
+pub mod figures;
 mod ledger;
 mod order;
 mod pattern;

@@ -145,8 +145,9 @@ fn share(part: f64, rest: f64) -> f64 {
     if part + rest > 0.0 { part / (part + rest) } else { 0.0 }
 }
 
+/// A count as a figure to divide by.
 #[expect(clippy::cast_precision_loss, reason = "2^53 of anything is more than is counted here")]
-pub(crate) fn to_f64(number: u64) -> f64 {
+pub fn to_f64(number: u64) -> f64 {
     number as f64
 }
 

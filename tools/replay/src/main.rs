@@ -1,30 +1,33 @@
 //! Repeats the reads of a recorded boot against an NBD server, compares what comes back, and says how long it took.
 
-mod trace;
-
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use hdrhistogram::Histogram;
 use headwater::clock;
-use headwater::export::{Export, Piece};
+use headwater::export::{Export, LocalFuture, Piece};
 use headwater::nbd::Uri;
 use headwater::units::{ByteSize, to_usize};
 use headwater::upstream::{Expectation, Remote, Settings};
+use replay::alarm::Alarm;
+use replay::pace::{Pace, Schedule};
+use replay::stall::{Stall, Waits};
+use replay::trace::{Read, Trace};
 use serde::Serialize;
 use tokio::runtime::{Builder, LocalOptions};
-
-use trace::{Read, Trace};
 
 /// Repeats the reads of a recorded boot against an NBD server.
 ///
 /// The trace is a CSV file with the columns seconds,op,offset,bytes, as nbdkit's log filter or blktrace can be made
 /// to give it. Writes and flushes in it are counted and left out: a machine that is started from a shared image
 /// writes elsewhere.
+///
+/// The total stall is the time during which at least one read was waited for, from the moment it was due: several that
+/// wait at the same time count once. A resident image has some too; what counts is the difference.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
@@ -46,6 +49,12 @@ struct Arguments {
     /// A read's latency then counts from the moment when it was due, also when the server was late.
     #[arg(long, value_name = "FACTOR")]
     pace: Option<f64>,
+    /// With --pace: a machine that waits does nothing else, so a read that is late delays all that follow.
+    ///
+    /// Each read comes as long after the previous one as in the recording, counted from when fewer than --depth reads
+    /// were waited for. Without it reads come by the clock, also those that a machine would not have begun yet.
+    #[arg(long, requires = "pace")]
+    think: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -60,6 +69,7 @@ struct Report {
     compared: bool,
     seconds: f64,
     latency: Latency,
+    stall: Stall,
 }
 
 #[derive(Debug, Serialize)]
@@ -99,16 +109,14 @@ async fn replay(arguments: &Arguments) -> anyhow::Result<Report> {
     if let Some(read) = trace.reads.iter().find(|read| read.range.end() > size) {
         bail!("the trace reads {:?} and the export has {size} bytes: is it another image?", read.range);
     }
-    // Microseconds, from one to an hour.
-    let mut latencies = Histogram::<u64>::new_with_bounds(1, 3_600_000_000, 3)?;
     let start = clock::now();
-    let due = |read: &Read| arguments.pace.map(|pace| start + read.at.div_f64(pace));
-    let mut reads = stream::iter(&trace.reads)
-        .map(|read| one(&remote, *read, due(read), image.as_ref()))
-        .buffer_unordered(arguments.depth.into());
-    while let Some(latency) = reads.try_next().await? {
-        latencies.saturating_record(u64::try_from(latency.as_micros())?.max(1));
+    let mut run = Run::new(&remote, image.as_ref(), arguments.depth)?;
+    let mut schedule = Schedule::new(arguments.pace(), start);
+    for read in &trace.reads {
+        let room = run.room().await?;
+        run.start(*read, schedule.due(read.at, room)).await?;
     }
+    let Run { latencies, waits, .. } = run.finish().await?;
     let seconds = clock::now().duration_since(start).as_secs_f64();
     let at = |quantile| Duration::from_micros(latencies.value_at_quantile(quantile)).as_secs_f64();
     Ok(Report {
@@ -118,30 +126,96 @@ async fn replay(arguments: &Arguments) -> anyhow::Result<Report> {
         compared: image.is_some(),
         seconds,
         latency: Latency { median: at(0.5), p90: at(0.9), p99: at(0.99), maximum: at(1.0) },
+        stall: waits.total(),
     })
+}
+
+impl Arguments {
+    fn pace(&self) -> Pace {
+        match (self.pace, self.think) {
+            (None, _) => Pace::Fast,
+            (Some(factor), false) => Pace::Clock(factor),
+            (Some(factor), true) => Pace::Thinking(factor),
+        }
+    }
+}
+
+type Answer<'a> = LocalFuture<'a, anyhow::Result<(Instant, Instant)>>;
+
+/// Reads on their way, and what those before them came to.
+struct Run<'a> {
+    remote: &'a Remote,
+    image: Option<&'a std::fs::File>,
+    depth: usize,
+    alarm: Alarm,
+    waiting: FuturesUnordered<Answer<'a>>,
+    latencies: Histogram<u64>,
+    waits: Waits,
+}
+
+impl<'a> Run<'a> {
+    fn new(remote: &'a Remote, image: Option<&'a std::fs::File>, depth: u16) -> anyhow::Result<Self> {
+        // Microseconds, from one to an hour.
+        let latencies = Histogram::new_with_bounds(1, 3_600_000_000, 3)?;
+        let (waiting, waits) = (FuturesUnordered::new(), Waits::default());
+        Ok(Self { remote, image, depth: depth.into(), alarm: Alarm::new()?, waiting, latencies, waits })
+    }
+
+    /// Waits until one more may be on its way. Gives back since when.
+    async fn room(&mut self) -> anyhow::Result<Instant> {
+        while self.waiting.len() >= self.depth {
+            let Some(answer) = self.waiting.next().await else { break };
+            self.note(answer?)?;
+        }
+        Ok(clock::now())
+    }
+
+    /// Starts a read when it is due; meanwhile others may be answered.
+    async fn start(&mut self, read: Read, due: Instant) -> anyhow::Result<()> {
+        loop {
+            let answer = tokio::select! {
+                biased;
+                rung = self.alarm.until(due) => { rung?; break }
+                Some(answer) = self.waiting.next() => answer?,
+            };
+            self.note(answer)?;
+        }
+        self.waiting.push(Box::pin(one(self.remote, read, due, self.image)));
+        Ok(())
+    }
+
+    async fn finish(mut self) -> anyhow::Result<Self> {
+        while let Some(answer) = self.waiting.next().await {
+            self.note(answer?)?;
+        }
+        Ok(self)
+    }
+
+    fn note(&mut self, (due, answered): (Instant, Instant)) -> anyhow::Result<()> {
+        let micros = answered.saturating_duration_since(due).as_micros();
+        self.latencies.saturating_record(u64::try_from(micros)?.max(1));
+        self.waits.add(due, answered);
+        Ok(())
+    }
 }
 
 fn open_image(path: &std::path::Path) -> anyhow::Result<std::fs::File> {
     std::fs::File::open(path).with_context(|| path.display().to_string())
 }
 
-/// Reads when it is time, and compares. Gives back how long that took since then.
+/// Reads, and compares. Gives back when it was due and when the answer came.
 async fn one(
     remote: &Remote,
     read: Read,
-    due: Option<Instant>,
+    due: Instant,
     image: Option<&std::fs::File>,
-) -> anyhow::Result<Duration> {
-    if let Some(due) = due {
-        tokio::time::sleep_until(due.into()).await;
-    }
-    let start = due.unwrap_or_else(clock::now);
+) -> anyhow::Result<(Instant, Instant)> {
     let pieces = remote.read(read.range).await.with_context(|| format!("reading {:?}", read.range))?;
-    let took = clock::now().duration_since(start);
+    let answered = clock::now();
     if let Some(image) = image {
         compare(&pieces, read, image)?;
     }
-    Ok(took)
+    Ok((due, answered))
 }
 
 fn compare(pieces: &[Piece], read: Read, image: &std::fs::File) -> anyhow::Result<()> {
@@ -174,6 +248,11 @@ impl std::fmt::Display for Report {
             self.left_out
         )?;
         let ms = |seconds: f64| seconds * 1000.0;
+        let Stall { seconds, sum_seconds, slow_reads } = self.stall;
+        writeln!(
+            f,
+            "total stall: {seconds:.3} s (sum of all latencies {sum_seconds:.3} s), {slow_reads} reads took over 1 ms"
+        )?;
         write!(
             f,
             "latency: median {:.2} ms, 90 % {:.2} ms, 99 % {:.2} ms, maximum {:.2} ms",

@@ -7,30 +7,20 @@ use serde::Serialize;
 /// The spread from which a figure is marked: repeat it, or believe its range only.
 const NOISY: f64 = 0.25;
 
-/// What one run of one server came to. More is better in `rate`, less in `cpu`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub(crate) struct Sample {
-    /// Requests or megabytes per second.
-    pub(crate) rate: f64,
-    /// CPU time of the server for each request or gigabyte.
-    pub(crate) cpu: Option<f64>,
-    /// Microseconds.
-    pub(crate) p99: Option<f64>,
-    /// The least of all connections' shares, 1 if all had the same.
-    pub(crate) share: Option<f64>,
-}
-
 /// Several runs of one thing.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub(crate) struct Figure {
-    pub(crate) median: f64,
-    pub(crate) least: f64,
-    pub(crate) most: f64,
+pub struct Figure {
+    /// The one in the middle, or between the two that are.
+    pub median: f64,
+    /// The least.
+    pub least: f64,
+    /// The most.
+    pub most: f64,
 }
 
 impl Figure {
     /// `None` without values.
-    pub(crate) fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let (least, most) = (*values.first()?, *values.last()?);
@@ -39,7 +29,7 @@ impl Figure {
     }
 
     /// Of the quotients of two rows of values that were measured in the same rounds.
-    pub(crate) fn of_ratios(ours: &[f64], theirs: &[f64]) -> Option<Self> {
+    pub fn of_ratios(ours: &[f64], theirs: &[f64]) -> Option<Self> {
         Self::of(ours.iter().zip(theirs).filter(|(_, theirs)| **theirs > 0.0).map(|(ours, theirs)| ours / theirs))
     }
 
@@ -48,7 +38,7 @@ impl Figure {
     }
 
     /// As in `1.42 (1.28–1.56) ~`.
-    pub(crate) fn with_range(&self) -> String {
+    pub fn with_range(&self) -> String {
         format!("{:.2} ({:.2}–{:.2}){}", self.median, self.least, self.most, self.mark())
     }
 }

@@ -10,14 +10,14 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::process::family;
 use anyhow::Context;
-use load::process::family;
 use rustix::process::{Pid, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Which CPUs a child may use, as `taskset` has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Cpus {
+pub enum Cpus {
     /// The last one: what server and client need together decides.
     One,
     /// All of them.
@@ -35,7 +35,7 @@ impl Cpus {
 }
 
 /// A command that ends with us, on some CPUs.
-pub(crate) fn command(cpus: Cpus, program: impl AsRef<OsStr>) -> Command {
+pub fn command(cpus: Cpus, program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "taskset", "-c", &cpus.list()]).arg(program).stdin(Stdio::null());
     command
@@ -43,24 +43,26 @@ pub(crate) fn command(cpus: Cpus, program: impl AsRef<OsStr>) -> Command {
 
 /// A running child.
 #[derive(Debug)]
-pub(crate) struct Guard {
+pub struct Guard {
     child: Child,
 }
 
 impl Guard {
     /// Starts a child whose messages go to the file `log`.
-    pub(crate) fn spawn(mut command: Command, log: &Path) -> anyhow::Result<Self> {
+    pub fn spawn(mut command: Command, log: &Path) -> anyhow::Result<Self> {
         let log = File::options().create(true).append(true).open(log)?;
         command.stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().with_context(|| format!("starting {:?}", command.get_program()))?;
         Ok(Self { child })
     }
 
-    pub(crate) fn pid(&self) -> u32 {
+    /// Its number.
+    pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub(crate) fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
+    /// Its exit status, if it has ended.
+    pub fn ended(&mut self) -> anyhow::Result<Option<ExitStatus>> {
         Ok(self.child.try_wait()?)
     }
 }
@@ -84,11 +86,11 @@ fn kill(processes: &[u32]) {
 
 /// Whether somebody wants us to stop.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Stop(Arc<AtomicBool>);
+pub struct Stop(Arc<AtomicBool>);
 
 impl Stop {
     /// From now on, Ctrl-C and SIGTERM kill all children, so that whoever waits for one wakes up and looks here.
-    pub(crate) fn on_signals() -> anyhow::Result<Self> {
+    pub fn on_signals() -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let (mut interrupt, mut terminate) = {
             let _guard = runtime.enter();
@@ -108,7 +110,8 @@ impl Stop {
         Ok(stop)
     }
 
-    pub(crate) fn is_wanted(&self) -> bool {
+    /// Whether somebody does.
+    pub fn is_wanted(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }

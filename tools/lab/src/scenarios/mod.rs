@@ -1,0 +1,8 @@
+//! What is measured. Each file has one scenario, or two that are alike.
+
+pub(crate) mod background;
+pub(crate) mod boot;
+pub(crate) mod chain;
+pub(crate) mod link;
+pub(crate) mod reads;
+pub(crate) mod vm;

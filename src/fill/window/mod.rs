@@ -58,7 +58,7 @@ pub struct Window {
     /// Bytes per second, of fills alone and of all.
     rate: Option<u64>,
     delivered: Option<u64>,
-    /// The longest request of fills lately, in bytes.
+    /// The mean request of fills in the last round, in bytes.
     request: u64,
 }
 
@@ -69,6 +69,7 @@ struct Round {
     /// Bytes of fills that land in it: the window when it began.
     bytes: u64,
     filled: u64,
+    requests: u64,
     demanded: u64,
     samples: u32,
     /// The least queue that was met, and the least latency of that class.
@@ -83,7 +84,18 @@ struct Round {
 
 impl Round {
     const fn new(now: Instant, bytes: u64, was_full: bool) -> Self {
-        Self { began: now, bytes, filled: 0, demanded: 0, samples: 0, queue: None, longest: 0, failed: 0, was_full }
+        Self {
+            began: now,
+            bytes,
+            filled: 0,
+            requests: 0,
+            demanded: 0,
+            samples: 0,
+            queue: None,
+            longest: 0,
+            failed: 0,
+            was_full,
+        }
     }
 }
 
@@ -147,6 +159,7 @@ impl Window {
         self.sample(now, bytes, latency);
         if let Some(round) = &mut self.round {
             round.filled += bytes;
+            round.requests += 1;
             round.longest = round.longest.max(bytes);
             if round.filled >= round.bytes && round.samples >= SAMPLES {
                 self.end_round(now);
@@ -193,7 +206,7 @@ impl Window {
 
     fn end_round(&mut self, now: Instant) {
         let Some(round) = self.round.take() else { return };
-        self.request = round.longest.max(self.request - self.request / 8);
+        self.request = round.filled / round.requests.max(1);
         self.measure(&round, now.duration_since(round.began));
         if let Some(limit) = self.drained.take() {
             self.limit = limit;

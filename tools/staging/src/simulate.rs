@@ -147,7 +147,7 @@ fn table(rows: &[Row]) -> String {
         let Row { shape, load, traces, feasible, .. } = row;
         let keeps = if row.keeps_images { "3 images" } else { "nothing" };
         let cell = |sum: &Sum| {
-            let of_feasible = sum.satisfied_of_feasible().map_or("-".to_owned(), percent);
+            let of_feasible = sum.satisfied_of_feasible().map_or_else(|| "-".to_owned(), percent);
             format!("{} ({}), {}", percent(sum.satisfied()), of_feasible, percent(sum.mean()))
         };
         let cells: Vec<_> = row.results.iter().map(cell).collect();

@@ -112,7 +112,8 @@ pub(crate) fn random(lab: &Lab, options: &Random) -> anyhow::Result<Table> {
     })?;
     let all = |index: usize, value: fn(&(Report, Value)) -> f64| runs[index].iter().map(value).collect::<Vec<_>>();
     let rows = variants.iter().enumerate().map(|(index, &variant)| {
-        let cells: [fn(&(Report, Value)) -> f64; 3] =
+        type Of = fn(&(Report, Value)) -> f64;
+        let cells: [Of; 3] =
             [|run| run.0.latency.mean / 1e3, |run| run.0.latency.p99 / 1e3, |run| fetched(&run.1) / 1e6];
         // The one on demand is the line before it.
         let cells = cells.into_iter().flat_map(|value| {

@@ -20,6 +20,10 @@ use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::ranges::ByteRange;
 
+/// A reader that found so many of its reads here, and so many chunks' worth of bytes, is not looked at any more.
+const IDLE_READS: u32 = 64;
+const IDLE_CHUNKS: u64 = 4;
+
 /// An image that is filled ahead of demand: as it stands in the registry, or for one connection.
 #[derive(Debug)]
 pub struct Filled {
@@ -31,6 +35,8 @@ pub struct Filled {
 
 #[derive(Debug)]
 struct Watch {
+    /// Reads, and their bytes, since one had to wait or met what was brought ahead.
+    idle: (u32, u64),
     readahead: Option<Readahead>,
     wishes: Vec<ByteRange>,
     /// What is recorded of it, in its first minute.
@@ -49,11 +55,17 @@ impl Filled {
         &self.image
     }
 
+    /// Whether a read of `range` tells something about what is to be fetched: it has to wait, or meets what was brought
+    /// ahead. To be asked before it is made.
+    fn is_news(&self, range: ByteRange) -> bool {
+        self.watch.is_some() && self.image.has_gaps() && self.image.mirror.is_news(range)
+    }
+
     /// A client has read, or is about to.
-    fn note(&self, range: ByteRange) {
+    fn note(&self, range: ByteRange, is_news: bool) {
         let Some(watch) = &self.watch else { return };
         let mut watch = watch.lock().unwrap_or_else(PoisonError::into_inner);
-        let Watch { readahead, wishes, part, has_read } = &mut *watch;
+        let Watch { idle, readahead, wishes, part, has_read } = &mut *watch;
         if !std::mem::replace(has_read, true) {
             self.image.play(&self.engine);
         }
@@ -64,7 +76,10 @@ impl Filled {
                 *part = None;
             }
         }
-        let Some(readahead) = readahead.as_mut().filter(|_| self.image.has_gaps()) else { return };
+        *idle = if is_news { (0, 0) } else { (idle.0.saturating_add(1), idle.1.saturating_add(range.length())) };
+        // Who finds all that it reads leads nowhere where something is missing, and costs nothing.
+        let is_idle = idle.0 > IDLE_READS && idle.1 > IDLE_CHUNKS * self.image.mirror.chunk_size();
+        let Some(readahead) = readahead.as_mut().filter(|_| !is_idle) else { return };
         readahead.note(range, wishes);
         if wishes.is_empty() {
             return;
@@ -85,18 +100,20 @@ impl Export for Filled {
     }
 
     fn try_read(&self, range: ByteRange, output: &mut BytesMut) -> TryRead {
+        let is_news = self.is_news(range);
         let result = self.image.mirror.try_read(range, output);
         // What has to wait is noted when it is read again.
         if result != TryRead::Wait {
-            self.note(range);
+            self.note(range, is_news);
         }
         result
     }
 
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
+        let is_news = self.is_news(range);
         let found = self.image.mirror.in_file(range);
         if found.is_some() {
-            self.note(range);
+            self.note(range, is_news);
         }
         found
     }
@@ -106,13 +123,14 @@ impl Export for Filled {
     }
 
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>> {
+        let is_news = self.is_news(range);
         let mut read = self.image.mirror.read(range);
         let mut is_noted = false;
         Box::pin(std::future::poll_fn(move |context| {
             let result = read.as_mut().poll(context);
             // What the client waits for has begun before what it does not wait for.
             if !std::mem::replace(&mut is_noted, true) {
-                self.note(range);
+                self.note(range, is_news);
             }
             result
         }))
@@ -140,6 +158,7 @@ impl Export for Filled {
         let limits = Limits { most, ..Limits::default() };
         let watch = Watch {
             readahead: (most > 0).then(|| Readahead::new(limits, self.image.mirror.size())),
+            idle: (u32::MAX, u64::MAX),
             wishes: Vec::new(),
             // A mirror hands up what its own clients read, and reads more than that.
             part: (!client.is_mirror).then(|| self.image.exchange().recording().join(clock::now())).flatten(),

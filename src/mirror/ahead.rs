@@ -179,6 +179,13 @@ impl Mirror {
         inner.geometry.chunks(range).any(|chunk| is_here(inner.states.get(chunk)))
     }
 
+    /// Whether some of `range` is missing, or was brought ahead of demand and has not been read.
+    pub fn is_news(&self, range: ByteRange) -> bool {
+        let Inner { geometry, states, origins, .. } = &*self.0;
+        let is_missing = |state| matches!(state, State::Absent | State::Leaving);
+        geometry.chunks(range).any(|chunk| is_missing(states.get(chunk))) || origins.is_unread(range)
+    }
+
     /// Whether nothing is missing, as far as anybody looked: the whole image is here.
     pub fn is_complete(&self) -> bool {
         let inner = &self.0;

@@ -327,7 +327,10 @@ fn the_bound_holds_at_every_moment_and_reads_are_right() {
                     here.check_bound();
                 }
             }
-            assert!(here.space.stats().evicted_chunks.value() > 0);
+            // No read waits for space, so all of them together may be done before the disk has synced once.
+            while here.space.stats().evicted_chunks.value() == 0 {
+                here.space.freed.notified().await;
+            }
             mirror.settle().await;
             here.check_bound();
             evictor.abort();

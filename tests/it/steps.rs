@@ -100,6 +100,9 @@ fn stop_at(point: &str, manifest: Manifest) {
     if point == "pins written" {
         let failed = order(&ground.scratch, &stopped, &["pin", "image", "--range", "2M..3M"]).output().unwrap();
         assert!(!failed.status.success(), "the order succeeded");
+    } else if point == "profile written" {
+        // A run is over, and learnt from, when its client has left.
+        assert_holds_range(&stopped, &ground.bytes, 0, 4 * MIB);
     } else {
         ground.read_until_its_end(stopped.uri(), 5, &AtomicU64::new(0));
     }
@@ -148,6 +151,11 @@ fn a_crash_while_chunks_are_evicted_leaves_neither_wrong_bytes_nor_more_of_them(
 #[test]
 fn a_crash_while_pins_change_leaves_those_before() {
     stop_at_each(&["pins written"]);
+}
+
+#[test]
+fn a_crash_while_a_profile_is_replaced_takes_no_more_than_the_limit() {
+    stop_at_each(&["profile written"]);
 }
 
 #[test]

@@ -48,7 +48,8 @@ impl Ground {
 
     /// Lets a mirror fill under load until a random moment and kills it. Gives back what was durable shortly before.
     fn fill_and_kill(&mut self, upstream: &str) -> BTreeSet<u64> {
-        let mirror = Daemon::mirror(&self.scratch, upstream, &[]);
+        // Also while it fetches ahead, and not so fast that all is here at once.
+        let mirror = Daemon::mirror(&self.scratch, upstream, &["--fill-rate=8M"]);
         let mut clients: Vec<_> = (0..3).map(|_| Client::open(mirror.uri())).collect();
         let random = &mut self.random;
         let moment = Instant::now() + Duration::from_millis(random.below(2000));

@@ -9,7 +9,7 @@ use headwater::export::conformance::Random;
 
 use crate::support::cache::{Sampler, allocated, assert_holds, image_status, index, order};
 use crate::support::client::Client;
-use crate::support::{Daemon, SOON, Scratch, eventually, mirror_command, noise, run};
+use crate::support::{Daemon, ON_DEMAND, SOON, Scratch, eventually, mirror_command, noise, run};
 
 const MIB: u64 = 1 << 20;
 const CHUNK: u64 = 65_536;
@@ -48,6 +48,11 @@ impl Ground {
 
     fn mirror(&self) -> Daemon {
         Daemon::mirror(&self.scratch, self.server.uri(), LIMITED)
+    }
+
+    /// A mirror that brings no more than is asked for, so that the next one need not evict before it has begun.
+    fn mirror_on_demand(&self) -> Daemon {
+        Daemon::mirror(&self.scratch, self.server.uri(), &[LIMITED, &[ON_DEMAND]].concat())
     }
 
     /// A mirror that ends when it comes to `point`.
@@ -91,7 +96,7 @@ impl Ground {
 /// Stops a mirror that holds something and has a pin at one point, starts it again and looks at what it has.
 fn stop_at(point: &str, manifest: Manifest) {
     let ground = Ground::new(manifest);
-    let before = ground.mirror();
+    let before = ground.mirror_on_demand();
     ground.pin(&before, "..1M");
     assert_holds_range(&before, &ground.bytes, 0, 4 * MIB);
     before.stop();

@@ -311,8 +311,7 @@ fn the_bound_holds_at_every_moment_and_reads_are_right() {
     for policy in Kind::ALL {
         on_both(|| async move {
             let contents = solid(12 * to_usize(MIB));
-            let limit = 5 * MIB;
-            let here = Bounded::new(Some(limit), policy);
+            let here = Bounded::new(Some(5 * MIB), policy);
             let mirror = here.open("x", memory(&contents), Some(&contents)).await;
             let evictor = tokio::task::spawn_local(Arc::clone(&here.space).run_evictor());
             let mut random = Random::new(5);

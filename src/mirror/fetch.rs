@@ -1,4 +1,4 @@
-//! From a claimed chunk to a stored one.
+//! From a claimed chunk to one that has arrived.
 //!
 //! Claims of one turn of a worker gather in a queue; a task that runs after everybody else's turn sorts them, joins
 //! neighbours into runs and sends each run upstream as one request. That is how the misses of a whole batch of
@@ -8,29 +8,26 @@
 //! [`BUDGET`], which bounds the memory of all runs together. Chunks that are here and only have to be checked have
 //! queues and a budget of their own, because a hit must not wait for misses.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io::{self, IoSlice};
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{join, join_all};
-use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 use super::ahead::{Ahead, Asked};
-use super::arrival::{Arrival, Write, contiguous, split};
+use super::arrival::{Arrival, split};
 use super::chunks::{Chunk, State};
 use super::flight::{ChunkData, Claim, Slice};
-use super::flusher::Epoch;
-use super::space::{Reservation, is_full};
+use super::landing::Room;
 use super::{EXTENTS_PATIENCE, Inner, Truth};
 use crate::clock;
 use crate::disk::Inline;
 use crate::error::{Error, ErrorKind, Result};
 use crate::export::{Piece, wrong_bytes};
 use crate::ranges::ByteRange;
-use crate::telemetry::crash_point;
 use crate::units::{MIB, to_u64, to_usize};
 
 /// Bytes of all runs with one need that are under way together.
@@ -39,8 +36,6 @@ const BUDGET: u64 = 128 * MIB;
 const LONGEST_RUN: u64 = MIB;
 /// The budget is counted in the smallest chunks.
 const PERMIT: u64 = 4096;
-/// What a full disk is asked for beyond what does not fit: the next chunks are on their way.
-const SPARE: u64 = 16 * MIB;
 /// Queues; workers with numbers beyond share them.
 const QUEUES: usize = 64;
 
@@ -312,7 +307,7 @@ impl Inner {
 
     /// Punches out what a chunk left that is absent, and for which there is a claim. What cannot be punched out stays
     /// charged, until it is written over or evicted.
-    async fn give_back(&self, chunk: Chunk) {
+    pub(super) async fn give_back(&self, chunk: Chunk) {
         match self.store.data().punch(self.geometry.range(chunk)).await {
             Ok(()) => {
                 let _table = self.flights.lock();
@@ -350,7 +345,7 @@ impl Inner {
         }
         let is_ahead = data.first().is_some_and(|claim| claim.flight.ahead.is_some());
         let kept = data.iter().map(|claim| claim.chunk).filter(|chunk| is_ahead || self.should_keep(*chunk)).collect();
-        let room = Room::new(kept, epoch);
+        let room = Room::new(kept, epoch, is_ahead);
         if is_ahead && !data.is_empty() && !self.reserve(&room).await {
             let error = Error::new(ErrorKind::NoSpace, "there is no space for it");
             return data.into_iter().for_each(|claim| self.fail(claim, &error));
@@ -363,22 +358,6 @@ impl Inner {
         };
         // Nobody waits for an eviction: what comes is answered, and stored when there is space for it.
         join(self.reserve(&room), bring).await;
-    }
-
-    /// Reserves space for those chunks that are to be kept. Gives whether there is some. The first call decides.
-    async fn reserve(&self, room: &Room) -> bool {
-        let reserve = async || {
-            if room.kept.is_empty() {
-                return None;
-            }
-            let bytes = room.kept.iter().map(|chunk| self.segments.cost(*chunk)).sum();
-            let reservation = self.space.reserve(bytes).await;
-            if reservation.is_none() {
-                self.space.stats().bypassed_chunks.add(to_u64(room.kept.len()));
-            }
-            reservation.map(RefCell::new)
-        };
-        room.reservation.get_or_init(reserve).await.is_some()
     }
 
     /// Whether the segment of a chunk is worth its space.
@@ -492,141 +471,5 @@ impl Inner {
         let offset = self.geometry.range(claim.chunk).start();
         let message = format!("{}: cannot fetch the chunk at {offset}: {}", self.name, error.chain());
         claim.flight.land(Err(Error::new(kind, message)));
-    }
-
-    /// Gives everybody what came, then stores it.
-    async fn land(&self, claims: &[&Claim], mut arrivals: Vec<Arrival>, room: &Room) {
-        for (claim, arrival) in claims.iter().zip(&arrivals) {
-            self.note_arrival(claim, arrival);
-            claim.flight.land(Ok(arrival.data.clone()));
-        }
-        crash_point("arrived");
-        let has_room = self.reserve(room).await;
-        for arrival in &mut arrivals {
-            let mut table = self.flights.lock();
-            let is_current = room.epoch == self.pending.epoch();
-            match &arrival.data {
-                ChunkData::Zero if is_current && self.mark_zero(arrival.chunk) => {
-                    self.pending.changed(arrival.chunk, arrival.chunk);
-                }
-                ChunkData::Zero => {}
-                // What is still leaving cannot be written over.
-                ChunkData::Bytes(_) => {
-                    let is_absent = self.states.get(arrival.chunk) == State::Absent;
-                    arrival.is_kept = is_current && is_absent && has_room && room.keeps(arrival.chunk);
-                }
-            }
-            if !arrival.is_kept {
-                self.origins.left(arrival.chunk);
-                table.remove(&arrival.chunk);
-            }
-        }
-        // Whoever waited sends the bytes to its clients first, while they are in the processor's caches.
-        tokio::task::yield_now().await;
-        for write in contiguous(&arrivals) {
-            self.store_chunks(write, room).await;
-        }
-    }
-
-    /// Remembers why a chunk came.
-    fn note_arrival(&self, claim: &Claim, arrival: &Arrival) {
-        // A client that begins to want it sees either that it has not landed, or the mark.
-        let _table = self.flights.lock();
-        if matches!(arrival.data, ChunkData::Bytes(_)) {
-            self.origins.came(arrival.chunk, claim.flight.cause(), claim.flight.is_wanted());
-        }
-    }
-
-    /// Writes chunks to the data file. If that fails they are absent: they have been answered, and that is all.
-    async fn store_chunks(&self, write: Write<'_>, room: &Room) {
-        let Write { arrivals, slice } = write;
-        let Some(first) = arrivals.first() else { return };
-        let offset = self.geometry.range(first.chunk).start();
-        let checksums: Vec<_> = arrivals.iter().map(Arrival::checksum).collect();
-        let mut result = self.write_data(&slice, offset).await;
-        if result.as_ref().is_err_and(is_full) {
-            self.space.ask(to_u64(slice.len()) + SPARE).await;
-            result = self.write_data(&slice, offset).await;
-        }
-        if let Err(error) = &result {
-            self.stats.unstored_chunks.add(to_u64(arrivals.len()));
-            self.disk_failed("cannot store what was fetched: serving without storing", error);
-        }
-        if !self.note_stored(arrivals, &checksums, result.is_ok(), room) {
-            for arrival in arrivals {
-                self.origins.left(arrival.chunk);
-                self.give_back(arrival.chunk).await;
-                self.flights.lock().remove(&arrival.chunk);
-            }
-            return;
-        }
-        for arrival in arrivals {
-            self.pending.wrote(arrival.chunk, self.geometry.range(arrival.chunk).length(), room.epoch);
-            if let Some(key) = self.truth.get().and_then(|truth| truth.key(self.geometry, arrival.chunk)) {
-                self.space.twins.add(key, self.place(arrival.chunk));
-            }
-        }
-        crash_point("written, not synced");
-    }
-
-    /// Charges chunks that have been written, and says so in their states if they may be read: gives whether.
-    fn note_stored(&self, arrivals: &[Arrival], checksums: &[u32], is_written: bool, room: &Room) -> bool {
-        let mut table = self.flights.lock();
-        let is_stored = is_written && room.epoch == self.pending.epoch();
-        for (arrival, checksum) in arrivals.iter().zip(checksums) {
-            // Also what could not be written whole: a part of it may be there.
-            self.charge(arrival.chunk, room);
-            if is_stored {
-                self.states.set_checksum(arrival.chunk, *checksum);
-                self.states.set(arrival.chunk, State::Volatile);
-                table.remove(&arrival.chunk);
-            }
-        }
-        is_stored
-    }
-
-    async fn write_data(&self, slice: &Slice, offset: u64) -> io::Result<()> {
-        match self.store.data().try_write_at(&[IoSlice::new(slice)], offset) {
-            Inline::Done => Ok(()),
-            Inline::WouldBlock => self.store.data().write_all_at(slice.bytes(), offset, false).await,
-        }
-    }
-
-    /// Charges a chunk that is on the disk now, with what was reserved for it. To be called under the lock of the
-    /// flights.
-    fn charge(&self, chunk: Chunk, room: &Room) {
-        let Some(count) = self.segments.charge(chunk) else { return };
-        room.keep(self.segments.cost(chunk));
-        if count == 1 {
-            let number = self.segments.of(chunk);
-            self.space.admitted(self.segment(number), self.segments.heat().word(number));
-        }
-    }
-}
-
-/// Space for what a run brings.
-#[derive(Debug)]
-struct Room {
-    /// Chunks that are to be stored, in order.
-    kept: Vec<Chunk>,
-    /// Unset while it is waited for.
-    reservation: OnceCell<Option<RefCell<Reservation>>>,
-    /// When the fetch began. What came before a manifest, or before something was lost, is answered and not kept.
-    epoch: Epoch,
-}
-
-impl Room {
-    const fn new(kept: Vec<Chunk>, epoch: Epoch) -> Self {
-        Self { kept, reservation: OnceCell::const_new(), epoch }
-    }
-
-    fn keeps(&self, chunk: Chunk) -> bool {
-        self.kept.binary_search(&chunk).is_ok()
-    }
-
-    fn keep(&self, bytes: u64) {
-        if let Some(Some(reservation)) = self.reservation.get() {
-            reservation.borrow_mut().keep(bytes);
-        }
     }
 }

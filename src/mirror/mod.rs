@@ -7,7 +7,8 @@
 //! | `chunks` | what is known of each chunk; the table of states |
 //! | `cause` | why a chunk is fetched |
 //! | `flight` | one fetch for all who want a chunk |
-//! | `fetch` | from a claimed chunk to a stored one: joining, fetching, checking, storing |
+//! | `fetch` | from a claimed chunk to one that has arrived: joining, fetching, checking |
+//! | `landing` | from there to a stored one, or one that is let go of |
 //! | [`ahead`] | fetching what nobody waits for |
 //! | `origins` | why each chunk came, and whether it was read |
 //! | `arrival` | what came over, cut into chunks |
@@ -41,6 +42,7 @@ mod fetch;
 mod flight;
 mod flusher;
 mod here;
+mod landing;
 pub mod map;
 mod origins;
 pub mod pins;

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::support::cache::{assert_holds, image_status, index, renamed};
 use crate::support::client::Client;
-use crate::support::{Daemon, Scratch, eventually, mirror_command, noise, run};
+use crate::support::{Daemon, ON_DEMAND, Scratch, eventually, mirror_command, noise, run};
 
 const MIB: u64 = 1 << 20;
 const CHUNK: u64 = 65_536;
@@ -40,8 +40,12 @@ impl Ground {
 
     /// A mirror that looks at its upstream often.
     fn mirror(&self, upstream: &str) -> Daemon {
+        self.mirror_with(upstream, &[])
+    }
+
+    fn mirror_with(&self, upstream: &str, arguments: &[&str]) -> Daemon {
         let (log, mut command) = mirror_command(&self.scratch, "mirror", upstream);
-        command.env("HEADWATER_WATCH_SECONDS", "0.2");
+        command.args(arguments).env("HEADWATER_WATCH_SECONDS", "0.2");
         Daemon::start(command, 1, &log)
     }
 
@@ -70,7 +74,7 @@ fn a_replaced_image_becomes_a_new_cache_and_the_old_one_is_kept() {
     // A part has not changed.
     new[..1 << 20].copy_from_slice(&old[..1 << 20]);
     let (server, old_id) = ground.serve(&old);
-    let mirror = ground.mirror(server.uri());
+    let mirror = ground.mirror_with(server.uri(), &[ON_DEMAND]);
     let mut staying = Client::open(mirror.uri());
     assert!(staying.read(0, 4 * MIB) == old[..4 << 20]);
     eventually("resident chunks", || ground.status(&mirror, "image")["resident_bytes"] == 4 * MIB);
@@ -95,7 +99,7 @@ fn a_replaced_image_becomes_a_new_cache_and_the_old_one_is_kept() {
     drop((staying, by_content));
 
     mirror.stop();
-    let mirror = ground.mirror(server.uri());
+    let mirror = ground.mirror_with(server.uri(), &[ON_DEMAND]);
     assert_holds(mirror.uri(), &new);
     assert!(Client::open(&old_uri).read(0, 4 * MIB) == old[..4 << 20]);
     assert_eq!(ground.status(&mirror, "image")["upstream_bytes"], 0);
@@ -109,7 +113,7 @@ fn a_replaced_image_becomes_a_new_cache_and_the_old_one_is_kept() {
     let status = ground.status(&mirror, "image");
     assert_eq!(status["upstream_bytes"], 4 * MIB, "its cache is used again: {status}");
     mirror.stop();
-    let mirror = ground.mirror(server.uri());
+    let mirror = ground.mirror_with(server.uri(), &[ON_DEMAND]);
     assert_holds(mirror.uri(), &old);
     assert_eq!(ground.status(&mirror, "image")["upstream_bytes"], 0);
 }

@@ -7,7 +7,7 @@ use headwater::nbd::wire::{CommandFlags, command};
 
 use crate::support::client::Client;
 use crate::support::link::Link;
-use crate::support::{Daemon, Scratch, eventually, headwater, noise, run, run_failing};
+use crate::support::{Daemon, ON_DEMAND, Scratch, eventually, headwater, noise, run, run_failing};
 
 const MIB: u64 = 1 << 20;
 
@@ -18,9 +18,9 @@ fn origin(scratch: &Scratch, mebibytes: usize) -> (Daemon, Vec<u8>) {
     (server, bytes)
 }
 
-/// Bytes that an image server has sent in all, from its log. Ends it.
+/// Bytes of its image that a server has sent, from its log. Ends it.
 fn sent(server: Daemon) -> u64 {
-    server.stop().sum("client left", "read_bytes")
+    server.stop().sent()
 }
 
 /// What a mirror says of itself.
@@ -36,7 +36,7 @@ fn resident(uri: &str) -> u64 {
 fn what_is_read_twice_comes_over_once() {
     let scratch = Scratch::new();
     let (server, bytes) = origin(&scratch, 16);
-    let mirror = Daemon::mirror(&scratch, server.uri(), &[]);
+    let mirror = Daemon::mirror(&scratch, server.uri(), &[ON_DEMAND]);
     let mut client = Client::open(mirror.uri());
     for _ in 0..2 {
         assert!(client.read(MIB + 5, 5 * MIB) == bytes[(1 << 20) + 5..(6 << 20) + 5]);
@@ -109,11 +109,11 @@ fn a_restarted_mirror_serves_without_its_upstream_what_it_has() {
     let scratch = Scratch::new();
     let (server, bytes) = origin(&scratch, 8);
     let upstream = server.uri().to_owned();
-    let mirror = Daemon::mirror(&scratch, &upstream, &[]);
+    let mirror = Daemon::mirror(&scratch, &upstream, &[ON_DEMAND]);
     assert!(Client::open(mirror.uri()).read(0, 4 * MIB) == bytes[..4 << 20]);
     mirror.stop();
     server.stop();
-    let mirror = Daemon::mirror(&scratch, &upstream, &["--upstream-timeout=0.5"]);
+    let mirror = Daemon::mirror(&scratch, &upstream, &[ON_DEMAND, "--upstream-timeout=0.5"]);
     mirror.wait_for_log("the upstream is away");
     assert_eq!(resident(mirror.uri()), 4 * MIB);
     let mut client = Client::open(mirror.uri());
@@ -197,7 +197,7 @@ fn hits_do_not_wait_for_misses() {
     let scratch = Scratch::new();
     let (server, bytes) = origin(&scratch, 16);
     let link = Link::to(server.uri());
-    let mirror = Daemon::mirror(&scratch, &link.uri(), &["--workers=1"]);
+    let mirror = Daemon::mirror(&scratch, &link.uri(), &[ON_DEMAND, "--workers=1"]);
     let mut hits = Client::open(mirror.uri());
     assert!(hits.read(0, 4 * MIB) == bytes[..4 << 20]);
     let mut misses = Client::open(mirror.uri());
@@ -314,7 +314,7 @@ fn a_cache_that_cannot_be_used_is_refused_with_its_reason() {
 fn an_upstream_whose_image_was_replaced_is_not_used() {
     let scratch = Scratch::new();
     let (server, bytes) = origin(&scratch, 2);
-    let mirror = Daemon::mirror(&scratch, server.uri(), &["--upstream-timeout=1"]);
+    let mirror = Daemon::mirror(&scratch, server.uri(), &[ON_DEMAND, "--upstream-timeout=1"]);
     let mut client = Client::open(mirror.uri());
     assert!(client.read(0, MIB) == bytes[..1 << 20]);
     server.stop();
@@ -328,16 +328,20 @@ fn an_upstream_whose_image_was_replaced_is_not_used() {
 fn a_range_can_be_cached_ahead() {
     let scratch = Scratch::new();
     let (server, bytes) = origin(&scratch, 8);
-    let mirror = Daemon::mirror(&scratch, server.uri(), &[]);
+    let mirror = Daemon::mirror(&scratch, server.uri(), &[ON_DEMAND]);
     let mut client = Client::open(mirror.uri());
     assert_eq!(client.ask(command::CACHE, MIB, 4 * MIB).error, None);
     drop(client);
     eventually("resident chunks", || resident(mirror.uri()) == 4 * MIB);
-    let map = run(Command::new("nbdinfo").args(["--map=x-headwater:residency", mirror.uri()]));
-    let fields: Vec<Vec<&str>> = map.lines().map(|line| line.split_whitespace().take(3).collect()).collect();
-    assert_eq!(fields, [["0", "1048576", "0"], ["1048576", "4194304", "1"], ["5242880", "3145728", "0"]]);
+    let map = || {
+        let map = run(Command::new("nbdinfo").args(["--map=x-headwater:residency", mirror.uri()]));
+        let fields = |line: &str| line.split_whitespace().take(3).collect::<Vec<_>>().join(" ");
+        map.lines().map(fields).collect::<Vec<_>>()
+    };
+    assert_eq!(map(), ["0 1048576 0", "1048576 4194304 9", "5242880 3145728 0"], "here, and not read yet");
     server.stop();
     assert!(Client::open(mirror.uri()).read(MIB, 4 * MIB) == bytes[1 << 20..5 << 20]);
+    assert_eq!(map(), ["0 1048576 0", "1048576 4194304 1", "5242880 3145728 0"], "and read");
 }
 
 #[test]

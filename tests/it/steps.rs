@@ -9,7 +9,7 @@ use headwater::export::conformance::Random;
 
 use crate::support::cache::{Sampler, allocated, assert_holds, image_status, index, order};
 use crate::support::client::Client;
-use crate::support::{Daemon, SOON, Scratch, eventually, mirror_command, noise, run};
+use crate::support::{Daemon, ON_DEMAND, SOON, Scratch, eventually, mirror_command, noise, run};
 
 const MIB: u64 = 1 << 20;
 const CHUNK: u64 = 65_536;
@@ -48,6 +48,11 @@ impl Ground {
 
     fn mirror(&self) -> Daemon {
         Daemon::mirror(&self.scratch, self.server.uri(), LIMITED)
+    }
+
+    /// A mirror that brings no more than is asked for, so that the next one need not evict before it has begun.
+    fn mirror_on_demand(&self) -> Daemon {
+        Daemon::mirror(&self.scratch, self.server.uri(), &[LIMITED, &[ON_DEMAND]].concat())
     }
 
     /// A mirror that ends when it comes to `point`.
@@ -91,7 +96,7 @@ impl Ground {
 /// Stops a mirror that holds something and has a pin at one point, starts it again and looks at what it has.
 fn stop_at(point: &str, manifest: Manifest) {
     let ground = Ground::new(manifest);
-    let before = ground.mirror();
+    let before = ground.mirror_on_demand();
     ground.pin(&before, "..1M");
     assert_holds_range(&before, &ground.bytes, 0, 4 * MIB);
     before.stop();
@@ -100,6 +105,9 @@ fn stop_at(point: &str, manifest: Manifest) {
     if point == "pins written" {
         let failed = order(&ground.scratch, &stopped, &["pin", "image", "--range", "2M..3M"]).output().unwrap();
         assert!(!failed.status.success(), "the order succeeded");
+    } else if point == "profile written" {
+        // A run is over, and learnt from, when its client has left.
+        assert_holds_range(&stopped, &ground.bytes, 0, 4 * MIB);
     } else {
         ground.read_until_its_end(stopped.uri(), 5, &AtomicU64::new(0));
     }
@@ -148,6 +156,11 @@ fn a_crash_while_chunks_are_evicted_leaves_neither_wrong_bytes_nor_more_of_them(
 #[test]
 fn a_crash_while_pins_change_leaves_those_before() {
     stop_at_each(&["pins written"]);
+}
+
+#[test]
+fn a_crash_while_a_profile_is_replaced_takes_no_more_than_the_limit() {
+    stop_at_each(&["profile written"]);
 }
 
 #[test]

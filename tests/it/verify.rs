@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::admin::{ends_with, operator, status};
 use crate::support::client::Client;
-use crate::support::{Daemon, Scratch, eventually, headwater, noise, run};
+use crate::support::{Daemon, ON_DEMAND, Scratch, eventually, headwater, noise, run};
 
 const CHUNK: u64 = 65_536;
 const MIB: u64 = 1 << 20;
@@ -163,7 +163,11 @@ fn status_counts_what_was_done() {
     let log = scratch.path("mirror.log");
     let mut command = headwater(&log);
     command.arg("mirror").arg(format!("one={},{}", liar.uri(), one.uri())).arg(format!("other={}", other.uri()));
-    command.arg("--cache").arg(scratch.path("cache")).args(["--cache-size=8M", "--unix"]).arg(scratch.path("m.sock"));
+    command
+        .arg("--cache")
+        .arg(scratch.path("cache"))
+        .args([ON_DEMAND, "--cache-size=8M", "--unix"])
+        .arg(scratch.path("m.sock"));
     let mirror = Daemon::start(command, 2, &log);
     let of = |index: usize| status(&scratch)["images"][index]["mirror"].clone();
     let number = |value: &Value, field: &str| value[field].as_u64().unwrap_or_else(|| panic!("no {field}: {value}"));

@@ -9,14 +9,14 @@ use std::sync::Arc;
 use super::{Generation, KEPT_GENERATIONS, MirrorError, Mirrors, PlannedImage};
 use crate::export::{Export, Facts, ImageId, SharedExport};
 use crate::fill::profile::Store;
-use crate::mirror::{Cache, CacheError, ManifestError, Mirror, Truth};
+use crate::mirror::{Cache, CacheError, ManifestError, Mirror, Space, Truth};
 use crate::upstream::{Expectation, OpenError, Remote};
 use crate::worker::Workers;
 
-/// What a mirror's directory has beside the cache for the next clients. Blocks.
-fn with_profiles(mirror: Mirror) -> (Mirror, Arc<Store>) {
+/// What a mirror's directory has beside the cache for the next clients; it counts in `space`. Blocks.
+fn with_profiles(mirror: Mirror, space: &Arc<Space>) -> (Mirror, Arc<Store>) {
     let path = mirror.directory().join("profile");
-    let profiles = Arc::new(Store::open(Some(path), mirror.size(), mirror.image()));
+    let profiles = Arc::new(Store::open_within(space, path, mirror.size(), mirror.image()));
     (mirror, profiles)
 }
 
@@ -58,7 +58,7 @@ impl Mirrors {
         let lower: SharedExport = Arc::<Remote>::clone(&remote);
         let (space, settings) = (Arc::clone(&self.0.space), self.0.plan.mirror.clone());
         let name = image.name.clone();
-        let open = move || Ok(with_profiles(Mirror::open(name, cache, lower, truth, &space, &settings)?));
+        let open = move || Ok(with_profiles(Mirror::open(name, cache, lower, truth, &space, &settings)?, &space));
         let opened: Result<_, CacheError> =
             tokio::task::spawn_blocking(open).await.map_err(|_| MirrorError::Died(image.name.clone()))?;
         let (mirror, profiles) = opened?;
@@ -221,7 +221,7 @@ impl Mirrors {
             Expectation { identity: Some(identity), not_through: Some(header.node), ..Expectation::default() };
         let remote = Arc::new(Remote::offline(image.uris.clone(), facts, expectation, self.0.plan.upstream.clone()));
         let lower: SharedExport = Arc::<Remote>::clone(&remote);
-        let open = move || Ok(with_profiles(Mirror::open(name, cache, lower, None, &space, &settings)?));
+        let open = move || Ok(with_profiles(Mirror::open(name, cache, lower, None, &space, &settings)?, &space));
         let opened: Result<_, CacheError> =
             tokio::task::spawn_blocking(open).await.map_err(|_| MirrorError::Died(image.name.clone()))?;
         let (mirror, profiles) = opened?;

@@ -8,6 +8,7 @@
 //! | `form` | [`Profiles`] of one image, as bytes: in files and on the wire |
 //! | `recording` | [`Recording`]: which pages clients touch, and when, in their first minute |
 //! | `store` | [`Store`]: the profiles of one image in memory and in one file |
+//! | `file` | that file, and what it takes of the disk |
 //! | `inbox` | the export that takes runs from mirrors below |
 //! | `kept` | [`Kept`]: an export with profile and inbox |
 //! | `exchange` | [`Exchange`]: profiles from the upstream, runs to it |
@@ -23,6 +24,7 @@
 //! Owns: recording, merging, keeping, handing on. Does not own: fetching what a profile wishes, and when.
 
 mod exchange;
+mod file;
 mod form;
 mod inbox;
 mod kept;

@@ -3,19 +3,18 @@
 //! | stops here | what the next start finds |
 //! | --- | --- |
 //! | a run is merged in memory | the profiles before it |
-//! | `.new` is being written | the same, and a file without meaning that the next saving replaces |
+//! | `.new` is being written | the same; what was being written is removed |
 //! | `.new` is synced and renamed, the directory is not synced | the profiles before, or those with it |
 //!
 //! A file that is damaged, or of another image, counts as none, with a warning; the next saving replaces it. Where nothing
-//! can be written profiles are kept in memory, with one warning. A profile is a hint: losing one costs a slow boot.
+//! can be written, or the cache has no room, profiles are kept in memory, with one warning. A profile is a hint: losing
+//! one costs a slow boot.
 //!
-//! Owns: the file, who may change what, and runs on their way to the upstream. Does not own: when it is saved: whoever
-//! changes something calls [`Store::save`], where it may block.
+//! Owns: who may change what, and runs on their way to the upstream. Does not own: the file itself (`file`), and when it
+//! is saved: whoever changes something calls [`Store::save`], where it may block.
 
 use std::collections::VecDeque;
-use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,12 +22,14 @@ use std::time::Instant;
 
 use tokio::sync::Notify;
 
+use super::file::{File, with_suffix};
 use super::form::{Foreign, FormatError, LARGEST, Profiles, TooManyTags};
 use super::inbox::{Inbox, Rate};
 use super::recording::Run;
 use super::{Merged, Profile, Tag};
 use crate::export::memory::Memory;
 use crate::export::{ImageId, SharedExport};
+use crate::mirror::Space;
 use crate::units::to_u64;
 
 /// Runs that wait to be handed to the upstream, of mirrors below; then the oldest goes.
@@ -39,17 +40,9 @@ pub fn profile_path(path: &Path) -> PathBuf {
     with_suffix(path, ".profile")
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
 /// The profiles of one image. For any thread.
 #[derive(Debug)]
 pub struct Store {
-    /// `None`: in memory alone.
-    path: Option<PathBuf>,
     /// Never held while something blocks.
     state: Mutex<State>,
     /// Held by whoever saves, while it blocks: of two savings the later one has the later profiles.
@@ -73,8 +66,10 @@ struct State {
     exported: Option<(u64, Arc<Memory>)>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Saving {
+    /// `None`: in memory alone.
+    file: Option<File>,
     /// The version that is in the file.
     version: u64,
     has_warned: bool,
@@ -98,12 +93,21 @@ impl Store {
     /// The profiles in the file at `path`, of an image of `size` bytes; none if it is missing, damaged or of another
     /// image. Without a path they are kept in memory alone. Blocks.
     pub fn open(path: Option<PathBuf>, size: u64, identity: Option<ImageId>) -> Self {
-        let profiles = path.as_deref().and_then(|path| load(path, size, identity));
+        Self::with_file(path.map(|path| File::open(path, None)), size, identity)
+    }
+
+    /// As [`Self::open`], of a file in a cache, which counts in `space` until the store is dropped. Where that has no room
+    /// for the file and its successor, profiles are kept in memory. Blocks.
+    pub fn open_within(space: &Arc<Space>, path: PathBuf, size: u64, identity: Option<ImageId>) -> Self {
+        Self::with_file(Some(File::open(path, Some(Arc::clone(space)))), size, identity)
+    }
+
+    fn with_file(file: Option<File>, size: u64, identity: Option<ImageId>) -> Self {
+        let profiles = file.as_ref().and_then(|file| load(file, size, identity));
         let profiles = profiles.unwrap_or_else(|| Profiles::new(size, identity));
         Self {
-            path,
             state: Mutex::new(State { profiles, version: 0, exported: None }),
-            saving: Mutex::default(),
+            saving: Mutex::new(Saving { file, version: 0, has_warned: false }),
             outgoing: Mutex::default(),
             has_outgoing: Notify::new(),
             relays: AtomicBool::new(false),
@@ -255,22 +259,23 @@ impl Store {
 
     /// Makes what is known durable, if anything has changed. Blocks.
     pub fn save(&self) {
-        let Some(path) = &self.path else { return };
         let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let Saving { file: Some(file), version: saved, has_warned } = &mut *saving else { return };
         let (version, profiles) = {
             let state = self.state();
             (state.version, state.profiles.clone())
         };
-        if version == saving.version {
+        if version == *saved {
             return;
         }
-        match write(path, &profiles) {
-            Ok(()) => saving.version = version,
-            Err(error) if !std::mem::replace(&mut saving.has_warned, true) => {
-                let path = path.display();
+        let written = file.replace(&profiles);
+        let path = file.path().display();
+        match written {
+            Ok(()) => *saved = version,
+            Err(error) if !std::mem::replace(has_warned, true) => {
                 tracing::warn!(%path, %error, "cannot write the profile: it is kept in memory");
             }
-            Err(error) => tracing::debug!(path = %path.display(), %error, "cannot write the profile"),
+            Err(error) => tracing::debug!(%path, %error, "cannot write the profile"),
         }
     }
 
@@ -302,9 +307,9 @@ fn is_own(before: Option<ImageId>, now: Option<ImageId>) -> bool {
 }
 
 /// The profiles in a file of our own. Blocks.
-fn load(path: &Path, size: u64, identity: Option<ImageId>) -> Option<Profiles> {
-    let told = path.display();
-    let bytes = match read(path) {
+fn load(file: &File, size: u64, identity: Option<ImageId>) -> Option<Profiles> {
+    let told = file.path().display();
+    let bytes = match file.read() {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
         Err(error) => {
@@ -328,31 +333,6 @@ fn load(path: &Path, size: u64, identity: Option<ImageId>) -> Option<Profiles> {
     }
 }
 
-/// At most one byte more than profiles can have.
-fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    io::Read::read_to_end(&mut io::Read::take(fs::File::open(path)?, LARGEST + 1), &mut bytes)?;
-    Ok(bytes)
-}
-
-fn write(path: &Path, profiles: &Profiles) -> io::Result<()> {
-    if profiles.is_empty() {
-        return match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        };
-    }
-    let new_path = with_suffix(path, ".new");
-    let mut options = fs::OpenOptions::new();
-    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&new_path)?;
-    file.write_all(&profiles.encode())?;
-    file.sync_all()?;
-    crate::telemetry::crash_point("profile written");
-    fs::rename(&new_path, path)?;
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    fs::File::open(directory.unwrap_or_else(|| Path::new(".")))?.sync_all()
-}
-
 /// Bytes of an inbox.
 pub(super) const INBOX: u64 = LARGEST;
 
@@ -367,6 +347,8 @@ mod tests {
     use super::super::form::tests::{SIZE, run, tag};
     use super::*;
     use crate::clock;
+    use crate::mirror::SpaceSettings;
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     const ID: Option<ImageId> = Some(ImageId([7; 32]));
@@ -408,6 +390,22 @@ mod tests {
             store.save();
             assert!(store.get(&tag("boot")).is_some());
         }
+    }
+
+    #[test]
+    fn what_has_no_room_is_kept_in_memory_until_it_has() {
+        let scratch = tempfile::tempdir().unwrap();
+        let space = Space::new(scratch.path(), SpaceSettings { limit: Some(6 * 4096), ..SpaceSettings::default() });
+        let path = scratch.path().join("profile");
+        let store = Store::open_within(&space, path.clone(), SIZE, ID);
+        assert!(space.take(4 * 4096), "others have nearly all");
+        store.merge(&tag("boot"), &run(0, 100)).unwrap();
+        store.save();
+        assert!(!path.exists() && store.get(&tag("boot")).is_some());
+        space.give_back(4096);
+        store.save();
+        assert!(path.exists());
+        assert_eq!(space.usage().used, 6 * 4096);
     }
 
     #[test]

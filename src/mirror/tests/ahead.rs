@@ -237,5 +237,6 @@ fn without_space_nothing_is_fetched_ahead() {
         assert_eq!(brought, Brought { bytes: 0, missed: CHUNK * 8 });
         assert!(lower.take_reads().is_empty() && pace.take().is_empty());
         assert_eq!(figures(&mirror, Cause::Profile), [0; 4]);
+        assert_eq!(space.stats().bypassed_chunks.value(), 0, "nobody was served without its being kept");
     });
 }

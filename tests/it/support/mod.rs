@@ -59,6 +59,9 @@ pub(crate) fn noise(length: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
+/// Has a mirror fetch what clients ask for, and nothing else: for tests that count what is here or what came over.
+pub(crate) const ON_DEMAND: &str = "--fill=none";
+
 /// A running `headwater`. Killed when it is dropped.
 pub(crate) struct Daemon {
     child: Child,
@@ -213,6 +216,13 @@ impl Log {
     /// The sum of a field over all lines with this message.
     pub(crate) fn sum(&self, message: &str, field: &str) -> u64 {
         self.lines(message).map(|line| line[field].as_u64().unwrap()).sum()
+    }
+
+    /// Bytes of images that clients were sent under their names. Manifests and profiles, which lie beside them, do not
+    /// count.
+    pub(crate) fn sent(&self) -> u64 {
+        let is_image = |line: &&serde_json::Value| !line["export"].as_str().unwrap().contains('@');
+        self.lines("client left").filter(is_image).map(|line| line["read_bytes"].as_u64().unwrap()).sum()
     }
 
     pub(crate) fn lines(&self, message: &str) -> impl Iterator<Item = &serde_json::Value> {

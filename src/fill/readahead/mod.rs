@@ -3,8 +3,8 @@
 //! Each connection has a table of streams. A read that continues none of them begins a *candidate*; a candidate that
 //! goes on in one direction becomes a *run*, and a run wishes for what lies before it. How far, grows while the reader
 //! follows, as in the ramp-up of Linux (Wu, Xi and Xu, "On the design of a new Linux readahead framework", 2008; its
-//! asynchronous marker is here the step of `run`), but no further than half of what the run has read: most runs end
-//! with a file. Of one that has read more than files are long, the whole may be ahead. What was wished and never read counts against the whole
+//! asynchronous marker is here the step of `run`), but no further than half of what the run has read, for most runs end
+//! with a file; all of it, once a run is longer than files are. What was wished and never read counts against the whole
 //! connection: unmatched chunks throttle their source (Nicolae and Rafique, "Leveraging collaborative content exchange
 //! for on-demand VM multi-deployments", 2013).
 //!

@@ -189,6 +189,10 @@ impl Window {
     /// A fill that was counted as sent has not been sent after all.
     pub fn withdrawn(&mut self, bytes: u64) {
         self.in_flight = self.in_flight.saturating_sub(bytes);
+        if self.in_flight == 0 {
+            // Since when nothing is in flight is not known.
+            self.meter = None;
+        }
     }
 
     /// A fill of `bytes` arrived, `latency` after it was sent.
@@ -215,7 +219,7 @@ impl Window {
         self.in_flight = self.in_flight.saturating_sub(bytes);
         self.is_starting = false;
         self.drained = None;
-        self.meter = None;
+        self.meter = Some(Meter::new(now, self.in_flight == 0));
         let before = self.round.map_or(0, |round| round.failed);
         let is_new = before == 0 || before + bytes > self.limit;
         if is_new {
@@ -227,7 +231,6 @@ impl Window {
 
     /// What a client read arrived: `bytes`, `latency` after it was asked for.
     pub fn demand_landed(&mut self, now: Instant, bytes: u64, latency: Duration) {
-        self.latency = latency;
         self.sample(now, bytes, latency);
         if let Some(meter) = self.meter.as_mut().filter(|meter| meter.idle_since.is_none()) {
             meter.demanded += bytes;

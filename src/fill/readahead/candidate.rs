@@ -7,7 +7,7 @@ use crate::ranges::ByteRange;
 /// and those overtake each other.
 const GAP: u64 = 4;
 /// Reads of one length that are farther apart than so many lengths have nothing to do with each other.
-const LONGEST_STRIDE: u64 = 64;
+pub(super) const LONGEST_STRIDE: u64 = 64;
 /// Reads after which a candidate that has come to nothing begins anew.
 const MOST_READS: u32 = 96;
 
@@ -133,6 +133,19 @@ impl Candidate {
     /// How far reads are out of order: nothing if they came upwards, else all that it spans.
     pub(super) const fn disorder(&self) -> u64 {
         if self.downs == 0 { 0 } else { self.high - self.low }
+    }
+
+    /// Bytes that speak for a run of that way, none twice.
+    pub(super) fn proven(&self, way: Way) -> u64 {
+        match way {
+            Way::Up | Way::Down => self.bytes,
+            Way::Stride(_) => (u64::from(self.strides) + 1) * self.last.length(),
+        }
+    }
+
+    /// Where its last read began.
+    pub(super) const fn last_start(&self) -> u64 {
+        self.last.start()
     }
 
     /// The length of its last read.

@@ -3,7 +3,8 @@
 //! Each connection has a table of streams. A read that continues none of them begins a *candidate*; a candidate that
 //! goes on in one direction becomes a *run*, and a run wishes for what lies before it. How far, grows while the reader
 //! follows, as in the ramp-up of Linux (Wu, Xi and Xu, "On the design of a new Linux readahead framework", 2008; its
-//! asynchronous marker is here the step of `run`). What was wished and never read counts against the whole
+//! asynchronous marker is here the step of `run`), but no further than half of what the run has read, for most runs end
+//! with a file; all of it, once a run is longer than files are. What was wished and never read counts against the whole
 //! connection: unmatched chunks throttle their source (Nicolae and Rafique, "Leveraging collaborative content exchange
 //! for on-demand VM multi-deployments", 2013).
 //!
@@ -67,26 +68,69 @@ pub struct Readahead {
     size: u64,
     /// Reads so far.
     now: u64,
-    /// For each stream, where reads begin that may continue it: `start - from < width`. Apart from the streams, so
-    /// that looking through them touches little memory. No stream: a width of 0.
-    doors: [Door; STREAMS],
+    doors: Doors,
     streams: [Option<Stream>; STREAMS],
     trust: Trust,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
-struct Door {
-    from: u64,
-    width: u64,
+/// What all streams are looked through for with each read, apart from them and each figure in a row: so random reads
+/// touch little memory, and it is done without branches.
+#[derive(Debug)]
+struct Doors {
+    /// Where reads begin that may continue a stream: `start - from < width`. No stream: a width of 0.
+    from: [u64; STREAMS],
+    width: [u64; STREAMS],
+    /// Where the last read of a candidate began.
+    last: [u64; STREAMS],
     /// The read that it was last used by, and more for a run: the lowest is replaced first.
-    stamp: u64,
+    stamp: [u64; STREAMS],
+}
+
+/// One bit for each stream for which `is` holds, by its index.
+fn select(is: impl Fn(usize) -> bool) -> u32 {
+    (0..STREAMS).fold(0, |bits, index| bits | u32::from(is(index)) << index)
+}
+
+/// The indices of bits that are set.
+fn indices(mut bits: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let index = usize::try_from((bits != 0).then(|| bits.trailing_zeros())?).ok()?;
+        bits &= bits - 1;
+        Some(index)
+    })
+}
+
+impl Doors {
+    const fn new() -> Self {
+        Self { from: [0; STREAMS], width: [0; STREAMS], last: [0; STREAMS], stamp: [0; STREAMS] }
+    }
+
+    /// Streams that a read may continue that begins at `start`.
+    fn at(&self, start: u64) -> impl Iterator<Item = usize> + use<> {
+        indices(select(|index| start.wrapping_sub(self.from[index]) < self.width[index]))
+    }
+
+    /// Candidates whose last read began at most `most` bytes before `start`, and some other streams.
+    fn before(&self, start: u64, most: u64) -> impl Iterator<Item = usize> + use<> {
+        indices(select(|index| start.wrapping_sub(self.last[index]) <= most))
+    }
+
+    /// The stream that has not been used for longest.
+    fn oldest(&self) -> usize {
+        let stamps = self.stamp.iter().enumerate();
+        let (_, index) = stamps.fold((u64::MAX, 0), |least, (index, &stamp)| least.min((stamp, index)));
+        index
+    }
+
+    const fn close(&mut self, index: usize) {
+        (self.from[index], self.width[index], self.last[index], self.stamp[index]) = (0, 0, 0, 0);
+    }
 }
 
 impl Readahead {
     /// For a connection that has read nothing yet of an image of `size` bytes.
     pub const fn new(limits: Limits, size: u64) -> Self {
-        let door = Door { from: 0, width: 0, stamp: 0 };
-        Self { limits, size, now: 0, doors: [door; STREAMS], streams: [None; STREAMS], trust: Trust::new() }
+        Self { limits, size, now: 0, doors: Doors::new(), streams: [None; STREAMS], trust: Trust::new() }
     }
 
     /// Notes a read, whether it was a hit or a miss, and adds what should be fetched because of it to `wishes`, in the
@@ -119,10 +163,7 @@ impl Readahead {
     /// before a run was found, and nearer, would go along with it and take its reads.
     fn nearest(&self, read: ByteRange) -> Option<usize> {
         let mut best = None;
-        for (index, door) in self.doors.iter().enumerate() {
-            if read.start().wrapping_sub(door.from) >= door.width {
-                continue;
-            }
+        for index in self.doors.at(read.start()) {
             let rank = match &self.streams[index] {
                 Some(Stream::Candidate(candidate)) => Some((1, candidate.distance(read))),
                 Some(Stream::Run(run)) => run.distance(read, self.size).map(|distance| (0, distance)),
@@ -164,12 +205,12 @@ impl Readahead {
     /// A read that continues nothing, unless it is the next of reads that are equally far apart.
     fn begin(&mut self, read: ByteRange, wishes: &mut Vec<ByteRange>) {
         let mut new = Candidate::new(read);
-        for stream in self.streams.iter().flatten() {
-            if let Stream::Candidate(before) = stream {
+        for index in self.doors.before(read.start(), candidate::LONGEST_STRIDE.saturating_mul(read.length())) {
+            if let Some(Stream::Candidate(before)) = &self.streams[index] {
                 new.follow(before);
             }
         }
-        let index = self.replaceable();
+        let index = self.doors.oldest();
         self.end(index);
         match new.verdict(self.trust.proof()) {
             Verdict::Runs(way) => self.start(index, &new, way, read, wishes),
@@ -184,15 +225,14 @@ impl Readahead {
     }
 
     fn wish(&mut self, index: usize, wishes: &mut Vec<ByteRange>) {
-        let most = self.trust.most(self.limits);
         let Some(Stream::Run(mut run)) = self.streams[index] else { return };
-        if run.is_due(most) {
+        if run.is_due(self.limits, &self.trust) {
             self.absorb(index, &mut run);
             if run.is_silent() && !self.trust.is_silent() {
                 run.speak();
             }
             let before = wishes.len();
-            let bytes = run.wish(self.limits, most, self.size, wishes);
+            let bytes = run.wish(self.limits, &self.trust, self.size, wishes);
             if run.is_silent() {
                 wishes.truncate(before);
             } else {
@@ -210,43 +250,36 @@ impl Readahead {
                 && run.absorb(&second)
             {
                 self.streams[other] = None;
-                self.doors[other] = Door::default();
+                self.doors.close(other);
             }
         }
     }
 
     fn put(&mut self, index: usize, stream: Stream) {
-        let (from, width) = match &stream {
-            Stream::Candidate(candidate) => candidate.door(),
-            Stream::Run(run) => run.door(self.size),
-        };
-        self.doors[index] = Door { from, width, stamp: 0 };
         self.streams[index] = Some(stream);
         self.stamp(index);
     }
 
+    /// Notes that a stream was used: its door moves.
     fn stamp(&mut self, index: usize) {
-        let patience = match &self.streams[index] {
-            Some(Stream::Run(_)) => RUN_PATIENCE,
+        let doors = &mut self.doors;
+        let (door, patience) = match &self.streams[index] {
+            Some(Stream::Run(run)) => (run.door(self.size), RUN_PATIENCE),
             Some(Stream::Candidate(candidate)) => {
-                (self.doors[index].from, self.doors[index].width) = candidate.door();
-                0
+                doors.last[index] = candidate.last_start();
+                (candidate.door(), 0)
             }
-            None => 0,
+            None => return,
         };
-        self.doors[index].stamp = self.now + patience;
-    }
-
-    /// The stream that has not been used for longest.
-    fn replaceable(&self) -> usize {
-        let oldest = self.doors.iter().enumerate().min_by_key(|(_, door)| door.stamp);
-        oldest.map_or(0, |(index, _)| index)
+        (doors.from[index], doors.width[index]) = door;
+        doors.stamp[index] = self.now + patience;
     }
 
     fn end(&mut self, index: usize) {
-        if let Some(Stream::Run(run)) = self.streams[index].take() {
+        if let Some(Stream::Run(run)) = &self.streams[index] {
             self.trust.debit(run.unread(), run.is_silent());
         }
-        self.doors[index] = Door::default();
+        self.streams[index] = None;
+        self.doors.close(index);
     }
 }

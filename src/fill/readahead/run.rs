@@ -4,6 +4,7 @@
 
 use super::Limits;
 use super::candidate::Candidate;
+use super::trust::Trust;
 use crate::ranges::ByteRange;
 use crate::units::MIB;
 
@@ -15,6 +16,8 @@ const GAP: u64 = 4;
 const TELLING: u64 = REACH;
 /// Bytes by which the wishes of a wide window go on: a window stays nearly as far ahead as it is wide.
 const STEP: u64 = MIB;
+/// A run that has read so much is believed: few files are as long, and most runs end with a file.
+const LONG: u64 = 4 * MIB;
 /// Pieces of a stride that are wished ahead at most.
 const MOST_PIECES: u64 = 64;
 
@@ -48,6 +51,8 @@ pub(super) struct Run {
     changed: u64,
     /// Bytes read since then: as many as the head passed, or the reader leaves out.
     read: u64,
+    /// Bytes read since it began, its candidate's too, none twice.
+    proven: u64,
     /// How far behind the head reads have begun lately.
     disorder: u64,
     is_silent: bool,
@@ -79,6 +84,7 @@ impl Run {
             window,
             changed: head,
             read: 0,
+            proven: from.proven(way),
             disorder,
             is_silent,
         }
@@ -148,6 +154,7 @@ impl Run {
         self.disorder = self.disorder.max(self.head.saturating_sub(seen.end()));
         self.head = self.head.max(seen.end());
         self.read += seen.length();
+        self.proven = self.most_proven(self.proven.saturating_add(read.length()));
         let wished = ByteRange::between(self.first_wish, self.wished).intersect(seen).length();
         let matched = match self.way {
             Way::Stride(_) if wished > 0 => self.length.min(self.unread),
@@ -155,6 +162,15 @@ impl Run {
         };
         self.unread -= matched;
         matched
+    }
+
+    /// `bytes`, without what was read twice.
+    fn most_proven(&self, bytes: u64) -> u64 {
+        bytes.min(if self.is_stride() { u64::MAX } else { self.head - self.low })
+    }
+
+    const fn is_stride(&self) -> bool {
+        matches!(self.way, Way::Stride(_))
     }
 
     /// Whether it leaves out most of what it passes.
@@ -186,16 +202,27 @@ impl Run {
 
     /// Whether the reader has come so far that it is time to wish again: to the middle of a narrow window, a step into
     /// a wide one.
-    pub(super) fn is_due(&self, most: u64) -> bool {
-        let window = self.window.min(most);
+    pub(super) fn is_due(&self, limits: Limits, trust: &Trust) -> bool {
+        let window = self.reach(trust.most(limits), trust);
         let ahead = self.wished.saturating_sub(self.head);
         ahead <= self.spread(window).saturating_sub(self.spread(STEP.min(window / 2)))
     }
 
+    /// Bytes that it may wish ahead now: no more than half of what it has read, less what it left out, and of that as
+    /// much as wishes of the connection come true.
+    fn reach(&self, most: u64, trust: &Trust) -> u64 {
+        let passed = if self.is_stride() { 0 } else { self.head - self.low };
+        let left_out = passed.saturating_sub(self.proven);
+        let earned = self.proven.saturating_sub(left_out);
+        let earned = if earned < LONG { trust.discount(earned / 2) } else { earned };
+        self.window.min(most).min(earned)
+    }
+
     /// Adds what the reader will come to next to `wishes`, and tells how many bytes that is.
-    pub(super) fn wish(&mut self, limits: Limits, most: u64, size: u64, wishes: &mut Vec<ByteRange>) -> u64 {
+    pub(super) fn wish(&mut self, limits: Limits, trust: &Trust, size: u64, wishes: &mut Vec<ByteRange>) -> u64 {
+        let most = trust.most(limits);
         self.resize(limits.first, most);
-        let target = self.head.saturating_add(self.spread(self.window)).min(size);
+        let target = self.head.saturating_add(self.spread(self.reach(most, trust))).min(size);
         let from = if self.wished > self.head { self.wished } else { self.head };
         if target <= from {
             return 0;
@@ -280,7 +307,8 @@ impl Run {
         bytes
     }
 
-    /// Takes over another run that goes the same way, if their wishes overlap. Whether it was so.
+    /// Takes over another run that goes the same way, if each might as well be given the reads of the other. Whether it
+    /// was so.
     pub(super) fn absorb(&mut self, other: &Self) -> bool {
         let is_same_way = match (self.way, other.way) {
             (Way::Up, Way::Up) | (Way::Down, Way::Down) => true,
@@ -290,7 +318,8 @@ impl Run {
             _ => false,
         };
         let (one, two) = (self.head, other.head);
-        let overlap = self.head <= other.wished && other.head <= self.wished;
+        let takes = |run: &Self, start| run.near().start() <= start && start < run.near().end();
+        let overlap = takes(self, two) && takes(other, one);
         if !is_same_way || !overlap || self.is_silent != other.is_silent {
             return false;
         }
@@ -300,6 +329,7 @@ impl Run {
         self.wished = self.wished.max(other.wished);
         self.window = self.window.max(other.window);
         self.unread += other.unread;
+        self.proven = self.most_proven(self.proven.saturating_add(other.proven));
         self.disorder = self.disorder.max(other.disorder).max(one.abs_diff(two).min(REACH * self.stride()));
         (self.changed, self.read) = (self.head, 0);
         true

@@ -47,6 +47,7 @@ impl Random {
 struct Cache {
     readahead: Readahead,
     size: u64,
+    chunk: u64,
     here: BTreeSet<u64>,
     demanded: BTreeSet<u64>,
     misses: u64,
@@ -55,22 +56,26 @@ struct Cache {
 
 impl Cache {
     fn new(size: u64) -> Self {
-        let readahead = Readahead::new(Limits::default(), size);
-        Self { readahead, size, here: BTreeSet::new(), demanded: BTreeSet::new(), misses: 0, wishes: Vec::new() }
+        Self::with_chunks(size, CHUNK)
+    }
+
+    fn with_chunks(size: u64, chunk: u64) -> Self {
+        let readahead = Readahead::new(Limits { chunk, ..Limits::default() }, size);
+        Self { readahead, size, chunk, here: BTreeSet::new(), demanded: BTreeSet::new(), misses: 0, wishes: Vec::new() }
     }
 
     /// Reads, and has all wishes fetched before the next read. Whether the read found all its bytes.
     fn read(&mut self, start: u64, length: u64) -> bool {
         let range = ByteRange::new(start, length).unwrap();
-        let missing = chunks(range).filter(|chunk| self.here.insert(*chunk)).count();
+        let missing = chunks_of(range, self.chunk).filter(|chunk| self.here.insert(*chunk)).count();
         self.misses += to_u64(missing);
-        self.demanded.extend(chunks(range));
+        self.demanded.extend(chunks_of(range, self.chunk));
         self.wishes.clear();
         self.readahead.note(range, &mut self.wishes);
         assert!(self.wishes.len() <= 64);
         for wish in &self.wishes {
             assert!(wish.end() <= self.size && !wish.is_empty(), "{wish:?}");
-            self.here.extend(chunks(*wish));
+            self.here.extend(chunks_of(*wish, self.chunk));
         }
         missing == 0
     }
@@ -87,7 +92,11 @@ fn ratio(one: usize, other: usize) -> f64 {
 }
 
 fn chunks(range: ByteRange) -> std::ops::RangeInclusive<u64> {
-    range.start() / CHUNK..=(range.end() - 1) / CHUNK
+    chunks_of(range, CHUNK)
+}
+
+fn chunks_of(range: ByteRange, chunk: u64) -> std::ops::RangeInclusive<u64> {
+    range.start() / chunk..=(range.end() - 1) / chunk
 }
 
 /// Whether readahead costs at most one hundredth, or one chunk: nearly nothing is read near its neighbours by chance.
@@ -126,20 +135,32 @@ fn hot_blocks_that_are_neighbours_cost_at_most_a_twentieth_more() {
     }
 }
 
+/// The reads of a recorded boot.
+fn recorded(text: &str) -> Vec<(u64, u64)> {
+    let fields = text.lines().skip(1).map(|line| line.split(',').collect::<Vec<_>>());
+    let reads = fields.filter(|fields| fields[1] == "read");
+    reads.map(|fields| (fields[2].parse().unwrap(), fields[3].parse().unwrap())).collect()
+}
+
 #[test]
-fn the_recorded_boot_is_fetched_with_little_else_and_fewer_misses() {
-    let text = include_str!("../../../tests/data/boot-debian12-web.csv");
-    let mut cache = Cache::new(2 * GIB);
-    for line in text.lines().skip(1) {
-        let fields: Vec<_> = line.split(',').collect();
-        if fields[1] == "read" {
-            cache.read(fields[2].parse().unwrap(), fields[3].parse().unwrap());
+fn recorded_boots_are_fetched_with_little_else_and_fewer_misses() {
+    let boots = [
+        ("web", include_str!("../../../tests/data/boot-debian12-web.csv")),
+        ("minimal", include_str!("../../../tests/data/boot-debian12-minimal.csv")),
+    ];
+    // The finer chunks are, the more of what is wished is a chunk that nobody reads; the coarser, the fewer misses can
+    // be spared at all: most files are as long as one.
+    for (chunk, most_cost, most_missed) in [(16 * KIB, 1.08, 0.90), (CHUNK, 1.05, 0.90), (256 * KIB, 1.05, 0.98)] {
+        for (name, text) in boots {
+            let mut cache = Cache::with_chunks(2 * GIB, chunk);
+            recorded(text).into_iter().for_each(|(start, length)| _ = cache.read(start, length));
+            let missed = ratio(to_usize(cache.misses), cache.demanded.len());
+            let (cost, figures) = (cache.cost(), cache.readahead.figures());
+            println!("{name}, {chunk}: {cost:.3} fetched, {missed:.3} missed, {figures:?}");
+            assert!(cost <= most_cost, "{name}, {chunk}: {cost}");
+            assert!(missed <= most_missed, "{name}, {chunk}: {missed}");
         }
     }
-    let (cost, demanded) = (cache.cost(), to_u64(cache.demanded.len()));
-    println!("{cost:.3} of {demanded} chunks fetched, {} missed, {:?}", cache.misses, cache.readahead.figures());
-    assert!(cost <= 1.10, "{cost}");
-    assert!(cache.misses * 10 <= demanded * 9, "{} of {demanded} missed", cache.misses);
 }
 
 /// One reader: what it reads, in order.
@@ -227,7 +248,8 @@ fn requests_that_overtake_each_other_are_one_stream() {
                 let name = format!("{length} x{depth}, seed {seed}");
                 let Outcome { least_lead, missed, useless, figures } = outcome;
                 assert!(least_lead >= 4 * MIB, "{name}: {least_lead} ahead, {missed} missed, {figures:?}");
-                assert!(missed <= 80, "{name}: {missed} missed");
+                // A jump is believed to come from disorder only when that has been seen.
+                assert!(missed <= 16 + 2 * to_u64(depth), "{name}: {missed} missed");
                 assert!(useless <= 17 * MIB, "{name}: {useless} useless");
             }
         }

@@ -109,6 +109,14 @@ impl Trust {
         most.max(limits.first).min(limits.most)
     }
 
+    /// Of so many bytes that a run would like to wish as many as usually come true, and fewer: what comes true costs
+    /// one reader less waiting, what does not costs all of them a part of the link.
+    pub(super) const fn discount(&self, bytes: u64) -> u64 {
+        let true_ones = self.matched + CREDIT;
+        // Both factors are far below 2^31.
+        bytes * true_ones / (true_ones + 2 * self.unmatched)
+    }
+
     /// Whether runs keep their wishes to themselves, until what they would have wished is read.
     pub(super) fn is_silent(&self) -> bool {
         self.level() == Level::Silent

@@ -36,6 +36,8 @@ const LEAST_TARGET: Duration = Duration::from_micros(200);
 const SAMPLES: u32 = 4;
 /// How often the window is drained, unless the least latency was met meanwhile.
 const PROBE: Duration = Duration::from_secs(15);
+/// A rate is taken over at least this long, and a latency: what lands in less may have come together.
+const PERIOD: Duration = Duration::from_millis(5);
 /// A latency of less than so many eighths of the least is as good as the least.
 const AS_GOOD: u32 = 9;
 
@@ -55,9 +57,12 @@ pub struct Window {
     last_good: Option<Instant>,
     /// While it drains: what the limit was.
     drained: Option<u64>,
+    meter: Option<Meter>,
     /// Bytes per second, of fills alone and of all.
     rate: Option<u64>,
     delivered: Option<u64>,
+    /// Of the last fill that landed.
+    latency: Duration,
     /// The mean request of fills in the last round, in bytes.
     request: u64,
 }
@@ -65,12 +70,10 @@ pub struct Window {
 /// What landed since the window last changed.
 #[derive(Debug, Clone, Copy)]
 struct Round {
-    began: Instant,
     /// Bytes of fills that land in it: the window when it began.
     bytes: u64,
     filled: u64,
     requests: u64,
-    demanded: u64,
     samples: u32,
     /// The least queue that was met, and the least latency of that class.
     queue: Option<(Duration, Duration)>,
@@ -78,22 +81,50 @@ struct Round {
     /// Bytes of fills that failed in it. They count as one reason to send less until as many have failed again as fit
     /// into the window: what is sent together fails together.
     failed: u64,
+    /// Whether it began after a pause: then even the first into an empty link met no queue, whatever the window.
+    is_opening: bool,
     /// Whether the window was all used at a time: else nothing is learned from a fast link.
     was_full: bool,
 }
 
+/// What landed since a rate was last taken.
+#[derive(Debug, Clone, Copy)]
+struct Meter {
+    began: Instant,
+    /// Since when nothing is in flight, and how long it was so before: that time tells nothing of the link.
+    idle_since: Option<Instant>,
+    idle: Duration,
+    filled: u64,
+    demanded: u64,
+    /// Whether all rounds used the whole window.
+    is_telling: bool,
+}
+
+impl Meter {
+    const fn new(now: Instant, is_idle: bool) -> Self {
+        let idle_since = if is_idle { Some(now) } else { None };
+        Self { began: now, idle_since, idle: Duration::ZERO, filled: 0, demanded: 0, is_telling: true }
+    }
+
+    /// Something is sent. Gives how long nothing was.
+    fn sent(&mut self, now: Instant) -> Duration {
+        let pause = self.idle_since.take().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        self.idle += pause;
+        pause
+    }
+}
+
 impl Round {
-    const fn new(now: Instant, bytes: u64, was_full: bool) -> Self {
+    const fn new(bytes: u64, was_full: bool) -> Self {
         Self {
-            began: now,
             bytes,
             filled: 0,
             requests: 0,
-            demanded: 0,
             samples: 0,
             queue: None,
             longest: 0,
             failed: 0,
+            is_opening: false,
             was_full,
         }
     }
@@ -113,8 +144,10 @@ impl Window {
             is_starting: true,
             last_good: None,
             drained: None,
+            meter: None,
             rate: None,
             delivered: None,
+            latency: Duration::ZERO,
             request: 0,
         }
     }
@@ -141,22 +174,36 @@ impl Window {
 
     /// A fill of `bytes` was sent.
     pub fn sent(&mut self, now: Instant, bytes: u64) {
+        let pause = self.meter.get_or_insert_with(|| Meter::new(now, false)).sent(now);
+        if pause > self.latency {
+            let failed = self.round.map_or(0, |round| round.failed);
+            self.round = Some(Round { failed, is_opening: true, ..Round::new(self.limit(), false) });
+        }
         self.in_flight += bytes;
         let is_full = self.in_flight + bytes > self.limit();
         let limit = self.limit();
-        let round = self.round.get_or_insert_with(|| Round::new(now, limit, is_full));
+        let round = self.round.get_or_insert_with(|| Round::new(limit, is_full));
         round.was_full |= is_full;
     }
 
     /// A fill that was counted as sent has not been sent after all.
     pub fn withdrawn(&mut self, bytes: u64) {
         self.in_flight = self.in_flight.saturating_sub(bytes);
+        if self.in_flight == 0 {
+            // Since when nothing is in flight is not known.
+            self.meter = None;
+        }
     }
 
     /// A fill of `bytes` arrived, `latency` after it was sent.
     pub fn landed(&mut self, now: Instant, bytes: u64, latency: Duration) {
         self.in_flight = self.in_flight.saturating_sub(bytes);
+        self.latency = latency;
         self.sample(now, bytes, latency);
+        if let Some(meter) = &mut self.meter {
+            meter.filled += bytes;
+            meter.idle_since = (self.in_flight == 0).then_some(now);
+        }
         if let Some(round) = &mut self.round {
             round.filled += bytes;
             round.requests += 1;
@@ -172,20 +219,21 @@ impl Window {
         self.in_flight = self.in_flight.saturating_sub(bytes);
         self.is_starting = false;
         self.drained = None;
+        self.meter = Some(Meter::new(now, self.in_flight == 0));
         let before = self.round.map_or(0, |round| round.failed);
         let is_new = before == 0 || before + bytes > self.limit;
         if is_new {
             self.limit = (self.limit / 2).max(self.floor);
         }
         let failed = if is_new { bytes } else { before + bytes };
-        self.round = Some(Round { failed, ..Round::new(now, self.limit, false) });
+        self.round = Some(Round { failed, ..Round::new(self.limit, false) });
     }
 
     /// What a client read arrived: `bytes`, `latency` after it was asked for.
     pub fn demand_landed(&mut self, now: Instant, bytes: u64, latency: Duration) {
         self.sample(now, bytes, latency);
-        if let Some(round) = &mut self.round {
-            round.demanded += bytes;
+        if let Some(meter) = self.meter.as_mut().filter(|meter| meter.idle_since.is_none()) {
+            meter.demanded += bytes;
         }
     }
 
@@ -207,7 +255,7 @@ impl Window {
     fn end_round(&mut self, now: Instant) {
         let Some(round) = self.round.take() else { return };
         self.request = round.filled / round.requests.max(1);
-        self.measure(&round, now.duration_since(round.began));
+        self.measure(&round, now);
         if let Some(limit) = self.drained.take() {
             self.limit = limit;
             self.last_good = Some(now);
@@ -219,13 +267,21 @@ impl Window {
         let is_full = self.in_flight + round.longest > self.limit();
         // A drain waits for what is still on its way, and then for what is sent into an empty queue.
         let bytes = if self.drained.is_some() { self.in_flight + self.floor } else { self.limit };
-        self.round = Some(Round::new(now, bytes, is_full));
+        self.round = Some(Round::new(bytes, is_full));
     }
 
-    /// Takes the rates of a round. One that did not use its window tells only that it is at least so much.
-    fn measure(&mut self, round: &Round, took: Duration) {
-        let is_telling = round.was_full && self.drained.is_none();
-        for (rate, bytes) in [(&mut self.rate, round.filled), (&mut self.delivered, round.filled + round.demanded)] {
+    /// Takes the rates, if it is time. Rounds that did not use their window tell only that it is at least so much.
+    fn measure(&mut self, round: &Round, now: Instant) {
+        let is_idle = self.in_flight == 0;
+        let meter = self.meter.get_or_insert_with(|| Meter::new(now, is_idle));
+        meter.is_telling &= round.was_full && self.drained.is_none();
+        let took = now.saturating_duration_since(meter.began).saturating_sub(meter.idle);
+        let latency = round.queue.map_or(Duration::ZERO, |(queue, base)| queue + base);
+        if took < PERIOD.max(latency) {
+            return;
+        }
+        let Meter { filled, demanded, is_telling, .. } = std::mem::replace(meter, Meter::new(now, is_idle));
+        for (rate, bytes) in [(&mut self.rate, filled), (&mut self.delivered, filled + demanded)] {
             let now = per_second(bytes, took);
             *rate = match *rate {
                 None => is_telling.then_some(now),
@@ -246,7 +302,7 @@ impl Window {
         if queue >= target / 2 {
             self.is_starting = false;
         }
-        if queue < target && !round.was_full {
+        if queue < target && (round.is_opening || !round.was_full) {
             return;
         }
         if self.is_starting {

@@ -32,6 +32,8 @@ struct Link {
     flying: BinaryHeap<Reverse<(u64, u64, u64, Kind)>>,
     sizes: &'static [u64],
     sent: usize,
+    /// Fills that wait to be sent; by default they never end.
+    backlog: u64,
     /// Requests of 64 KiB that clients keep in flight.
     readers: u64,
     random: u64,
@@ -59,6 +61,7 @@ impl Link {
             flying: BinaryHeap::new(),
             sizes,
             sent: 0,
+            backlog: u64::MAX,
             readers: 0,
             random: 0x9e37_79b9_7f4a_7c15,
             filled: 0,
@@ -89,9 +92,10 @@ impl Link {
     fn fill(&mut self) {
         loop {
             let bytes = self.sizes[self.sent % self.sizes.len()];
-            if !self.window.allows(bytes) {
+            if self.backlog < bytes || !self.window.allows(bytes) {
                 return;
             }
+            self.backlog -= bytes;
             self.sent += 1;
             self.window.sent(self.instant(), bytes);
             self.send(bytes, Kind::Fill);
@@ -260,4 +264,44 @@ fn the_rate_is_that_of_the_link() {
     link.run(5 * SECOND);
     let rate = link.window.rate().unwrap();
     assert!(rate.abs_diff(link.rate) <= link.rate / 10, "{rate} of {}", link.rate);
+}
+
+#[test]
+fn fills_that_come_and_go_leave_it_the_rate_and_the_window_of_the_link() {
+    for (megabits, round_trip) in [(200, 2 * MS), (1000, MS), (1000, 20 * MS)] {
+        let mut link = Link::new(megabits, round_trip, EVEN);
+        link.run(3 * SECOND);
+        let (rate, limit) = (link.window.rate().unwrap(), link.window.limit());
+        for _ in 0..50 {
+            // Some windows' worth, and then nothing for long.
+            link.backlog = limit * 5;
+            link.run(5 * SECOND);
+        }
+        let (now, limit_now) = (link.window.rate().unwrap(), link.window.limit());
+        let name = format!("{megabits} Mbit/s, {round_trip} ns");
+        assert!(now >= rate / 2 && now <= rate * 5 / 4, "{name}: {now} after {rate}");
+        assert!(limit_now >= limit / 2 && limit_now <= 2 * limit, "{name}: {limit_now} after {limit}");
+    }
+}
+
+#[test]
+fn what_lands_together_is_not_taken_for_a_faster_link() {
+    let mut window = Window::new(KEEP, MOST);
+    let (mut now, mut least) = (crate::clock::now(), u64::MAX);
+    // A processor that is busy for 4 ms at a time finds all that came meanwhile: at most 100 MB/s.
+    for turn in 0..1000 {
+        let most = (window.limit() / KEEP).clamp(1, 100 * 4000 / 65);
+        (0..most).for_each(|_| window.sent(now, KEEP));
+        now += Duration::from_millis(4 * most.div_ceil(6));
+        (0..most).for_each(|_| {
+            now += Duration::from_nanos(100);
+            window.landed(now, KEEP, Duration::from_millis(4 * most.div_ceil(6)));
+        });
+        if turn > 100 {
+            least = least.min(window.limit());
+        }
+    }
+    let rate = window.rate().unwrap();
+    assert!(rate <= 200_000_000, "{rate}");
+    assert!(least > KEEP, "{least}");
 }

@@ -112,6 +112,7 @@ fn what_is_missing_is_found_in_stretches() {
         let mirror = scratch.open(recorded(&contents));
         read(&mirror, CHUNK * 2, CHUNK * 3).await.unwrap();
         read(&mirror, CHUNK * 9, CHUNK * 9 + 1).await.unwrap();
+        mirror.settle().await;
         let all = ByteRange::between(0, CHUNK * 10 + 100);
         let (mut at, mut found) = (0, Vec::new());
         while at < all.end() {
@@ -237,5 +238,27 @@ fn without_space_nothing_is_fetched_ahead() {
         assert_eq!(brought, Brought { bytes: 0, missed: CHUNK * 8 });
         assert!(lower.take_reads().is_empty() && pace.take().is_empty());
         assert_eq!(figures(&mirror, Cause::Profile), [0; 4]);
+    });
+}
+
+#[test]
+fn what_a_peer_does_not_give_comes_from_the_upstream_at_the_same_pace() {
+    on_both(|| async {
+        let contents = solid(to_usize(CHUNK * 4));
+        let (lower, scratch) = (recorded(&contents), Scratch::new());
+        let cache = Cache::open(scratch.0.path(), "x").unwrap();
+        let truth = trusted::truth_of(&contents, 16 << 10, &scratch.0.path().join("x")).await;
+        let demand = Arc::new(Demand::default());
+        let observer = Some(Arc::clone(&demand) as Arc<dyn Observer>);
+        let settings = Settings { chunk_size: Some(16 << 10), observer, ..Settings::default() };
+        let mirror = Mirror::open("x", cache, lower.clone(), Some(truth), &scratch.space(), &settings).unwrap();
+        let gone = |_| Some(Error::new(ErrorKind::Unavailable, "the peer is gone"));
+        let peer = Arc::new(Fault::new(Arc::new(Memory::holding(contents).read_only()), gone));
+        let pace = Steps::new(CHUNK, usize::MAX >> 4);
+        let ahead = Ahead::paced(Cause::Prefetch, Arc::clone(&pace) as Arc<dyn Pace>, Some(peer));
+        let brought = mirror.bring(ByteRange::between(0, CHUNK * 4), ahead).await;
+        assert_eq!(brought, Brought { bytes: CHUNK * 4, missed: 0 });
+        assert_eq!(pace.take(), [("turn", CHUNK), ("ended", CHUNK)].repeat(4));
+        assert_eq!((lower.take_reads().len(), demand.began.load(Ordering::Relaxed)), (4, 0), "nobody waits for it");
     });
 }

@@ -179,7 +179,7 @@ impl PrefetchReport {
             order: order.id,
             total_bytes: here.total,
             here_bytes: here.done(),
-            rate_bytes_per_second: forecast.map(|forecast| forecast.rate),
+            rate_bytes_per_second: forecast.map(|forecast| forecast.rate).filter(|rate| *rate > 0.0),
             expected_end_seconds: forecast
                 .and_then(|forecast| expected(forecast, order.id))
                 .map(|expected| expected.end.as_secs_f64()),

@@ -37,6 +37,13 @@ impl Budget {
         let from = self.due.map_or(now, |due| due.max(earliest));
         self.due = Some(from + time_for(bytes, rate).min(LONGEST));
     }
+
+    /// So many bytes have not left after all.
+    pub(super) fn refund(&mut self, bytes: u64) {
+        if let Some((rate, due)) = self.rate.zip(self.due) {
+            self.due = due.checked_sub(time_for(bytes, rate).min(LONGEST));
+        }
+    }
 }
 
 /// How long `bytes` take at `rate` bytes per second.
@@ -79,6 +86,17 @@ mod tests {
         let now = clock::now();
         let mut budget = Budget::new(None);
         budget.spend(now, u64::MAX);
+        assert_eq!(budget.wait(now), None);
+    }
+
+    #[test]
+    fn what_has_not_left_is_given_back() {
+        let now = clock::now();
+        let mut budget = Budget::new(Some(1_000_000));
+        budget.spend(now, 3_000_000);
+        budget.refund(2_000_000);
+        assert_eq!(budget.wait(now), Some(now + Duration::from_secs(1)));
+        budget.refund(1_000_000);
         assert_eq!(budget.wait(now), None);
     }
 

@@ -30,8 +30,9 @@ pub(super) struct Calm {
     in_flight: u32,
     last_began: Option<Instant>,
     last_ended: Option<Instant>,
-    /// The usual time between two beginnings: a moving average that weighs the newest by an eighth.
-    gap: Duration,
+    /// The usual time between two beginnings: a moving average that weighs the newest by an eighth. As long as nothing
+    /// is known of it, it is long: a client's first requests are not to be met either.
+    gap: Option<Duration>,
     trickled: Option<Instant>,
 }
 
@@ -41,7 +42,7 @@ impl Calm {
         self.in_flight += 1;
         if let Some(last) = self.last_began {
             let gap = now.saturating_duration_since(last).min(LONGEST_GAP);
-            self.gap = (self.gap * 7 + gap) / 8;
+            self.gap = Some(self.gap.map_or(gap, |usual| (usual * 7 + gap) / 8));
         }
         self.last_began = Some(now);
     }
@@ -57,7 +58,7 @@ impl Calm {
         let trickle = self.trickled.map_or(now, |last| last + TRICKLE);
         let quiet = match (self.in_flight, self.last_ended) {
             (0, None) => return None,
-            (0, Some(ended)) => ended + (self.gap * GAPS).clamp(SHORTEST_HOLD, LONGEST_HOLD),
+            (0, Some(ended)) => ended + (self.gap.unwrap_or(LONGEST_GAP) * GAPS).clamp(SHORTEST_HOLD, LONGEST_HOLD),
             _ => trickle,
         };
         Some(quiet.min(trickle)).filter(|at| *at > now)
@@ -110,9 +111,10 @@ mod tests {
 
     #[test]
     fn beside_clients_that_never_pause_it_trickles() {
-        assert!((38..=44).contains(&beside(Duration::ZERO, 10)), "four a second");
-        assert!((38..=44).contains(&beside(Duration::from_millis(10), 10)), "the gaps are theirs too");
-        assert!((38..=60).contains(&beside(Duration::from_millis(50), 10)));
+        for (pause, why) in [(0, "four a second"), (10, "the gaps are theirs too"), (50, "longer ones too")] {
+            let sent = beside(Duration::from_millis(pause), 10);
+            assert!((38..=44).contains(&sent), "{why}: {sent}");
+        }
     }
 
     #[test]

@@ -154,7 +154,8 @@ impl Export for Filled {
 
     fn connect(&self, client: Client) -> Option<SharedExport> {
         self.image.look();
-        let most = self.image.filling().readahead;
+        // Eight readers at a time find room: what is evicted before it is read has been fetched for nothing.
+        let most = self.image.filling().readahead.min(self.image.mirror.most_ahead() / 8);
         let limits = Limits { most, ..Limits::default() };
         let watch = Watch {
             readahead: (most > 0).then(|| Readahead::new(limits, self.image.mirror.size())),

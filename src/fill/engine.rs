@@ -19,10 +19,9 @@ use tokio::sync::Notify;
 
 use super::budget::Budget;
 use super::calm::Calm;
-use super::deadline;
 use super::image::Image;
-use super::orders::{Expected, Forecast, Order, Orders, State};
-use super::tasks::{Fetch, Tasks, Wish};
+use super::orders::{Forecast, Order, Orders, State};
+use super::tasks::{Fetch, Tasks, Wish, earlier};
 use super::window::Window;
 use crate::clock;
 use crate::export::{LocalFuture, SharedExport};
@@ -38,10 +37,16 @@ const LARGEST_WINDOW: u64 = 32 * MIB;
 const LONGEST_RUN: u64 = MIB;
 /// Fetches that can wait are this long, and their requests too while no client is expected.
 const LEISURE_RUN: u64 = 256 * KIB;
+/// While clients are expected they are this long, so that few bytes are lost when time runs out.
+const SHORT_RUN: u64 = 64 * KIB;
 /// While clients are expected, requests that can wait are so short that they are hardly felt.
 const SHORT_PART: u64 = 16 * KIB;
-/// Fetches under way at once.
+/// What leaves beside clients is in this many requests at most, so that the trickle brings a large chunk over in time.
+const MOST_PARTS: u64 = 8;
+/// Fetches under way at once, and bytes of all of them. That is half of what one mirror brings at a time: the rest is
+/// for what clients wait for, however long fills wait for their turn.
 const RUNS: usize = 256;
+const MOST_CLAIMED: u64 = 64 * MIB;
 /// The engine looks this often even if nothing happens.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -93,6 +98,10 @@ struct Link {
     calm: Calm,
     budget: Budget,
     runs: usize,
+    /// Bytes of fetches under way, whether their requests have left or not.
+    claimed: u64,
+    /// Fetches that have begun and whose next request has to wait.
+    resting: usize,
     /// Whether something waits for clients to leave the link to it.
     is_held: bool,
 }
@@ -111,6 +120,8 @@ struct Run {
     first: u64,
     /// Where the bytes come from, if not from the image's upstream.
     source: Option<SharedExport>,
+    /// On whose behalf.
+    order: Option<u64>,
 }
 
 /// What is to leave.
@@ -119,6 +130,7 @@ struct Wanted<'a> {
     range: ByteRange,
     cause: Cause,
     source: Option<SharedExport>,
+    order: Option<u64>,
 }
 
 /// What came of a look.
@@ -134,24 +146,10 @@ fn to_f64(bytes: u64) -> f64 {
     u32::try_from(bytes >> 10).map_or(f64::MAX, f64::from) * 1024.0
 }
 
-/// The earlier of two times, either of which may be never.
-pub(super) fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
-    match (one, other) {
-        (Some(one), Some(other)) => Some(one.min(other)),
-        (one, other) => one.or(other),
-    }
-}
-
 impl Engine {
     /// An engine without images, which says in `orders` what it has done.
     pub fn new(rates: Rates, orders: Orders) -> Self {
-        let link = Link {
-            window: Window::new(SMALLEST_WINDOW, LARGEST_WINDOW),
-            calm: Calm::default(),
-            budget: Budget::new(rates.server),
-            runs: 0,
-            is_held: false,
-        };
+        let link = Link::new(rates);
         Self(Arc::new(Shared {
             rates,
             link: Mutex::new(link),
@@ -196,16 +194,12 @@ impl Engine {
         self.0.tasks().retain(is_active);
     }
 
-    /// When orders will be done; `None` while nobody knows how fast the link is.
+    /// When orders will be done; `None` while nobody knows how fast anything is. No order is faster than its own rate,
+    /// that of its image, or the server's, which is all that is known before the first bytes have come.
     pub fn forecast(&self) -> Option<Forecast> {
         let rate = self.0.rate();
-        if rate <= 0.0 {
-            return None;
-        }
-        let tasks = self.0.tasks().schedule(clock::moment());
-        let orders = deadline::forecast(Duration::ZERO, &tasks, rate).into_iter();
-        let expected = |one: deadline::Forecast| Some(Expected { id: one.id, end: one.ends?, late_by: one.late_by });
-        Some(Forecast { rate, orders: orders.filter_map(expected).collect() })
+        let orders = self.0.tasks().forecast(clock::moment(), rate);
+        (rate > 0.0 || !orders.is_empty()).then_some(Forecast { rate, orders })
     }
 
     /// Who is to be told of what clients wait for.
@@ -247,14 +241,29 @@ impl Engine {
     }
 
     async fn fetch(self, run: Run) {
-        let Run { image, range, cause, can_wait, first, source } = run;
-        let under_way = UnderWay { shared: Arc::clone(&self.0), can_wait };
-        let pace = Paced { engine: self.clone(), can_wait, admitted: AtomicU64::new(first) };
-        let ahead = Ahead::paced(cause, Arc::new(pace), source);
+        let Run { image, range, cause, can_wait, first, source, order } = run;
+        let length = range.length();
+        let under_way = UnderWay { shared: Arc::clone(&self.0), bytes: length, can_wait };
+        let (admitted, left) = (AtomicU64::new(first), AtomicU64::new(0));
+        let pace = Arc::new(Paced { engine: self.clone(), can_wait, bytes: length, admitted, left });
+        let ahead = Ahead::paced(cause, Arc::<Paced>::clone(&pace), source);
         let Brought { bytes, missed } = image.mirror.bring(range, ahead).await;
         image.ended(clock::now(), bytes, missed);
-        drop(under_way);
+        self.refund(&image, order, length.saturating_sub(pace.left.load(Ordering::Relaxed)));
+        drop((under_way, pace));
         self.pump();
+    }
+
+    /// Bytes that a rate was charged for have not been asked for: they turned out to be zero, or to be here.
+    fn refund(&self, image: &Image, order: Option<u64>, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
+        if let Some(order) = order {
+            self.0.tasks().refund(order, bytes);
+        }
+        image.refund(bytes);
+        self.0.link().budget.refund(bytes);
     }
 
     /// Finds what may leave now, and lets it.
@@ -278,11 +287,12 @@ impl Engine {
         if let Some(at) = self.0.link().hold(now) {
             return Look::Waits(earlier(until, Some(at)));
         }
-        let until = match self.look_at_orders(LEISURE_RUN, false, now) {
+        let leisure = self.0.link().leisure_run(now);
+        let until = match self.look_at_orders(leisure, false, now) {
             Look::Waits(at) => earlier(until, at),
             leaves => return leaves,
         };
-        match self.look_at_background(&ready, now) {
+        match self.look_at_background(&ready, leisure, now) {
             Look::Waits(at) => Look::Waits(earlier(until, at)),
             leaves => leaves,
         }
@@ -295,7 +305,7 @@ impl Engine {
             [(Cause::Readahead, Image::next_readahead), (Cause::Profile, Image::next_of_profile)];
         sources.into_iter().find_map(|(cause, next)| {
             let (image, range) = ready.iter().find_map(|image| next(image, most).map(|range| (image, range)))?;
-            Some(self.leave(Wanted { image, range, cause, source: None }, false, now))
+            Some(self.leave(Wanted { image, range, cause, source: None, order: None }, false, now))
         })
     }
 
@@ -314,19 +324,20 @@ impl Engine {
         }
         match wish {
             Wish::Later(until) => Look::Waits(until),
-            Wish::Fetch { task: Fetch { image, range, source, .. }, is_urgent } => {
-                let wanted = Wanted { image: &image, range, cause: Cause::Prefetch, source };
+            Wish::Fetch { task: Fetch { image, range, source, order }, is_urgent } => {
+                let order = Some(order);
+                let wanted = Wanted { image: &image, range, cause: Cause::Prefetch, source, order };
                 self.leave(wanted, !is_urgent, now)
             }
         }
     }
 
-    fn look_at_background(&self, ready: &[&Arc<Image>], now: Instant) -> Look {
+    fn look_at_background(&self, ready: &[&Arc<Image>], most: u64, now: Instant) -> Look {
         let mut until = None;
         for image in ready {
-            let (range, at) = image.next_of_background(now, LEISURE_RUN.max(image.mirror.chunk_size()));
+            let (range, at) = image.next_of_background(now, most.max(image.mirror.chunk_size()));
             if let Some(range) = range {
-                let wanted = Wanted { image, range, cause: Cause::Background, source: None };
+                let wanted = Wanted { image, range, cause: Cause::Background, source: None, order: None };
                 return self.leave(wanted, true, now);
             }
             until = earlier(until, at);
@@ -335,10 +346,10 @@ impl Engine {
     }
 
     fn leave(&self, wanted: Wanted<'_>, can_wait: bool, now: Instant) -> Look {
-        let Wanted { image, range, cause, source } = wanted;
+        let Wanted { image, range, cause, source, order } = wanted;
         image.spend(now, range.length());
         let first = self.0.link().leave(range.length(), can_wait, now);
-        Look::Leaves(Box::new(Run { image: Arc::clone(image), range, cause, can_wait, first, source }))
+        Look::Leaves(Box::new(Run { image: Arc::clone(image), range, cause, can_wait, first, source, order }))
     }
 }
 
@@ -363,13 +374,18 @@ impl Shared {
 }
 
 impl Link {
+    fn new(rates: Rates) -> Self {
+        let (window, budget) = (Window::new(SMALLEST_WINDOW, LARGEST_WINDOW), Budget::new(rates.server));
+        Self { window, calm: Calm::default(), budget, runs: 0, claimed: 0, resting: 0, is_held: false }
+    }
+
     /// How long the next fetch may be; or when there may be one, if nothing happens before.
     fn room(&self, now: Instant) -> Result<u64, Option<Instant>> {
         if let Some(until) = self.budget.wait(now) {
             return Err(Some(until));
         }
         let (limit, in_flight) = (self.window.limit(), self.window.in_flight());
-        if self.runs >= RUNS || in_flight >= limit {
+        if self.runs >= RUNS || self.claimed >= MOST_CLAIMED || in_flight >= limit {
             return Err(None);
         }
         Ok((limit / 4).clamp(4 * KIB, LONGEST_RUN))
@@ -377,45 +393,54 @@ impl Link {
 
     /// When what can wait may begin, if not now.
     fn hold(&mut self, now: Instant) -> Option<Instant> {
-        let until = self.calm.wait(now);
+        // What has begun goes on first: else beginnings would pile up beside clients that never pause, and none of them
+        // would come to its end in time.
+        let until = if self.resting > 0 { Some(now + LOOK) } else { self.calm.wait(now) };
         self.is_held = until.is_some();
         until
+    }
+
+    /// Bytes of a fetch that can wait.
+    fn leisure_run(&self, now: Instant) -> u64 {
+        if self.calm.is_watched(now) { SHORT_RUN } else { LEISURE_RUN }
     }
 
     /// A fetch begins. Gives the bytes of its first request.
     fn leave(&mut self, bytes: u64, can_wait: bool, now: Instant) -> u64 {
         self.runs += 1;
+        self.claimed += bytes;
         self.budget.spend(now, bytes);
         if can_wait {
             self.calm.left(now);
         } else {
             self.calm.began(now);
         }
-        let part = self.part(can_wait, now).min(bytes);
+        let part = self.part(bytes, can_wait, now).min(bytes);
         self.window.sent(now, part);
         part
     }
 
     /// It is over.
-    fn ended(&mut self, can_wait: bool, now: Instant) {
+    fn ended(&mut self, bytes: u64, can_wait: bool, now: Instant) {
         self.runs -= 1;
+        self.claimed -= bytes;
         if !can_wait {
             self.calm.ended(now);
         }
     }
 
-    /// Bytes of one request.
-    fn part(&self, can_wait: bool, now: Instant) -> u64 {
-        if can_wait && self.calm.is_watched(now) { SHORT_PART } else { LONGEST_RUN }
+    /// Bytes of one request of a fetch of `bytes`.
+    fn part(&self, bytes: u64, can_wait: bool, now: Instant) -> u64 {
+        if can_wait && self.calm.is_watched(now) { SHORT_PART.max(bytes / MOST_PARTS) } else { LONGEST_RUN }
     }
 
-    /// Whether one more request of a fetch may leave that can wait; or when, if nothing happens before.
-    fn may_go_on(&self, now: Instant) -> Result<(), Option<Instant>> {
-        if let Some(until) = self.calm.wait(now) {
+    /// Whether one more request of a fetch may leave; or when, if nothing happens before.
+    fn may_go_on(&self, can_wait: bool, now: Instant) -> Result<(), Option<Instant>> {
+        if can_wait && let Some(until) = self.calm.wait(now) {
             return Err(Some(until));
         }
-        // Beside clients there is to be no queue at all.
-        let limit = self.window.limit() / if self.calm.is_watched(now) { 2 } else { 1 };
+        // Beside clients what can wait is to make no queue at all.
+        let limit = self.window.limit() / if can_wait && self.calm.is_watched(now) { 2 } else { 1 };
         if self.window.in_flight() == 0 || self.window.in_flight() < limit { Ok(()) } else { Err(None) }
     }
 }
@@ -444,12 +469,13 @@ impl Observer for Shared {
 /// A fetch under way. Dropped, it is over.
 struct UnderWay {
     shared: Arc<Shared>,
+    bytes: u64,
     can_wait: bool,
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        self.shared.link().ended(self.can_wait, clock::now());
+        self.shared.link().ended(self.bytes, self.can_wait, clock::now());
     }
 }
 
@@ -458,8 +484,28 @@ impl Drop for UnderWay {
 struct Paced {
     engine: Engine,
     can_wait: bool,
+    /// Of the whole fetch.
+    bytes: u64,
     /// Bytes that were let go and have not left yet.
     admitted: AtomicU64,
+    /// Bytes that have left.
+    left: AtomicU64,
+}
+
+/// A fetch that has begun and whose next request has to wait. Dropped, it does not any more.
+struct Resting<'a>(&'a Shared);
+
+impl<'a> Resting<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.link().resting += 1;
+        Self(shared)
+    }
+}
+
+impl Drop for Resting<'_> {
+    fn drop(&mut self) {
+        self.0.link().resting -= 1;
+    }
 }
 
 impl Paced {
@@ -472,7 +518,7 @@ impl Paced {
 impl Pace for Paced {
     fn part(&self) -> u64 {
         match self.admitted.load(Ordering::Relaxed) {
-            0 => self.engine.0.link().part(self.can_wait, clock::now()),
+            0 => self.engine.0.link().part(self.bytes, self.can_wait, clock::now()),
             admitted => admitted,
         }
     }
@@ -484,22 +530,30 @@ impl Pace for Paced {
                 // It may be less than was let go, at the end of an image.
                 let admitted = self.take_admitted();
                 shared.link().window.withdrawn(admitted.saturating_sub(bytes));
+                self.left.fetch_add(bytes, Ordering::Relaxed);
                 return;
             }
+            let mut resting = None;
             loop {
                 let news = shared.news.notified();
                 let now = clock::now();
                 let until = {
                     let mut link = shared.link();
-                    match link.may_go_on(now) {
+                    match link.may_go_on(self.can_wait, now) {
                         Ok(()) => {
-                            link.calm.left(now);
+                            if self.can_wait {
+                                link.calm.left(now);
+                            }
                             link.window.sent(now, bytes);
+                            self.left.fetch_add(bytes, Ordering::Relaxed);
+                            drop(link);
+                            drop(resting);
                             return;
                         }
                         Err(until) => until,
                     }
                 };
+                resting.get_or_insert_with(|| Resting::new(shared));
                 let until = until.unwrap_or(now + LOOK);
                 tokio::select! {
                     () = news => {}
@@ -511,6 +565,7 @@ impl Pace for Paced {
 
     fn hurried(&self, bytes: u64) {
         let admitted = self.take_admitted();
+        self.left.fetch_add(bytes, Ordering::Relaxed);
         let mut link = self.engine.0.link();
         link.window.withdrawn(admitted);
         link.window.sent(clock::now(), bytes);
@@ -535,6 +590,61 @@ impl Drop for Paced {
         let admitted = self.take_admitted();
         if admitted > 0 {
             self.engine.0.link().window.withdrawn(admitted);
+            self.engine.0.wake.notify_one();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_can_wait_leaves_the_link_to_clients() {
+        let now = clock::now();
+        let mut link = Link::new(Rates::default());
+        // A client waits; readahead has begun, and its second request is due.
+        link.calm.began(now);
+        link.calm.left(now);
+        assert_eq!(link.leave(4 * KIB, false, now), 4 * KIB);
+        let soon = now + Duration::from_millis(1);
+        assert_eq!(link.may_go_on(false, soon), Ok(()));
+        assert!(link.may_go_on(true, soon).is_err());
+    }
+
+    #[test]
+    fn nothing_that_can_wait_begins_before_what_has_begun_goes_on() {
+        let now = clock::now();
+        let mut link = Link::new(Rates::default());
+        assert_eq!(link.hold(now), None);
+        link.resting = 1;
+        assert!(link.hold(now).is_some() && link.is_held);
+    }
+
+    #[test]
+    fn fills_leave_half_of_what_is_brought_at_a_time_to_clients() {
+        let now = clock::now();
+        let mut link = Link::new(Rates::default());
+        let mut begun = 0;
+        // Large chunks, of which little is under way.
+        while link.room(now).is_ok() {
+            let first = link.leave(4 * MIB, true, now);
+            link.window.withdrawn(first);
+            begun += 4 * MIB;
+        }
+        assert_eq!(begun, MOST_CLAIMED);
+        link.ended(4 * MIB, true, now);
+        assert!(link.room(now).is_ok());
+    }
+
+    #[test]
+    fn a_large_chunk_comes_over_beside_clients_that_never_pause() {
+        let now = clock::now();
+        let mut link = Link::new(Rates::default());
+        link.calm.began(now);
+        for bytes in [64 * KIB, 256 * KIB, 4 * MIB] {
+            assert!(link.part(bytes, true, now) * MOST_PARTS >= bytes, "{bytes}");
+        }
+        assert_eq!(link.part(64 * KIB, true, now), SHORT_PART);
     }
 }

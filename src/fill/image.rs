@@ -29,8 +29,9 @@ const REGION: u64 = 4 * MIB;
 const AGAIN: Duration = Duration::from_secs(60);
 /// How long is waited for the upstream to tell what clients read.
 const ASKED: Duration = Duration::from_secs(15);
-/// Looks at the mirror in one go, each at a region or at many chunks.
+/// Looks at the mirror in one go, and how far each goes: readers wait for the plan meanwhile.
 const LOOKS: usize = 64;
+const SPAN: u64 = 16 * REGION;
 
 /// One image that is filled.
 #[derive(Debug)]
@@ -44,6 +45,8 @@ pub struct Image {
     exchange: Arc<Exchange>,
     /// Whether somebody waits for the upstream to tell that.
     is_asking: AtomicBool,
+    /// Whether the upstream has another image by now, so that this one is not completed any more.
+    is_retired: AtomicBool,
     /// Whether all of it was here when somebody looked last, and how many chunks had been evicted by then.
     is_complete: AtomicBool,
     evicted: AtomicU64,
@@ -114,6 +117,7 @@ impl Image {
             filling,
             exchange,
             is_asking: AtomicBool::new(false),
+            is_retired: AtomicBool::new(false),
             is_complete: AtomicBool::new(false),
             evicted: AtomicU64::new(0),
             plan: Mutex::new(plan),
@@ -132,6 +136,9 @@ impl Image {
 
     /// Looks whether all of it is here.
     pub fn look(&self) {
+        if !self.has_gaps() {
+            return;
+        }
         self.evicted.store(self.mirror.stats().evicted_chunks.value(), Ordering::Relaxed);
         self.is_complete.store(self.mirror.is_complete(), Ordering::Relaxed);
     }
@@ -152,6 +159,16 @@ impl Image {
             }
             plan.readahead.push_back(range);
         }
+    }
+
+    /// The upstream has another image now, or has this one again.
+    pub fn retire(&self, is_retired: bool) {
+        self.is_retired.store(is_retired, Ordering::Relaxed);
+    }
+
+    /// Whether it is being completed.
+    pub fn has_background(&self) -> bool {
+        self.filling.background && !self.is_retired.load(Ordering::Relaxed)
     }
 
     /// How it is filled.
@@ -185,7 +202,7 @@ impl Image {
         let is_recent = plan.played.is_some_and(|played| now.saturating_duration_since(played) < AGAIN / 6);
         if plan.profile.is_empty() && !is_recent {
             plan.played = Some(now);
-            plan.profile = profile.wishes(self.mirror.size()).into();
+            plan.profile = fitting(profile.wishes(self.mirror.size()), self.mirror.most_ahead()).into();
         }
         true
     }
@@ -216,12 +233,18 @@ impl Image {
         self.plan().budget.spend(now, bytes);
     }
 
+    /// So many of them have not left after all.
+    pub fn refund(&self, bytes: u64) {
+        self.plan().budget.refund(bytes);
+    }
+
     /// Bytes came, or could not be had.
     pub fn ended(&self, now: Instant, brought: u64, missed: u64) {
         let mut plan = self.plan();
-        if missed == 0 {
+        if brought > 0 {
             plan.failures = 0;
-        } else if brought == 0 {
+        } else if missed > 0 && plan.paused.is_none_or(|until| until <= now) {
+            // What was sent together fails together, and that is one failure.
             let pause = FIRST_PAUSE * (1 << plan.failures.min(6));
             plan.failures += 1;
             plan.paused = Some(now + pause.min(LONGEST_PAUSE));
@@ -257,7 +280,7 @@ impl Image {
 
     /// The next bytes of the image as a whole, at most `most`; when there is something again, if not now.
     pub fn next_of_background(&self, now: Instant, most: u64) -> (Option<ByteRange>, Option<Instant>) {
-        if !self.filling.background {
+        if !self.has_background() {
             return (None, None);
         }
         let mut plan = self.plan();
@@ -265,6 +288,11 @@ impl Image {
         if let Some(rests) = sweep.rests {
             if rests > now {
                 return (None, Some(rests));
+            }
+            // Nothing has left since.
+            if !self.has_gaps() {
+                sweep.rests = Some(now + AGAIN);
+                return (None, sweep.rests);
             }
             *sweep = Sweep::default();
         }
@@ -276,9 +304,11 @@ impl Image {
             // Others have their turn.
             Swept::Nothing => (None, Some(now + Duration::from_millis(1))),
             Swept::End => {
-                sweep.rests = Some(now + AGAIN);
+                let rests = Some(now + AGAIN);
+                sweep.rests = rests;
+                drop(plan);
                 self.look();
-                (None, sweep.rests)
+                (None, rests)
             }
         }
     }
@@ -288,7 +318,8 @@ impl Image {
         let size = self.mirror.size();
         for _ in 0..LOOKS {
             if sweep.at < size {
-                let end = if sweep.everything { size } else { size.min(sweep.at / REGION * REGION + REGION) };
+                let step = if sweep.everything { SPAN } else { REGION };
+                let end = size.min(sweep.at / step * step + step);
                 let range = ByteRange::between(sweep.at, end);
                 if !sweep.everything && !self.mirror.has_some(ByteRange::between(sweep.at / REGION * REGION, end)) {
                     sweep.at = end;
@@ -306,5 +337,74 @@ impl Image {
             }
         }
         Swept::Nothing
+    }
+}
+
+/// The first of these ranges, at most so many bytes.
+fn fitting(ranges: impl IntoIterator<Item = ByteRange>, most: u64) -> Vec<ByteRange> {
+    let mut left = most;
+    let fits = |range: &ByteRange| {
+        let fits = range.length() <= left;
+        left = left.saturating_sub(range.length());
+        fits
+    };
+    ranges.into_iter().take_while(fits).collect()
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::export::Facts;
+    use crate::export::memory::Memory;
+    use crate::fill::profile::{Recording, Settings, Store};
+    use crate::mirror::{self, Cache, Space, SpaceSettings};
+    use crate::upstream::{self, Expectation, Remote};
+
+    /// A cold mirror of `size` bytes of nothing, in `directory`, with a limit.
+    pub(in crate::fill) fn image(directory: &Path, size: u64, filling: Filling, limit: Option<u64>) -> Arc<Image> {
+        let space = Space::new(directory, SpaceSettings { limit, ..SpaceSettings::default() });
+        let lower = Arc::new(Memory::zeroed(size).read_only());
+        let settings = mirror::Settings { chunk_size: Some(64 << 10), ..mirror::Settings::default() };
+        let cache = Cache::open(directory, "x").unwrap();
+        let mirror = Mirror::open("x", cache, lower, None, &space, &settings).unwrap();
+        let settings = upstream::Settings::default();
+        let remote = Remote::offline(Vec::new(), Facts::read_only(size, ""), Expectation::default(), settings);
+        let store = Arc::new(Store::open(None, size, None));
+        let exchange = Exchange::new(store, Arc::new(remote), Recording::new(Settings::default()));
+        Image::new("x".to_owned(), mirror, filling, Arc::new(exchange))
+    }
+
+    #[test]
+    fn of_a_profile_only_what_fits_is_played() {
+        let ranges = [(0, 10), (20, 25), (30, 40)].map(|(start, end)| ByteRange::between(start, end));
+        assert_eq!(fitting(ranges, 25), ranges);
+        assert_eq!(fitting(ranges, 24), ranges[..2]);
+        assert!(fitting(ranges, 9).is_empty());
+    }
+
+    #[test]
+    fn what_is_not_the_newest_any_more_is_not_completed() {
+        let directory = tempfile::tempdir().unwrap();
+        let filling = Filling { background: true, ..Filling::default() };
+        let image = image(directory.path(), MIB, filling, None);
+        let now = clock::now();
+        image.retire(true);
+        assert_eq!(image.next_of_background(now, 64 << 10), (None, None));
+        image.retire(false);
+        let next = |image: &Image| image.next_of_background(now, 64 << 10).0;
+        assert!((0..3).any(|_| next(&image).is_some()));
+    }
+
+    #[test]
+    fn what_fails_together_pauses_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = image(directory.path(), MIB, Filling::default(), None);
+        let now = clock::now();
+        (0..20).for_each(|_| image.ended(now, 0, 64 << 10));
+        assert_eq!(image.wait(now), Some(now + FIRST_PAUSE));
+        image.ended(now + FIRST_PAUSE, 0, 64 << 10);
+        assert_eq!(image.wait(now + FIRST_PAUSE), Some(now + FIRST_PAUSE * 3), "and the next one for twice as long");
     }
 }

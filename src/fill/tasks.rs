@@ -7,15 +7,15 @@
 //! Owns: places in orders, and pauses after a pass that brought nothing. Does not own: which order goes first
 //! (`deadline`), which orders there are (`orders`).
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::budget::Budget;
+use super::budget::{Budget, time_for};
 use super::deadline::{self, Choice};
-use super::engine::earlier;
 use super::image::Image;
-use super::orders::Order;
+use super::orders::{Expected, Order};
 use crate::clock::Moment;
 use crate::export::SharedExport;
 use crate::ranges::ByteRange;
@@ -27,6 +27,9 @@ const CHOICE_HOLDS: Duration = Duration::from_millis(20);
 const DURABLE_SOON: Duration = Duration::from_millis(250);
 /// After a pass that brought nothing, doubled each time.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Less than this is in time: times are computed in fractions.
+const NO_DELAY: Duration = Duration::from_millis(1);
 
 /// The orders of a server that are being carried out.
 #[derive(Debug, Default)]
@@ -46,8 +49,9 @@ struct Task {
     remaining: u64,
     /// The range that it is at, and the byte in the image.
     place: (usize, u64),
-    /// What was missing when this pass began.
-    at_begin: u64,
+    /// The least that was missing at the end of a pass. One that does not get beyond that was in vain, also if it brought
+    /// much: it has been evicted again, perhaps for the sake of another order.
+    least: u64,
     /// Nothing is asked for before.
     rests: Option<Instant>,
     fruitless: u32,
@@ -89,6 +93,14 @@ impl fmt::Debug for Fetch {
 /// An order that is done.
 pub(super) type Done = u64;
 
+/// The earlier of two times, either of which may be never.
+pub(super) fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<Instant> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
 impl Tasks {
     /// Carries an order out, unless that is being done.
     pub(super) fn add(&mut self, order: Arc<Order>, image: Arc<Image>, source: Option<SharedExport>) {
@@ -105,7 +117,7 @@ impl Tasks {
             budget,
             remaining,
             place,
-            at_begin: remaining,
+            least: remaining,
             rests: None,
             fruitless: 0,
             is_started: false,
@@ -127,9 +139,31 @@ impl Tasks {
         self.chosen = None;
     }
 
-    /// The orders, as the schedule sees them.
-    pub(super) fn schedule(&self, now: Moment) -> Vec<deadline::Task> {
-        self.tasks.iter().map(|task| task.seen(now)).collect()
+    /// When orders will be done at `rate` bytes per second of all together (0: unknown), as far as anything is known.
+    /// Orders for one image share its rate in the order in which they end otherwise.
+    pub(super) fn forecast(&self, now: Moment, rate: f64) -> Vec<Expected> {
+        let seen: Vec<_> = self.tasks.iter().map(|task| task.seen(now)).collect();
+        let forecast = deadline::forecast(Duration::ZERO, &seen, rate);
+        let mut ends: Vec<_> = self.tasks.iter().zip(&seen).zip(forecast).collect();
+        ends.sort_by_key(|(_, forecast)| forecast.ends);
+        let mut of_images: HashMap<*const Image, u64> = HashMap::new();
+        let expected = |((task, seen), forecast): ((&Task, &deadline::Task), deadline::Forecast)| {
+            let before = of_images.entry(Arc::as_ptr(&task.image)).or_default();
+            *before += task.remaining;
+            let own = task.order.rate.map(|rate| time_for(task.remaining, rate));
+            let image = task.image.filling().rate.map(|rate| time_for(*before, rate));
+            let end = forecast.ends.max(own).max(image)?;
+            let late_by = seen.deadline.and_then(|deadline| end.checked_sub(deadline)).filter(|late| *late > NO_DELAY);
+            Some(Expected { id: task.order.id, end, late_by: late_by.or(forecast.late_by) })
+        };
+        ends.into_iter().filter_map(expected).collect()
+    }
+
+    /// Bytes of an order have not been asked for after all.
+    pub(super) fn refund(&mut self, id: u64, bytes: u64) {
+        if let Some(task) = self.tasks.iter_mut().find(|task| task.order.id == id) {
+            task.budget.refund(bytes);
+        }
     }
 
     /// What is wanted next, at most `most` bytes; of what is urgent only, if that is asked. Orders that turn out to be
@@ -162,11 +196,12 @@ impl Tasks {
     fn choose(&mut self, now: Moment, rate: f64) -> Choice {
         if let Some((until, choice)) = self.chosen
             && until > now.steady
+            && self.is_ready(choice, now.steady)
         {
             return choice;
         }
         let ready = self.tasks.iter().filter(|task| task.wait(now.steady).is_none());
-        let ready: Vec<_> = ready.map(|task| task.seen(now)).collect();
+        let ready: Vec<_> = ready.map(|task| task.pressed(now, rate)).collect();
         let choice = deadline::choose(Duration::ZERO, &ready, rate);
         self.chosen = match choice {
             Choice::Fetch { .. } => Some((now.steady + CHOICE_HOLDS, choice)),
@@ -174,6 +209,12 @@ impl Tasks {
             Choice::WaitUntil(_) | Choice::Nothing => None,
         };
         choice
+    }
+
+    /// Whether what was chosen may still have its turn: it may have used up its rate since.
+    fn is_ready(&self, choice: Choice, now: Instant) -> bool {
+        let Choice::Fetch { id, .. } = choice else { return true };
+        self.tasks.iter().any(|task| task.order.id == id && task.wait(now).is_none())
     }
 
     /// When the first of those that rest goes on.
@@ -195,6 +236,17 @@ impl Task {
             ordered: Duration::from_nanos(self.order.id),
             is_started: self.is_started,
         }
+    }
+
+    /// The same, for the choice of what is next on a link of `rate` bytes per second: an order that is slower than the
+    /// link, by its own rate or its image's, has to begin that much earlier.
+    fn pressed(&self, now: Moment, rate: f64) -> deadline::Task {
+        let seen = self.seen(now);
+        let limits = [self.order.rate, self.image.filling().rate];
+        let Some(limit) = limits.into_iter().flatten().min() else { return seen };
+        let on_link = Duration::try_from_secs_f64(seen.remaining as f64 / rate).unwrap_or(Duration::ZERO);
+        let lost = time_for(seen.remaining, limit).saturating_sub(on_link);
+        deadline::Task { deadline: seen.deadline.map(|deadline| deadline.saturating_sub(lost)), ..seen }
     }
 
     /// When something may be asked for, if not now.
@@ -240,10 +292,97 @@ impl Task {
             return done.push(self.order.id);
         }
         self.remaining = here.total - here.done();
-        let is_fruitless = self.remaining >= self.at_begin;
+        let is_fruitless = self.remaining >= self.least;
         self.fruitless = if is_fruitless { self.fruitless + 1 } else { 0 };
-        self.at_begin = self.remaining;
+        self.least = self.least.min(self.remaining);
         self.place = (0, self.order.ranges.first().map_or(0, |range| range.start()));
         self.rests = Some(now + (DURABLE_SOON * (1 << self.fruitless.min(7))).min(LONGEST_PAUSE));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock;
+    use crate::fill::deadline::Strategy;
+    use crate::fill::image::{Filling, tests::image};
+    use crate::fill::orders::{Deadline, Spec, State};
+    use crate::units::{KIB, MIB};
+
+    /// An order for all of 1 MiB, which is to be there at a time from now.
+    fn order(id: u64, rate: Option<u64>, deadline: Option<Duration>, strategy: Strategy) -> Arc<Order> {
+        let Spec { image, identity, ranges, what, source, .. } = Spec::all("x", MIB);
+        let now = clock::moment();
+        let deadline = deadline.and_then(|left| Deadline::after(left, now));
+        let (state, ordered_at) = (State::Active, now.wall);
+        let order = Order {
+            id,
+            image,
+            identity,
+            ranges,
+            what,
+            rate,
+            deadline,
+            strategy,
+            source,
+            ordered_at,
+            state,
+            ended_at: None,
+        };
+        Arc::new(order)
+    }
+
+    #[test]
+    fn the_rate_of_an_order_holds_though_it_was_just_chosen() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = image(directory.path(), MIB, Filling::default(), None);
+        let mut tasks = Tasks::default();
+        tasks.add(order(1, Some(64 * KIB), None, Strategy::Hybrid), image, None);
+        let (now, mut done) = (clock::moment(), Vec::new());
+        assert!(matches!(tasks.next(now, 0.0, 64 * KIB, false, &mut done), Wish::Fetch { .. }));
+        let Wish::Later(Some(then)) = tasks.next(now, 0.0, 64 * KIB, false, &mut done) else {
+            panic!("one more in the same moment")
+        };
+        assert_eq!(then, now.steady + Duration::from_secs(1));
+    }
+
+    #[test]
+    fn an_order_is_expected_at_its_own_rate_also_while_the_link_is_unknown() {
+        let directory = tempfile::tempdir().unwrap();
+        let filling = Filling { rate: Some(32 * KIB), ..Filling::default() };
+        let (free, limited) = (directory.path().join("free"), directory.path().join("limited"));
+        let (free, limited) = (image(&free, MIB, Filling::default(), None), image(&limited, MIB, filling, None));
+        let mut tasks = Tasks::default();
+        let deadline = Some(Duration::from_secs(10));
+        tasks.add(order(1, Some(64 * KIB), deadline, Strategy::Hybrid), Arc::clone(&free), None);
+        tasks.add(order(2, None, None, Strategy::Hybrid), free, None);
+        tasks.add(order(3, Some(64 * KIB), deadline, Strategy::Hybrid), Arc::clone(&limited), None);
+        tasks.add(order(4, None, None, Strategy::Hybrid), limited, None);
+        let told = |rate| {
+            let mut told = tasks.forecast(clock::moment(), rate);
+            told.sort_by_key(|expected| expected.id);
+            let seconds = |expected: &Expected| {
+                (expected.id, expected.end.as_secs(), expected.late_by.map(|late| late.as_secs_f64().round()))
+            };
+            told.iter().map(seconds).collect::<Vec<_>>()
+        };
+        let known = vec![(1, 16, Some(6.0)), (3, 32, Some(22.0)), (4, 64, None)];
+        assert_eq!(told(0.0), known);
+        let all: Vec<_> = told(1e9).into_iter().filter(|(id, ..)| *id != 2).collect();
+        assert_eq!(all, known);
+    }
+
+    #[test]
+    fn just_in_time_is_in_time_at_the_rate_of_the_order_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = image(directory.path(), MIB, Filling::default(), None);
+        let mut tasks = Tasks::default();
+        // 16 s at its own rate, on a link that would need none.
+        let deadline = Some(Duration::from_secs(40));
+        tasks.add(order(1, Some(64 * KIB), deadline, Strategy::Jit), image, None);
+        let (now, mut done) = (clock::moment(), Vec::new());
+        let Wish::Later(Some(then)) = tasks.next(now, 1e9, 64 * KIB, false, &mut done) else { panic!("it has time") };
+        let begins = then.saturating_duration_since(now.steady).as_secs();
+        assert!((18..=24).contains(&begins), "it begins in {begins} s");
     }
 }

@@ -172,6 +172,12 @@ impl Mirror {
         brought
     }
 
+    /// Bytes that may be brought ahead of demand for one purpose without pushing out what was brought for it just now: half
+    /// of what the cache keeps.
+    pub fn most_ahead(&self) -> u64 {
+        self.0.space.most_kept() / 2
+    }
+
     /// Whether some of `range` is here and has bytes.
     pub fn has_some(&self, range: ByteRange) -> bool {
         let inner = &self.0;
@@ -204,8 +210,8 @@ impl Inner {
             asked.answered(answer.is_ok());
             return answer;
         };
-        let lower = ahead.source.as_ref().filter(|_| self.truth.get().is_some()).unwrap_or(&self.lower);
-        let Some(pace) = &ahead.pace else { return lower.read(range).await };
+        let source = ahead.source.as_ref().filter(|_| self.truth.get().is_some());
+        let Some(pace) = &ahead.pace else { return self.ask_either(source, range).await };
         let mut pieces = Vec::new();
         let mut rest = range;
         while !rest.is_empty() {
@@ -213,12 +219,22 @@ impl Inner {
             let part = ByteRange::between(rest.start(), rest.start() + length);
             ahead.turn(&**pace, length).await;
             let left = Left { pace: &**pace, bytes: length, began: clock::now(), is_answered: false };
-            let answer = lower.read(part).await;
+            let answer = self.ask_either(source, part).await;
             left.answered(answer.is_ok());
             pieces.extend(answer?);
             rest = ByteRange::between(part.end(), rest.end());
         }
         Ok(pieces)
+    }
+
+    /// What `source` does not give comes from the tier below, as a part of the same request: it has waited for its turn.
+    async fn ask_either(&self, source: Option<&SharedExport>, range: ByteRange) -> Result<Vec<Piece>> {
+        if let Some(source) = source
+            && let Ok(pieces) = source.read(range).await
+        {
+            return Ok(pieces);
+        }
+        self.lower.read(range).await
     }
 }
 

@@ -260,11 +260,12 @@ impl Mirrors {
             rate: rates.image,
             readahead: if is_ahead { readahead } else { 0 },
             profiles: is_ahead,
-            background: is_newest && mode == fill::Mode::Background,
+            background: mode == fill::Mode::Background,
         };
         let recording = Recording::new(self.0.plan.profile.clone());
         let exchange = Arc::new(Exchange::new(Arc::clone(profiles), Arc::clone(remote), recording));
         let image = Image::new(image.name.clone(), mirror.clone(), filling, exchange);
+        image.retire(!is_newest);
         self.0.engine.add(Arc::clone(&image));
         Arc::new(Filled::new(self.0.engine.clone(), image))
     }
@@ -276,7 +277,7 @@ impl Mirrors {
         let (image, engine) = (Arc::clone(generation.filled.image()), self.0.engine.clone());
         workers
             .run(move || async move {
-                if image.filling().background {
+                if image.has_background() {
                     image.play(&engine);
                 }
                 let exchange = Arc::clone(image.exchange());

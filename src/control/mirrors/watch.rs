@@ -77,6 +77,8 @@ impl Mirrors {
             "the upstream's image has been replaced: new clients get the new one; those that are connected keep the old one, as far as it is here"
         );
         self.0.registry.replace(&image.name, new.export());
+        old.filled.image().retire(true);
+        new.filled.image().retire(false);
         let mut generations = self.generations();
         generations.retain(|generation| !Arc::ptr_eq(generation, &new));
         generations.push(new);

@@ -242,3 +242,25 @@ fn without_space_nothing_is_fetched_ahead() {
         assert_eq!(space.stats().bypassed_chunks.value(), 0, "nobody was served without its being kept");
     });
 }
+
+#[test]
+fn what_a_peer_does_not_give_comes_from_the_upstream_at_the_same_pace() {
+    on_both(|| async {
+        let contents = solid(to_usize(CHUNK * 4));
+        let (lower, scratch) = (recorded(&contents), Scratch::new());
+        let cache = Cache::open(scratch.0.path(), "x").unwrap();
+        let truth = trusted::truth_of(&contents, 16 << 10, &scratch.0.path().join("x")).await;
+        let demand = Arc::new(Demand::default());
+        let observer = Some(Arc::clone(&demand) as Arc<dyn Observer>);
+        let settings = Settings { chunk_size: Some(16 << 10), observer, ..Settings::default() };
+        let mirror = Mirror::open("x", cache, lower.clone(), Some(truth), &scratch.space(), &settings).unwrap();
+        let gone = |_| Some(Error::new(ErrorKind::Unavailable, "the peer is gone"));
+        let peer = Arc::new(Fault::new(Arc::new(Memory::holding(contents).read_only()), gone));
+        let pace = Steps::new(CHUNK, usize::MAX >> 4);
+        let ahead = Ahead::paced(Cause::Prefetch, Arc::clone(&pace) as Arc<dyn Pace>, Some(peer));
+        let brought = mirror.bring(ByteRange::between(0, CHUNK * 4), ahead).await;
+        assert_eq!(brought, Brought { bytes: CHUNK * 4, missed: 0 });
+        assert_eq!(pace.take(), [("turn", CHUNK), ("ended", CHUNK)].repeat(4));
+        assert_eq!((lower.take_reads().len(), demand.began.load(Ordering::Relaxed)), (4, 0), "nobody waits for it");
+    });
+}

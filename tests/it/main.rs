@@ -21,6 +21,7 @@
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
+//! | `fill` | what is fetched ahead of demand, why, and how fast at most |
 //! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
 //! | `command_line` | what it prints, refuses and returns |
 //!
@@ -40,6 +41,7 @@ mod command_line;
 mod crash;
 mod data_path;
 mod faults;
+mod fill;
 mod generations;
 mod handshake;
 mod index;

@@ -7,9 +7,11 @@
 //! to them, other orders and the background. What clients wait for is never asked here: it leaves at once.
 //!
 //! Three things bound what leaves: the *window* of bytes under way, which is what the link takes without a queue that
-//! clients would feel; the *budgets* of the server, the image and the order; and, for what can wait, [`Calm`].
+//! clients would feel; the *budgets* of the server, the image and the order; and, for what can wait, whether clients leave the link to
+//! it (`calm`).
 //!
-//! Locks: the orders', an image's plan, the link's, in this order, and the mirror's own within them. Never held across an await.
+//! Locks: the orders', an image's plan, the link's, in this order, and the mirror's own within them. Never held across
+//! an await.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -189,8 +189,8 @@ async fn give(wanted: Wanted) -> anyhow::Result<Taken> {
 /// Asks again for a moment where it is not known yet whether a deadline can be met.
 async fn settle_forecasts(taken: &mut [Taken]) -> anyhow::Result<()> {
     let is_open = |order: &Taken| {
-        let OrderStatus { state, deadline, expected_end_seconds, .. } = &order.given.status;
-        *state == OrderState::Active && deadline.is_some() && expected_end_seconds.is_none()
+        let OrderStatus { state, deadline, .. } = &order.given.status;
+        *state == OrderState::Active && deadline.is_some() && order.report.expected_end_seconds.is_none()
     };
     let asking = async {
         while taken.iter().any(is_open) {

@@ -60,6 +60,8 @@ impl Mirrors {
         }
         generation.mirror.check_room(&spec.ranges).map_err(|error| Refusal::Conflict(error.to_string()))?;
         let order = self.0.orders.add(spec, now.wall).map_err(refusal)?;
+        // At once, and not when the runner comes to it: it is to be forecast.
+        self.hand_over(Arc::clone(&order), &generation);
         let here = generation.mirror.here(&order.ranges);
         let (id, total, here_bytes) = (order.id, here.total, here.done());
         tracing::info!(order = id, name = image, total, here_bytes, strategy = %order.strategy, "ordered to prefetch");

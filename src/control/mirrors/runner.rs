@@ -36,7 +36,8 @@ impl Mirrors {
         }
     }
 
-    fn hand_over(&self, order: Arc<Order>, generation: &Generation) {
+    /// Has the engine carry an order out, unless it does.
+    pub(super) fn hand_over(&self, order: Arc<Order>, generation: &Generation) {
         if !self.0.engine.carries_out(order.id) {
             let source = self.source(&order, generation);
             self.0.engine.carry_out(order, Arc::clone(generation.filled.image()), source);

@@ -12,7 +12,7 @@ use crate::export::{Export, Facts, LocalFuture, Piece, SharedExport};
 use crate::ranges::ByteRange;
 
 /// A peer that failed is not asked for so long.
-const PAUSE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_secs(30);
 
 /// A peer.
 #[derive(Debug)]

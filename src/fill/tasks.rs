@@ -58,6 +58,14 @@ struct Task {
     is_started: bool,
 }
 
+impl Drop for Task {
+    fn drop(&mut self) {
+        if self.source.is_some() {
+            self.image.mirror.prefer(None);
+        }
+    }
+}
+
 impl fmt::Debug for Task {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Task")
@@ -110,6 +118,9 @@ impl Tasks {
         let remaining = order.total_bytes() - image.mirror.here(&order.ranges).done();
         let budget = Budget::new(order.rate);
         let place = (0, order.ranges.first().map_or(0, |range| range.start()));
+        if source.is_some() {
+            image.mirror.prefer(source.clone());
+        }
         self.tasks.push(Task {
             order,
             image,

@@ -8,8 +8,8 @@
 //! ahead and when.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -176,6 +176,13 @@ impl Mirror {
     /// of what the cache keeps.
     pub fn most_ahead(&self) -> u64 {
         self.0.space.most_kept() / 2
+    }
+
+    /// Has everything asked of `source` first from now on, where there is a manifest to hold it against: what clients
+    /// wait for too, because those who are filled from here wait for it. What it does not have right comes from the tier
+    /// below. `None`: no longer.
+    pub fn prefer(&self, source: Option<SharedExport>) {
+        *self.0.preferred.write().unwrap_or_else(PoisonError::into_inner) = source;
     }
 
     /// Whether some of `range` is here and has bytes.

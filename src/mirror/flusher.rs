@@ -18,7 +18,7 @@ use tokio::sync::{Mutex as AsyncMutex, Notify};
 
 use super::Inner;
 use super::chunks::{Chunk, State};
-use super::map::page_of;
+use super::map::{chunks_of, page_of};
 use crate::clock;
 use crate::ranges::ByteRange;
 use crate::telemetry::crash_point;
@@ -145,9 +145,13 @@ impl Inner {
                 if epoch != self.pending.epoch() {
                     let _table = self.flights.lock();
                     self.states.change(chunk, State::Volatile, State::Absent);
-                // It may have been forgotten meanwhile; then it stays so.
-                } else if self.states.change(chunk, State::Volatile, State::Resident) {
-                    pages.insert(page_of(chunk));
+                } else {
+                    // First: nobody is to count it before the map tells of it.
+                    self.origins.set_marked(chunk, false);
+                    // It may have been forgotten meanwhile; then it stays so.
+                    if self.states.change(chunk, State::Volatile, State::Resident) {
+                        pages.insert(page_of(chunk));
+                    }
                 }
             }
         }
@@ -160,7 +164,11 @@ impl Inner {
             self.disk_failed("cannot write the map", &error);
             // The next group takes them along; they do not begin one, or a broken disk would be asked for ever.
             self.pending.group().pages.extend(pages);
+            return;
         }
+        // Chunks become resident here only, so all of these pages are as the map has them.
+        let marked = pages.into_iter().flat_map(|page| chunks_of(self.geometry, page));
+        marked.for_each(|chunk| self.origins.set_marked(chunk, true));
     }
 
     /// Writes pages of the map as the states are now, and makes them durable.

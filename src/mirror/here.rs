@@ -62,7 +62,8 @@ impl Mirror {
             for chunk in geometry.chunks(range) {
                 let length = geometry.range(chunk).intersect(range).length();
                 match states.get(chunk) {
-                    State::Resident | State::Unverified => here.resident += length,
+                    State::Resident | State::Unverified if self.0.origins.is_marked(chunk) => here.resident += length,
+                    State::Resident | State::Unverified => {}
                     State::Zero => here.zero += length,
                     State::Absent | State::Leaving | State::Volatile => {}
                 }

@@ -133,6 +133,11 @@ pub(super) const fn page_of(chunk: Chunk) -> u64 {
     chunk.number() / ENTRIES
 }
 
+/// The chunks that a page holds.
+pub(super) fn chunks_of(geometry: Geometry, page: u64) -> impl Iterator<Item = Chunk> {
+    (page * ENTRIES..(page + 1) * ENTRIES).map_while(move |number| geometry.chunk(number))
+}
+
 /// Where the slot is that a page is written to with this sequence.
 pub(super) const fn slot_at(page: u64, sequence: u64) -> u64 {
     (1 + 2 * page + sequence % 2) * BLOCK as u64

@@ -62,7 +62,7 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -176,6 +176,8 @@ struct Inner {
     observer: Option<Arc<dyn Observer>>,
     flights: Arc<Flights>,
     queues: Queues,
+    /// Who is asked before the tier below, for now.
+    preferred: RwLock<Option<SharedExport>>,
     chart: Chart,
     pending: Pending,
     store: Store,
@@ -258,6 +260,7 @@ impl Mirror {
                 observer: settings.observer.clone(),
                 flights: Arc::default(),
                 queues: Queues::new(),
+                preferred: RwLock::default(),
                 chart: Chart::new(geometry),
                 pending: Pending::new(space.limit()),
                 fixed: store::fixed_bytes(geometry, segments.count_all()),
@@ -371,7 +374,8 @@ impl Mirror {
         for chunk in geometry.chunks(ByteRange::between(0, geometry.size())) {
             let length = geometry.range(chunk).length();
             match states.get(chunk) {
-                State::Resident | State::Unverified => share.resident += length,
+                State::Resident | State::Unverified if self.0.origins.is_marked(chunk) => share.resident += length,
+                State::Resident | State::Unverified => {}
                 State::Zero => share.zero += length,
                 State::Absent | State::Leaving | State::Volatile => {}
             }

@@ -1,4 +1,4 @@
-//! Why each chunk came, and whether anybody has read it since.
+//! Why each chunk came, whether anybody has read it since, and whether the map tells of it.
 //!
 //! One byte a chunk, of this run of the server alone: what was here at the start counts as read. A hit costs one look
 //! at it. Whether what is fetched ahead of demand is of use is known from here (papers call it matched and unmatched).
@@ -13,6 +13,10 @@ use crate::units::to_usize;
 
 /// Nobody has read it.
 const UNREAD: u8 = 1 << 7;
+/// The map does not tell of it yet: after a crash it would be gone.
+const UNMARKED: u8 = 1 << 6;
+/// The rest is the cause.
+const FLAGS: u8 = UNREAD | UNMARKED;
 
 /// What came of all chunks that were fetched because of one thing.
 ///
@@ -94,12 +98,28 @@ impl Origins {
         self.geometry.chunks(part).any(|chunk| self.mark(chunk).load(Ordering::Relaxed) & UNREAD != 0)
     }
 
+    /// Whether the map tells of a chunk that is here and durable, or is about to.
+    pub(super) fn set_marked(&self, chunk: Chunk, is_marked: bool) {
+        let mark = self.mark(chunk);
+        // Pairs with the load in `is_marked`.
+        if is_marked {
+            mark.fetch_and(!UNMARKED, Ordering::Release);
+        } else {
+            mark.fetch_or(UNMARKED, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a chunk that is here would be here after a crash too.
+    pub(super) fn is_marked(&self, chunk: Chunk) -> bool {
+        self.mark(chunk).load(Ordering::Acquire) & UNMARKED == 0
+    }
+
     fn end(&self, chunk: Chunk, counter: impl Fn(&Tally) -> &Counter) {
         let before = self.mark(chunk).fetch_and(!UNREAD, Ordering::Relaxed);
         if before & UNREAD == 0 {
             return;
         }
-        let cause = Cause::ALL.into_iter().find(|cause| *cause as u8 == before & !UNREAD);
+        let cause = Cause::ALL.into_iter().find(|cause| *cause as u8 == before & !FLAGS);
         if let Some(cause) = cause {
             counter(self.tally(cause)).add(self.length(chunk));
         }

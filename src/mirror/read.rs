@@ -416,8 +416,10 @@ impl Inner {
     pub(super) fn residency(&self, range: ByteRange, limit: usize) -> Vec<Extent> {
         let pinned = |part| if self.pins.touch(part) { Residency::PINNED } else { Residency::empty() };
         let unread = |part| if self.origins.is_unread(part) { Residency::UNREAD } else { Residency::empty() };
+        let is_marked = |part| self.geometry.chunks(part).all(|chunk| self.origins.is_marked(chunk));
         self.describe(self.describable(range), limit, |part, state| {
             let state = match state {
+                State::Resident | State::Unverified if !is_marked(part) => Residency::empty(),
                 State::Resident | State::Unverified => Residency::RESIDENT | unread(part),
                 State::Zero => Residency::ZERO,
                 State::Absent | State::Leaving | State::Volatile => Residency::empty(),

@@ -13,7 +13,7 @@ use crate::upstream::{self, Expectation, Remote};
 /// How often it is looked whether an order's image is still the one that it is for.
 const EVERY: Duration = Duration::from_secs(1);
 /// How long a peer may take; the image's own upstream is asked then.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Mirrors {
     /// Has orders carried out, for ever. One task of a worker does this.

@@ -217,7 +217,9 @@ impl Inner {
             asked.answered(answer.is_ok());
             return answer;
         };
-        let source = ahead.source.as_ref().filter(|_| self.truth.get().is_some());
+        // Nothing is believed of others that cannot be held against a manifest.
+        let source = ahead.source.clone().or_else(|| self.preferred()).filter(|_| self.truth.get().is_some());
+        let source = source.as_ref();
         let Some(pace) = &ahead.pace else { return self.ask_either(source, range).await };
         let mut pieces = Vec::new();
         let mut rest = range;
@@ -232,6 +234,11 @@ impl Inner {
             rest = ByteRange::between(part.end(), rest.end());
         }
         Ok(pieces)
+    }
+
+    /// Who is asked before the tier below.
+    pub(super) fn preferred(&self) -> Option<SharedExport> {
+        self.preferred.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What `source` does not give comes from the tier below, as a part of the same request: it has waited for its turn.

@@ -438,8 +438,7 @@ impl Inner {
             return cut(&pieces);
         }
         let asked = Asked::new(self.observer.as_deref(), range.length());
-        let preferred = self.preferred.read().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(source) = preferred
+        if let Some(source) = self.preferred()
             && let Ok(pieces) = source.read(range).await
             && is_right(&pieces)
         {

@@ -11,7 +11,9 @@ use serde_json::Value;
 
 use crate::support::cache::{Sampler, allocated, assert_holds, image_status, order, status};
 use crate::support::client::Client;
-use crate::support::{Daemon, Scratch, append, eventually, headwater, mirror_command, noise, run, run_failing};
+use crate::support::{
+    Daemon, ON_DEMAND, Scratch, append, eventually, headwater, mirror_command, noise, run, run_failing,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -197,7 +199,7 @@ fn a_full_disk_has_chunks_evicted() {
     for disk in [TMPFS, EXT4] {
         let scratch = Scratch::new();
         let (server, bytes) = single(&scratch, 32);
-        let (mirror, _) = mirror_on(&scratch, server.uri(), disk, &[]);
+        let (mirror, _) = mirror_on(&scratch, server.uri(), disk, &[ON_DEMAND]);
         for _ in 0..2 {
             assert_holds(mirror.uri(), &bytes);
         }

@@ -131,6 +131,22 @@ impl Coverage {
     }
 }
 
+/// `ranges` without empty ones, in order and joined where they touch.
+pub fn merged(ranges: &[ByteRange]) -> Vec<ByteRange> {
+    let mut all: Vec<_> = ranges.iter().copied().filter(|range| !range.is_empty()).collect();
+    all.sort_unstable_by_key(|range| range.start());
+    let mut joined: Vec<ByteRange> = Vec::with_capacity(all.len());
+    for range in all {
+        match joined.last_mut() {
+            Some(last) if range.start() <= last.end() => {
+                *last = ByteRange::between(last.start(), last.end().max(range.end()));
+            }
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

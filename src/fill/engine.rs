@@ -82,7 +82,7 @@ pub struct Engine(Arc<Shared>);
 struct Shared {
     rates: Rates,
     link: Mutex<Link>,
-    images: Mutex<Images>,
+    images: Mutex<Vec<Arc<Image>>>,
     tasks: Mutex<Tasks>,
     orders: Orders,
     /// Something may leave now that could not before: fetches that have begun go on.
@@ -107,9 +107,6 @@ struct Link {
     /// Whether something waits for clients to leave the link to it.
     is_held: bool,
 }
-
-#[derive(Debug, Default)]
-struct Images(Vec<Arc<Image>>);
 
 /// A fetch that may leave now.
 #[derive(Debug)]
@@ -171,13 +168,13 @@ impl Engine {
 
     /// Fills `image` too.
     pub fn add(&self, image: Arc<Image>) {
-        self.0.images.lock().unwrap_or_else(PoisonError::into_inner).0.push(image);
+        self.0.images.lock().unwrap_or_else(PoisonError::into_inner).push(image);
         self.0.wake.notify_one();
     }
 
     /// The images that are filled.
     pub fn images(&self) -> Vec<Arc<Image>> {
-        self.0.images.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+        self.0.images.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Carries out an order for `image`, whose bytes come from `source` if that has them.

@@ -143,7 +143,7 @@ impl Image {
         self.is_complete.store(self.mirror.is_complete(), Ordering::Relaxed);
     }
 
-    /// What of readahead nobody reads speaks against more of it (paper 2's threshold on what is unmatched).
+    /// What of readahead nobody reads speaks against more of it (the threshold of Nicolae and Rafique on what is unmatched).
     pub fn is_readahead_wasted(&self) -> bool {
         let Tally { brought_bytes, used_bytes, .. } = self.mirror.tally(Cause::Readahead);
         let (brought, used) = (brought_bytes.value(), used_bytes.value());

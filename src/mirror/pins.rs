@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use super::chunks::{Chunk, State, checksum};
 use super::{Inner, Mirror};
-use crate::ranges::ByteRange;
+use crate::ranges::{ByteRange, merged};
 use crate::units::ByteSize;
 
 const NAME: &str = "pins";
@@ -206,18 +206,7 @@ impl Pins {
 
 /// `ranges` and `more`, joined where they touch.
 pub(super) fn union(ranges: &[ByteRange], more: &[ByteRange]) -> Vec<ByteRange> {
-    let mut all: Vec<_> = ranges.iter().chain(more).copied().filter(|range| !range.is_empty()).collect();
-    all.sort_unstable_by_key(|range| range.start());
-    let mut joined: Vec<ByteRange> = Vec::with_capacity(all.len());
-    for range in all {
-        match joined.last_mut() {
-            Some(last) if range.start() <= last.end() => {
-                *last = ByteRange::between(last.start(), last.end().max(range.end()));
-            }
-            _ => joined.push(range),
-        }
-    }
-    joined
+    merged(&[ranges, more].concat())
 }
 
 /// `ranges` without `less`.

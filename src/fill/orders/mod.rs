@@ -32,7 +32,7 @@ use tokio::sync::watch;
 
 use crate::clock;
 use crate::mirror::Space;
-use crate::ranges::ByteRange;
+pub use crate::ranges::merged;
 use crate::telemetry::crash_point;
 use crate::units::to_u64;
 pub use order::{Deadline, Order, Spec, State, What};
@@ -367,26 +367,11 @@ fn cost(length: usize) -> u64 {
     2 * to_u64(length).next_multiple_of(4096)
 }
 
-/// `ranges`, in order and joined where they touch.
-pub fn merged(ranges: &[ByteRange]) -> Vec<ByteRange> {
-    let mut all: Vec<_> = ranges.iter().copied().filter(|range| !range.is_empty()).collect();
-    all.sort_unstable_by_key(|range| range.start());
-    let mut joined: Vec<ByteRange> = Vec::with_capacity(all.len());
-    for range in all {
-        match joined.last_mut() {
-            Some(last) if range.start() <= last.end() => {
-                *last = ByteRange::between(last.start(), last.end().max(range.end()));
-            }
-            _ => joined.push(range),
-        }
-    }
-    joined
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::mirror::SpaceSettings;
+    use crate::ranges::ByteRange;
     use proptest::prelude::*;
 
     fn time(seconds: u64) -> SystemTime {

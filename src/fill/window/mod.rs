@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use base::Bases;
 
+use super::budget::time_for;
 use crate::units::KIB;
 
 /// Requests' worth of queue that are aimed at while no client reads.
@@ -325,10 +326,4 @@ fn scale(bytes: u64, numerator: Duration, denominator: Duration) -> u64 {
 
 fn per_second(bytes: u64, took: Duration) -> u64 {
     scale(bytes, Duration::from_secs(1), took)
-}
-
-/// The time that so many bytes take at so many a second.
-fn time_for(bytes: u64, rate: u64) -> Duration {
-    let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
-    Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
 }

@@ -159,6 +159,8 @@ impl Inner {
             return;
         }
         let list: Vec<_> = pages.iter().copied().collect();
+        // Before they are written: a chunk that becomes zero meanwhile is told of by the next group.
+        let news = self.unmarked(&list);
         if let Err(error) = self.store.write_pages(&self.states, &list).await {
             // What is marked in memory is durable, so nothing is wrong but that a restart would fetch it again.
             self.disk_failed("cannot write the map", &error);
@@ -166,9 +168,16 @@ impl Inner {
             self.pending.group().pages.extend(pages);
             return;
         }
-        // Chunks become resident here only, so all of these pages are as the map has them.
-        let marked = pages.into_iter().flat_map(|page| chunks_of(self.geometry, page));
-        marked.for_each(|chunk| self.origins.set_marked(chunk, true));
+        news.into_iter().for_each(|chunk| self.origins.set_marked(chunk, true));
+    }
+
+    /// The chunks of pages that are here or zero, and that the map does not tell of yet.
+    fn unmarked(&self, pages: &[u64]) -> Vec<Chunk> {
+        let is_news = |chunk: &Chunk| {
+            let is_known = matches!(self.states.get(*chunk), State::Resident | State::Unverified | State::Zero);
+            is_known && !self.origins.is_marked(*chunk)
+        };
+        pages.iter().flat_map(|page| chunks_of(self.geometry, *page)).filter(is_news).collect()
     }
 
     /// Writes pages of the map as the states are now, and makes them durable.

@@ -14,7 +14,7 @@ pub struct Here {
     pub total: u64,
     /// Of these, bytes of resident chunks, durable ones only.
     pub resident: u64,
-    /// Of these, bytes known to be zero.
+    /// Of these, bytes known to be zero, after a crash too.
     pub zero: u64,
 }
 
@@ -63,9 +63,13 @@ impl Mirror {
                 let length = geometry.range(chunk).intersect(range).length();
                 match states.get(chunk) {
                     State::Resident | State::Unverified if self.0.origins.is_marked(chunk) => here.resident += length,
-                    State::Resident | State::Unverified => {}
-                    State::Zero => here.zero += length,
-                    State::Absent | State::Leaving | State::Volatile => {}
+                    State::Zero if self.0.origins.is_marked(chunk) => here.zero += length,
+                    State::Resident
+                    | State::Unverified
+                    | State::Zero
+                    | State::Absent
+                    | State::Leaving
+                    | State::Volatile => {}
                 }
             }
         }

@@ -441,7 +441,8 @@ impl Inner {
             self.states.change(chunk, State::Volatile, State::Absent);
             self.states.change(chunk, State::Resident, State::Unverified);
             if truth.is_zero(self.geometry, chunk) {
-                self.mark_zero(chunk);
+                // The manifest tells of it after a crash too.
+                self.become_zero(chunk);
                 continue;
             }
             self.states.change(chunk, State::Zero, State::Absent);
@@ -455,9 +456,18 @@ impl Inner {
         let _ = self.truth.set(truth);
     }
 
-    /// Marks a chunk that is known to be zero, if it is absent. What has bytes on the disk stays absent, and can be
-    /// evicted. To be called under the lock of the flights.
+    /// Marks a chunk that is known to be zero, as [`become_zero`](Self::become_zero) does; the map is yet to tell of it.
     fn mark_zero(&self, chunk: Chunk) -> bool {
+        if self.states.get(chunk) == State::Absent {
+            // First: nobody is to count it before the map tells of it.
+            self.origins.set_marked(chunk, false);
+        }
+        self.become_zero(chunk)
+    }
+
+    /// Turns a chunk that is known to be zero from absent to zero. What has bytes on the disk stays absent, and can be
+    /// evicted. To be called under the lock of the flights.
+    fn become_zero(&self, chunk: Chunk) -> bool {
         !self.segments.is_charged(chunk) && self.states.change(chunk, State::Absent, State::Zero)
     }
 

@@ -98,7 +98,7 @@ impl Origins {
         self.geometry.chunks(part).any(|chunk| self.mark(chunk).load(Ordering::Relaxed) & UNREAD != 0)
     }
 
-    /// Whether the map tells of a chunk that is here and durable, or is about to.
+    /// Whether the map tells of a chunk that is here and durable, or zero.
     pub(super) fn set_marked(&self, chunk: Chunk, is_marked: bool) {
         let mark = self.mark(chunk);
         // Pairs with the load in `is_marked`.

@@ -247,7 +247,10 @@ fn what_is_zero_is_neither_fetched_nor_stored() {
         let mirror_of_bytes = second.open(lower);
         assert_eq!(read(&mirror_of_bytes, 0, 100 * CHUNK).await.unwrap(), vec![0; 100 << 14]);
         for (mirror, scratch) in [(mirror, scratch), (mirror_of_bytes, second)] {
+            let zero = || mirror.here(&[ByteRange::between(0, 100 * CHUNK)]).zero;
+            assert_eq!(zero(), 0, "a crash would lose what the map does not tell of");
             mirror.settle().await;
+            assert_eq!(zero(), 100 * CHUNK);
             assert_eq!(mirror.share(), Share { size: 100 * CHUNK, resident: 0, zero: 100 * CHUNK, pinned: 0 });
             assert_eq!(fs::metadata(scratch.file("data")).unwrap().blocks(), 0);
             assert_eq!(mirror.try_read(ByteRange::between(7, 9), &mut BytesMut::new()), TryRead::Hole);

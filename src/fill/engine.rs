@@ -13,12 +13,15 @@
 //! Locks: the orders', an image's plan, the link's, in this order, and the mirror's own within them. Never held across
 //! an await.
 
+mod paced;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
+use self::paced::Paced;
 use super::budget::Budget;
 use super::calm::Calm;
 use super::image::Image;
@@ -26,9 +29,9 @@ use super::orders::{Forecast, Order, Orders, State};
 use super::tasks::{Fetch, Tasks, Wish, earlier};
 use super::window::Window;
 use crate::clock;
-use crate::export::{LocalFuture, SharedExport};
+use crate::export::SharedExport;
 use crate::mirror::Cause;
-use crate::mirror::ahead::{Ahead, Brought, Observer, Pace};
+use crate::mirror::ahead::{Ahead, Brought, Observer};
 use crate::ranges::ByteRange;
 use crate::units::{KIB, MIB};
 
@@ -106,6 +109,8 @@ struct Link {
     resting: usize,
     /// Whether something waits for clients to leave the link to it.
     is_held: bool,
+    /// When the engine looks again, if nothing happens before; `None` while it looks.
+    next_look: Option<Instant>,
 }
 
 /// A fetch that may leave now.
@@ -216,19 +221,26 @@ impl Engine {
     /// Looks from time to time, for ever. One task of a worker does this.
     pub async fn run(self) {
         loop {
-            let until = self.pump().unwrap_or_else(|| clock::now() + LOOK).min(clock::now() + LOOK);
+            // Whoever finds meanwhile that there is more to do later wakes us.
+            self.0.link().next_look = None;
+            let latest = clock::now() + LOOK;
+            let until = self.start_all().map_or(latest, |until| until.min(latest));
+            self.0.link().next_look = Some(until);
             // Whether it is news or time does not matter.
             let _ = tokio::time::timeout_at(until.into(), self.0.wake.notified()).await;
         }
     }
 
-    /// Has everything leave that may. Gives when there may be more, if nothing happens before. To be called on a worker;
-    /// elsewhere it leaves it to one.
-    pub fn pump(&self) -> Option<Instant> {
-        if crate::worker::index().is_none() {
-            self.0.wake.notify_one();
-            return None;
+    /// Has everything leave that may, now and when its time has come. On a worker at once; elsewhere it is left to one.
+    pub fn pump(&self) {
+        let until = if crate::worker::index().is_some() { self.start_all() } else { Some(clock::now()) };
+        if let Some(until) = until {
+            self.0.look_by(until);
         }
+    }
+
+    /// The same; gives when there may be more, if nothing happens before.
+    fn start_all(&self) -> Option<Instant> {
         loop {
             match self.look(clock::now()) {
                 Look::Leaves(run) => {
@@ -357,6 +369,13 @@ impl Shared {
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sees to it that the engine looks at `until`, if not before.
+    fn look_by(&self, until: Instant) {
+        if self.link().next_look.is_none_or(|next| until < next) {
+            self.wake.notify_one();
+        }
+    }
+
     /// Bytes per second that orders can count on; 0 while that is not known.
     fn rate(&self) -> f64 {
         let measured = self.link().window.rate();
@@ -375,7 +394,7 @@ impl Shared {
 impl Link {
     fn new(rates: Rates) -> Self {
         let (window, budget) = (Window::new(SMALLEST_WINDOW, LARGEST_WINDOW), Budget::new(rates.server));
-        Self { window, calm: Calm::default(), budget, runs: 0, claimed: 0, resting: 0, is_held: false }
+        Self { window, calm: Calm::default(), budget, runs: 0, claimed: 0, resting: 0, is_held: false, next_look: None }
     }
 
     /// How long the next fetch may be; or when there may be one, if nothing happens before.
@@ -478,125 +497,11 @@ impl Drop for UnderWay {
     }
 }
 
-/// The pace of one fetch.
-#[derive(Debug)]
-struct Paced {
-    engine: Engine,
-    can_wait: bool,
-    /// Of the whole fetch.
-    bytes: u64,
-    /// Bytes that were let go and have not left yet.
-    admitted: AtomicU64,
-    /// Bytes that have left.
-    left: AtomicU64,
-}
-
-/// A fetch that has begun and whose next request has to wait. Dropped, it does not any more.
-struct Resting<'a>(&'a Shared);
-
-impl<'a> Resting<'a> {
-    fn new(shared: &'a Shared) -> Self {
-        shared.link().resting += 1;
-        Self(shared)
-    }
-}
-
-impl Drop for Resting<'_> {
-    fn drop(&mut self) {
-        self.0.link().resting -= 1;
-    }
-}
-
-impl Paced {
-    /// What was let go, if it has not left yet.
-    fn take_admitted(&self) -> u64 {
-        self.admitted.swap(0, Ordering::Relaxed)
-    }
-}
-
-impl Pace for Paced {
-    fn part(&self) -> u64 {
-        match self.admitted.load(Ordering::Relaxed) {
-            0 => self.engine.0.link().part(self.bytes, self.can_wait, clock::now()),
-            admitted => admitted,
-        }
-    }
-
-    fn turn(&self, bytes: u64) -> LocalFuture<'_, ()> {
-        Box::pin(async move {
-            let shared = &self.engine.0;
-            if self.admitted.load(Ordering::Relaxed) > 0 {
-                // It may be less than was let go, at the end of an image.
-                let admitted = self.take_admitted();
-                shared.link().window.withdrawn(admitted.saturating_sub(bytes));
-                self.left.fetch_add(bytes, Ordering::Relaxed);
-                return;
-            }
-            let mut resting = None;
-            loop {
-                let news = shared.news.notified();
-                let now = clock::now();
-                let until = {
-                    let mut link = shared.link();
-                    match link.may_go_on(self.can_wait, now) {
-                        Ok(()) => {
-                            if self.can_wait {
-                                link.calm.left(now);
-                            }
-                            link.window.sent(now, bytes);
-                            self.left.fetch_add(bytes, Ordering::Relaxed);
-                            drop(link);
-                            drop(resting);
-                            return;
-                        }
-                        Err(until) => until,
-                    }
-                };
-                resting.get_or_insert_with(|| Resting::new(shared));
-                let until = until.unwrap_or(now + LOOK);
-                tokio::select! {
-                    () = news => {}
-                    () = tokio::time::sleep_until(until.into()) => {}
-                }
-            }
-        })
-    }
-
-    fn hurried(&self, bytes: u64) {
-        let admitted = self.take_admitted();
-        self.left.fetch_add(bytes, Ordering::Relaxed);
-        let mut link = self.engine.0.link();
-        link.window.withdrawn(admitted);
-        link.window.sent(clock::now(), bytes);
-    }
-
-    fn ended(&self, bytes: u64, latency: Option<Duration>) {
-        let now = clock::now();
-        let mut link = self.engine.0.link();
-        match latency {
-            Some(latency) => link.window.landed(now, bytes, latency),
-            None => link.window.failed(now, bytes),
-        }
-        drop(link);
-        self.engine.0.news.notify_waiters();
-        self.engine.pump();
-    }
-}
-
-impl Drop for Paced {
-    fn drop(&mut self) {
-        // It never left: there was nothing to fetch after all.
-        let admitted = self.take_admitted();
-        if admitted > 0 {
-            self.engine.0.link().window.withdrawn(admitted);
-            self.engine.0.wake.notify_one();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mirror::{Space, SpaceSettings};
+    use futures_util::FutureExt;
 
     #[test]
     fn only_what_can_wait_leaves_the_link_to_clients() {
@@ -609,6 +514,23 @@ mod tests {
         let soon = now + Duration::from_millis(1);
         assert_eq!(link.may_go_on(false, soon), Ok(()));
         assert!(link.may_go_on(true, soon).is_err());
+    }
+
+    #[test]
+    fn what_may_leave_soon_does_not_wait_for_the_next_look() {
+        let scratch = tempfile::tempdir().unwrap();
+        let space = Space::new(scratch.path(), SpaceSettings::default());
+        let engine = Engine::new(Rates::default(), Orders::open(scratch.path(), &space));
+        let is_woken = || std::pin::pin!(engine.0.wake.notified()).now_or_never().is_some();
+        let now = clock::now();
+        engine.0.link().next_look = Some(now + LOOK);
+        engine.0.look_by(now + 2 * LOOK);
+        assert!(!is_woken(), "it looks before that");
+        engine.0.look_by(now + LOOK / 2);
+        assert!(is_woken());
+        engine.0.link().next_look = None;
+        engine.0.look_by(now + 2 * LOOK);
+        assert!(is_woken(), "it may have looked already at what has changed");
     }
 
     #[test]

@@ -24,10 +24,12 @@
 //! | 3 | [`upstream`] | an export of another server |
 //! | 3 | [`mirror`] | a cache of the tier below |
 //! | 3 | [`server`] | serves exports to clients |
+//! | 4 | [`agent`] | the client's end of a redirect: qemu by QMP, the kernel's device by netlink |
 //! | 4 | [`fill`] | what is fetched ahead of demand |
 //! | 5 | [`control`] | the admin API |
 //! | 6 | [`cli`] | the command line |
 
+pub mod agent;
 pub mod cli;
 pub mod clock;
 pub mod control;

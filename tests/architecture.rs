@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The rooms and their levels. A room may import rooms of lower levels only.
-const LEVELS: [(&str, u32); 18] = [
+const LEVELS: [(&str, u32); 19] = [
     ("units", 0),
     ("ranges", 0),
     ("clock", 0),
@@ -24,6 +24,7 @@ const LEVELS: [(&str, u32); 18] = [
     ("upstream", 3),
     ("mirror", 3),
     ("server", 3),
+    ("agent", 4),
     ("fill", 4),
     ("control", 5),
     ("cli", 6),

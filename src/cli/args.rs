@@ -100,6 +100,10 @@ pub(super) enum Command {
     Verify(Verify),
     Profile(super::profile::Profile),
     Prefetch(Box<Prefetch>),
+    Redirect(Box<super::redirect::args::Redirect>),
+    Drain(super::drain::Drain),
+    Attach(super::attach::Attach),
+    Detach(super::attach::Detach),
 }
 
 /// Serve real images: raw files, block devices, qcow2 files.

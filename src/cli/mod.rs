@@ -6,6 +6,9 @@
 //! | `daemon` | what `serve` and `mirror` have in common: listening, serving, ending |
 //! | `serve`, `mirror`, `index`, `info`, `status`, `pin`, `verify`, `profile` | one command each; `pin` has `unpin` too |
 //! | `prefetch` | ordering, waiting, deploying to many mirrors |
+//! | `redirect` | moving clients: at a server, at a virtual machine, at a device of the kernel |
+//! | `drain` | taking a server out of service |
+//! | `attach` | binding an export to a device of the kernel, and giving it back |
 //! | `verify_file` | `verify` for files, which needs no server |
 //! | `running` | finding the running server that a command is for |
 //! | `long_work` | calling long work off, and showing how it gets on |
@@ -15,7 +18,9 @@
 //! Exit status: 0 when all went well, 1 on a failure, 2 when the command line makes no sense; `verify` and `prefetch` have more.
 
 mod args;
+mod attach;
 mod daemon;
+mod drain;
 mod index;
 mod info;
 mod long_work;
@@ -24,6 +29,7 @@ mod output;
 mod pin;
 mod prefetch;
 mod profile;
+mod redirect;
 mod running;
 mod serve;
 mod status;
@@ -52,6 +58,10 @@ pub fn run() -> ExitCode {
         Command::Verify(arguments) => verify::run(arguments),
         Command::Profile(arguments) => profile::run(arguments).map(|()| ExitCode::SUCCESS),
         Command::Prefetch(arguments) => prefetch::run(*arguments),
+        Command::Redirect(arguments) => redirect::run(*arguments),
+        Command::Drain(arguments) => drain::run(arguments),
+        Command::Attach(arguments) => attach::attach(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Detach(arguments) => attach::detach(arguments).map(|()| ExitCode::SUCCESS),
     };
     match result {
         Ok(code) => code,

@@ -6,6 +6,7 @@
 //! | `status` | what is said, as types that server and command line share |
 //! | [`mirrors`] | the mirrors of a server: opened, watched, replaced, operated |
 //! | [`real`] | the real images of a server, operated |
+//! | [`redirect`] | orders to move clients: taken, carried out, reported |
 //! | [`prefetch`] | what is said of orders to prefetch |
 //! | `operated` | [`Operated`]: what a server must be able to do to be operated |
 //! | `jobs` | orders that take long: their progress, and calling them off |
@@ -34,6 +35,7 @@ pub mod place;
 pub mod prefetch;
 mod profiles;
 pub mod real;
+pub mod redirect;
 pub mod status;
 
 use std::sync::Arc;

@@ -182,3 +182,17 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 
 /// A query by which a Headwater mirror says in LIST_META_CONTEXT that it is one. No context has this name.
 pub const MIRROR: &str = "x-headwater:mirror";
+
+/// The same with the name of the mirror: `x-headwater:mirror=NODE`.
+pub const MIRROR_NODE: &str = "x-headwater:mirror=";
+
+/// The metadata context whose BLOCK_STATUS is held back until there is news for the client.
+pub const NOTICE: &str = "x-headwater:notice";
+
+/// A query by which a client names this connection: `x-headwater:connection=TOKEN`, 32 hexadecimal digits that nobody
+/// can guess.
+pub const CONNECTION: &str = "x-headwater:connection=";
+
+/// A query that asks the server to close the connection with that name as soon as all that it received is answered:
+/// `x-headwater:close=TOKEN`.
+pub const CLOSE: &str = "x-headwater:close=";

@@ -12,6 +12,7 @@
 //! | `buffers` | memory for both directions, shared by the connections of a worker |
 //! | `spin` | waiting for the next request awake |
 //! | `clients` | who is connected, and what each has done |
+//! | `steering` | what can be done to clients from outside: switch, tell, close, send away |
 //! | `limits` | how much one connection, and all together, may have in flight |
 //!
 //! A connection lives and dies on one worker. All requests that have arrived together are parsed together; what can
@@ -28,6 +29,7 @@ mod long_reads;
 mod outbox;
 mod requests;
 mod spin;
+mod steering;
 mod transmission;
 
 use std::io;
@@ -42,6 +44,7 @@ use crate::net::{Detached, Listener};
 use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
 use limits::SharedBudget;
+pub use steering::{ClientHandle, Gate, Gone, News, Notices, Steering, Switched};
 
 /// What an operator may set.
 #[derive(Debug, Clone)]
@@ -109,6 +112,11 @@ impl Server {
     /// Who is connected, now and later.
     pub fn clients(&self) -> ClientTable {
         self.shared.clients.clone()
+    }
+
+    /// What operators can do to clients, now and later.
+    pub fn steering(&self) -> Steering {
+        Steering { clients: self.clients(), ..Steering::default() }
     }
 
     /// Stops accepting, answers what has been received, closes all connections. Says whether all of it was done

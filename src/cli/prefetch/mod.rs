@@ -13,7 +13,7 @@ pub(super) mod args;
 mod deploy;
 mod file;
 mod follow;
-mod when;
+pub(super) mod when;
 
 use std::process::ExitCode;
 use std::time::Duration;

@@ -76,7 +76,7 @@ pub(super) fn shown(seconds: f64) -> String {
 }
 
 /// `20s`, `10m`, `1h30m`, `2d`.
-pub(super) fn length_of_time(text: &str) -> Result<Duration, String> {
+pub(in crate::cli) fn length_of_time(text: &str) -> Result<Duration, String> {
     parse_length(text).map_err(|error| error.to_string())
 }
 

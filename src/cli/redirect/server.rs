@@ -1,0 +1,11 @@
+//! `headwater redirect` at a running server.
+
+use std::process::ExitCode;
+
+use anyhow::bail;
+
+use super::args::Redirect;
+
+pub(super) fn run(arguments: Redirect) -> anyhow::Result<ExitCode> {
+    bail!("not built yet: {arguments:?}")
+}

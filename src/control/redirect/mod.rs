@@ -1,0 +1,1 @@
+//! Orders to move clients to another server, and to take a server out of service.

@@ -21,6 +21,7 @@
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
+//! | `fleet` | many mirrors and a tree of them, redirected while their clients read |
 //! | `fill` | what is fetched ahead of demand, why, and how fast at most |
 //! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
 //! | `command_line` | what it prints, refuses and returns |
@@ -42,6 +43,7 @@ mod crash;
 mod data_path;
 mod faults;
 mod fill;
+mod fleet;
 mod generations;
 mod handshake;
 mod index;

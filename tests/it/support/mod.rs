@@ -6,6 +6,7 @@ pub(crate) mod guest;
 pub(crate) mod liar;
 pub(crate) mod link;
 pub(crate) mod peers;
+pub(crate) mod readers;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};

@@ -163,3 +163,113 @@ async fn first_of<T>(attempts: &mut Vec<Pin<Box<impl Future<Output = T>>>>) -> T
     })
     .await
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Error, ErrorKind};
+    use crate::export::memory::Memory;
+    use crate::export::wrappers::{Fault, Gate};
+    use crate::export::{Piece, assemble};
+    use crate::ranges::ByteRange;
+
+    fn holding(byte: u8) -> SharedExport {
+        Arc::new(Memory::holding(vec![byte; 16]).read_only())
+    }
+
+    fn broken(message: &'static str) -> SharedExport {
+        Arc::new(Fault::new(holding(0), move |_| Some(Error::new(ErrorKind::Io, message))))
+    }
+
+    fn seat(own: SharedExport, is_read_only: bool) -> Seat {
+        Seat::new(own, vec![Context::Allocation, Context::Residency], is_read_only, Arc::default())
+    }
+
+    async fn read(seat: &Seat) -> Result<Vec<Piece>> {
+        seat.ask(async |at| at.export.read(ByteRange::between(0, 16)).await).await
+    }
+
+    async fn byte(seat: &Seat) -> u8 {
+        assemble(&read(seat).await.unwrap())[0]
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_goes_to_whoever_is_there() {
+        let seat = seat(holding(1), true);
+        assert_eq!(byte(&seat).await, 1);
+        seat.put(Some(holding(2)), clock::now());
+        assert_eq!(byte(&seat).await, 2);
+        seat.put(None, clock::now());
+        assert_eq!(byte(&seat).await, 1);
+        assert_eq!(seat.counts.replayed.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_hangs_is_asked_of_all_who_come_and_the_first_answer_counts() {
+        let gates = [1, 2, 3].map(|byte| Arc::new(Gate::new(holding(byte))));
+        let seat = seat(Arc::clone(&gates[0]) as _, true);
+        let switches = async {
+            gates[0].arrived(1).await;
+            seat.put(Some(Arc::clone(&gates[1]) as _), clock::now());
+            gates[1].arrived(1).await;
+            seat.put(Some(Arc::clone(&gates[2]) as _), clock::now());
+            gates[2].arrived(1).await;
+            // Two at a time: the first was given up.
+            gates[0].open();
+            gates[1].open();
+        };
+        let (found, ()) = tokio::join!(byte(&seat), switches);
+        assert_eq!(found, 2);
+        assert_eq!(seat.counts.replayed.get(), 1, "it is one request");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_finishes_in_time_is_asked_once() {
+        let (gate, next) = (Arc::new(Gate::new(holding(1))), Arc::new(Gate::new(holding(2))));
+        let seat = seat(Arc::clone(&gate) as _, true);
+        let switch = async {
+            gate.arrived(1).await;
+            seat.put(Some(Arc::clone(&next) as _), clock::now());
+            gate.open();
+        };
+        assert_eq!(tokio::join!(byte(&seat), switch).0, 1);
+        assert_eq!(seat.counts.replayed.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_error_is_one_of_the_last_export() {
+        let gate = Arc::new(Gate::new(broken("the old one")));
+        let seat = seat(Arc::clone(&gate) as _, true);
+        let switch = async {
+            gate.arrived(1).await;
+            seat.put(Some(broken("the new one")), clock::now());
+            gate.open();
+        };
+        let (result, ()) = tokio::join!(read(&seat), switch);
+        assert_eq!(result.unwrap_err().to_string(), "the new one");
+        assert_eq!(read(&seat).await.unwrap_err().to_string(), "the new one");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_writes_is_asked_once() {
+        let gate = Arc::new(Gate::new(broken("the old one")));
+        let seat = seat(Arc::clone(&gate) as _, false);
+        let switch = async {
+            gate.arrived(1).await;
+            seat.put(Some(holding(2)), clock::now());
+            gate.open();
+        };
+        let (result, ()) = tokio::join!(read(&seat), switch);
+        assert_eq!(result.unwrap_err().to_string(), "the old one");
+    }
+
+    #[test]
+    fn what_the_new_one_lacks_is_known() {
+        let seat = seat(holding(1), true);
+        assert!(seat.now().tells(Context::Residency));
+        seat.put(Some(holding(2)), clock::now());
+        assert!(seat.now().tells(Context::Allocation) && !seat.now().tells(Context::Residency));
+        seat.put(None, clock::now());
+        assert!(seat.now().tells(Context::Residency));
+    }
+}

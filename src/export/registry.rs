@@ -37,6 +37,12 @@ pub fn split_content_name(name: &str) -> (&str, Option<ImageId>) {
     }
 }
 
+/// The image that a full name is about: the name without what asks for something beside it, and without an identity.
+pub fn image_name(name: &str) -> &str {
+    let image = SIDES.iter().find_map(|(suffix, _)| name.strip_suffix(suffix));
+    split_content_name(image.unwrap_or(name)).0
+}
+
 /// Names and what they stand for. Read at each handshake, changed rarely.
 #[derive(Debug, Default)]
 pub struct Registry {
@@ -219,5 +225,14 @@ mod tests {
         registry.insert("a", Arc::new(Memory::zeroed(1))).unwrap();
         assert_eq!(registry.insert("a", Arc::new(Memory::zeroed(2))), Err(DuplicateName("a".into())));
         assert_eq!(registry.find("a").unwrap().1.facts().size, 1);
+    }
+
+    #[test]
+    fn full_names_lead_to_their_image() {
+        let id = ImageId([0xab; 32]);
+        for name in ["a".into(), "a@manifest".into(), format!("a@{id}"), format!("a@{id}@profile-inbox")] {
+            assert_eq!(image_name(&name), "a");
+        }
+        assert_eq!(image_name("a@b"), "a@b");
     }
 }

@@ -216,12 +216,12 @@ impl Remote {
     }
 
     /// From now on, servers with another image than this are refused, and those whose bytes pass through `node`. A
-    /// mirror that had no name has this one from then on, for connections that are opened later.
+    /// mirror has this name from then on, for connections that are opened later.
     pub fn expect(&self, identity: Option<ImageId>, node: NodeId) {
         self.change_expectation(|terms| {
             terms.expectation.identity = identity;
             terms.expectation.not_through = Some(node);
-            if terms.role == Role::Mirror {
+            if terms.role != Role::Plain {
                 terms.role = Role::Named(node);
             }
         });

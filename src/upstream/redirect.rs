@@ -83,7 +83,8 @@ impl Remote {
     /// Cancel safety: all has happened or nothing.
     pub async fn introduce(&self) {
         let pool = self.pool();
-        if !matches!(self.common.terms().role, Role::Named(_)) || !pool.has_unnamed() {
+        let role = self.common.terms().role;
+        if role.node().is_none() || !pool.knows_us_otherwise(role) {
             return;
         }
         let (current, servers) = (pool.current(), pool.uris());
@@ -193,11 +194,10 @@ impl Pool {
         self.servers.get(current).map(|server| server.uri.clone())
     }
 
-    /// Whether there is a connection without our name to a server that could do something with it.
-    fn has_unnamed(&self) -> bool {
+    /// Whether there is a connection that was opened as another, to a server that could do something with the name.
+    fn knows_us_otherwise(&self, role: Role) -> bool {
         let state: &State = &self.state();
-        let is_unnamed = |handle: &Handle| handle.role == Role::Mirror && self.servers[handle.server].tells_news();
-        state.handles.iter().any(is_unnamed)
+        state.handles.iter().any(|handle| handle.role != role && self.servers[handle.server].tells_news())
     }
 }
 

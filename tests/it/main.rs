@@ -42,6 +42,7 @@ mod crash;
 mod data_path;
 mod faults;
 mod fill;
+mod follow;
 mod generations;
 mod handshake;
 mod index;

@@ -45,6 +45,7 @@ mod data_path;
 mod faults;
 mod fill;
 mod fleet;
+mod follow;
 mod generations;
 mod handshake;
 mod index;

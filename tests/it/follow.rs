@@ -1,0 +1,1 @@
+//! Mirrors that go where they are told.

@@ -43,6 +43,7 @@ use crate::export::Registry;
 use crate::net::{Detached, Listener};
 use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
+pub use directory::flags as transmission_flags;
 use limits::SharedBudget;
 pub use steering::{ClientHandle, Gate, Gone, News, Notices, Steering, Switched};
 
@@ -116,7 +117,7 @@ impl Server {
 
     /// What operators can do to clients, now and later.
     pub fn steering(&self) -> Steering {
-        Steering { clients: self.clients(), ..Steering::default() }
+        Steering { node: crate::export::NodeId([0; 16]), clients: self.clients(), notices: Notices, gate: Gate }
     }
 
     /// Stops accepting, answers what has been received, closes all connections. Says whether all of it was done

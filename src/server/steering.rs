@@ -12,8 +12,10 @@ use crate::nbd::Uri;
 use super::clients::{ClientStatus, ClientTable};
 
 /// What operators can do to the clients of a running server. Cheap to clone; all clones are one.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Steering {
+    /// Names this process.
+    pub node: NodeId,
     /// Who is connected.
     pub clients: ClientTable,
     /// What mirrors are told.

@@ -30,7 +30,8 @@ pub struct Facts {
     pub description: String,
     /// What the image holds, if that is known.
     pub identity: Option<ImageId>,
-    /// The mirrors that the bytes pass through on their way here, this one first. Empty for a real image.
+    /// The mirrors that the bytes pass through on their way here, this one first. Empty for a real image; whoever asks
+    /// a server about one is told that server.
     pub path: Vec<NodeId>,
 }
 
@@ -86,9 +87,20 @@ bitflags! {
     }
 }
 
-/// Names one mirror's cache, for life; drawn at random when the cache is made.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+/// Names one mirror's cache, for life; drawn at random when the cache is made. Real images have none: there it names the
+/// server's process.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub [u8; 16]);
+
+impl NodeId {
+    /// One that nobody else has.
+    pub fn random() -> Self {
+        let mut id = [0; 16];
+        let got = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty());
+        assert_eq!(got, Ok(16), "the kernel has randomness once the system is up");
+        Self(id)
+    }
+}
 
 impl fmt::Display for NodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -37,6 +37,12 @@ pub fn split_content_name(name: &str) -> (&str, Option<ImageId>) {
     }
 }
 
+/// The image that a full name is about: the name without what asks for something beside it, and without an identity.
+pub fn image_name(name: &str) -> &str {
+    let image = SIDES.iter().find_map(|(suffix, _)| name.strip_suffix(suffix));
+    split_content_name(image.unwrap_or(name)).0
+}
+
 /// Names and what they stand for. Read at each handshake, changed rarely.
 #[derive(Debug, Default)]
 pub struct Registry {

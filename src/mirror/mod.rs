@@ -230,7 +230,7 @@ impl Mirror {
             None => Header {
                 image_size: facts.size,
                 chunk_size: chunk_size.or_else(|| truth.as_ref().map(Truth::chunk_size)).unwrap_or(DEFAULT_CHUNK_SIZE),
-                node: random_node(),
+                node: NodeId::random(),
                 identity: truth.as_ref().map(Truth::id).or(facts.identity),
             },
         };
@@ -401,13 +401,6 @@ fn check(cache: &Cache, header: &Header, facts: &Facts, chunk_size: Option<u32>)
         return Err(CacheError::OtherChunkSize { path, cached: header.chunk_size, wanted });
     }
     Ok(())
-}
-
-fn random_node() -> NodeId {
-    let mut id = [0; 16];
-    let got = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty());
-    assert_eq!(got, Ok(16), "the kernel has randomness once the system is up");
-    NodeId(id)
 }
 
 impl Inner {

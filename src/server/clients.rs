@@ -1,17 +1,23 @@
 //! Who is connected, and what each has done.
 //!
+//! Owns: the table and what it tells. Does not own: orders to clients (`steering`, `orders`).
+//!
 //! Each connection counts for itself: its numbers have one writer, the connection's worker, and cost it a plain load
 //! and store. The table is locked when a client comes, when it goes, and when somebody asks.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use super::orders::Desk;
+use super::steering::ClientHandle;
 use crate::clock;
+use crate::export::{NodeId, split_content_name};
+use crate::nbd::handshake::server::Id;
 use crate::units::to_u64;
 
 /// A number that one thread changes and any thread may read.
@@ -48,6 +54,8 @@ pub(super) struct Counts {
     pub(super) read_bytes: Tally,
     pub(super) written_bytes: Tally,
     pub(super) errors: Tally,
+    /// Requests that were asked of a second export.
+    pub(super) replayed: Tally,
     /// Requests that wait for something, as of the connection's last turn.
     pub(super) requests_in_flight: Tally,
     /// Bytes that requests and replies hold, as of the connection's last turn.
@@ -77,6 +85,18 @@ pub struct ClientStatus {
     pub requests_in_flight: u64,
     /// Bytes that its requests and replies hold now.
     pub bytes_in_flight: u64,
+    /// The mirror that it belongs to, if it is one and says which.
+    #[serde(default)]
+    pub mirror: Option<String>,
+    /// Whether news reach it at once, because it waits for them.
+    #[serde(default)]
+    pub hears_notices: bool,
+    /// Where it is served from, if not from here: a URI.
+    #[serde(default)]
+    pub relayed_to: Option<String>,
+    /// Requests that were asked of a second export after the first one had been left.
+    #[serde(default)]
+    pub replayed: u64,
 }
 
 /// All clients of a server. Cheap to clone; all clones are one table.
@@ -87,15 +107,33 @@ pub struct ClientTable(Arc<Mutex<Table>>);
 struct Table {
     /// How many there were.
     count: u64,
-    clients: BTreeMap<u64, Client>,
+    clients: BTreeMap<u64, Arc<Client>>,
 }
 
+/// One connection, as others see it.
 #[derive(Debug)]
-struct Client {
+pub(super) struct Client {
     peer: String,
-    export: String,
+    pub(super) export: String,
+    pub(super) mirror: Option<NodeId>,
+    connection: Option<Id>,
     since: Instant,
-    counts: Arc<Counts>,
+    pub(super) counts: Arc<Counts>,
+    pub(super) desk: Desk,
+    hears_notices: AtomicBool,
+    relayed_to: Mutex<Option<String>>,
+}
+
+/// Who comes.
+#[derive(Debug, Default)]
+pub(super) struct Newcomer {
+    /// Its address.
+    pub(super) peer: String,
+    /// The full name of its export.
+    pub(super) export: String,
+    pub(super) mirror: Option<NodeId>,
+    /// What it calls this connection.
+    pub(super) connection: Option<Id>,
 }
 
 impl ClientTable {
@@ -105,16 +143,46 @@ impl ClientTable {
         self.lock().clients.iter().map(|(id, client)| client.status(*id, now)).collect()
     }
 
+    /// The client with this number, if it is connected.
+    pub fn find(&self, id: u64) -> Option<ClientHandle> {
+        self.lock().clients.get(&id).map(|client| ClientHandle::new(id, Arc::clone(client)))
+    }
+
+    /// The clients of an export now, oldest first: under its own name and under `NAME@blake3-...`; not those of what
+    /// is beside it.
+    pub fn of_export(&self, export: &str) -> Vec<ClientHandle> {
+        let table = self.lock();
+        let of_it = table.clients.iter().filter(|(_, client)| is_of(&client.export, export));
+        of_it.map(|(id, client)| ClientHandle::new(*id, Arc::clone(client))).collect()
+    }
+
+    /// Closes the connections to the export of this full name that call themselves `connection`.
+    pub(super) fn close(&self, export: &str, connection: Id) {
+        let export = split_content_name(export).0;
+        let table = self.lock();
+        let is_meant = |client: &&Arc<Client>| client.connection == Some(connection) && is_of(&client.export, export);
+        table.clients.values().filter(is_meant).for_each(|client| client.desk.close());
+    }
+
     /// Adds a client, who stays until what this gives is dropped.
-    pub(super) fn enter(&self, peer: &str, export: &str) -> Entry {
-        let counts = Arc::<Counts>::default();
-        let (peer, export) = (peer.to_owned(), export.to_owned());
-        let client = Client { peer, export, since: clock::now(), counts: Arc::clone(&counts) };
+    pub(super) fn enter(&self, newcomer: Newcomer) -> Entry {
+        let Newcomer { peer, export, mirror, connection } = newcomer;
+        let client = Arc::new(Client {
+            peer,
+            export,
+            mirror,
+            connection,
+            since: clock::now(),
+            counts: Arc::default(),
+            desk: Desk::default(),
+            hears_notices: AtomicBool::new(false),
+            relayed_to: Mutex::default(),
+        });
         let mut table = self.lock();
         table.count += 1;
         let id = table.count;
-        table.clients.insert(id, client);
-        Entry { table: self.clone(), id, counts }
+        table.clients.insert(id, Arc::clone(&client));
+        Entry { table: self.clone(), id, client }
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -122,9 +190,14 @@ impl ClientTable {
     }
 }
 
+/// Whether a full name is that of `export`, perhaps with an identity.
+fn is_of(name: &str, export: &str) -> bool {
+    name == export || split_content_name(name).0 == export
+}
+
 impl Client {
-    fn status(&self, id: u64, now: Instant) -> ClientStatus {
-        let Self { peer, export, since, counts } = self;
+    pub(super) fn status(&self, id: u64, now: Instant) -> ClientStatus {
+        let Self { peer, export, since, counts, .. } = self;
         ClientStatus {
             id,
             peer: peer.clone(),
@@ -136,7 +209,29 @@ impl Client {
             errors: counts.errors.get(),
             requests_in_flight: counts.requests_in_flight.get(),
             bytes_in_flight: counts.bytes_in_flight.get(),
+            mirror: self.mirror.map(|mirror| mirror.to_string()),
+            hears_notices: self.hears_notices(),
+            relayed_to: self.lock_relayed().clone(),
+            replayed: counts.replayed.get(),
         }
+    }
+
+    /// Notes where it is served from; `None`: from here.
+    pub(super) fn note_relayed(&self, to: Option<String>) {
+        *self.lock_relayed() = to;
+    }
+
+    /// Notes that it waits for notices.
+    pub(super) fn note_hearing(&self) {
+        self.hears_notices.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn hears_notices(&self) -> bool {
+        self.hears_notices.load(Ordering::Relaxed)
+    }
+
+    fn lock_relayed(&self) -> MutexGuard<'_, Option<String>> {
+        self.relayed_to.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -153,18 +248,23 @@ impl Counts {
 pub(super) struct Entry {
     table: ClientTable,
     id: u64,
-    counts: Arc<Counts>,
+    client: Arc<Client>,
 }
 
 impl Entry {
-    pub(super) const fn counts(&self) -> &Arc<Counts> {
-        &self.counts
+    pub(super) const fn client(&self) -> &Arc<Client> {
+        &self.client
+    }
+
+    pub(super) fn counts(&self) -> &Arc<Counts> {
+        &self.client.counts
     }
 }
 
 impl Drop for Entry {
     fn drop(&mut self) {
         self.table.lock().clients.remove(&self.id);
+        self.client.desk.leave();
     }
 }
 
@@ -172,12 +272,16 @@ impl Drop for Entry {
 mod tests {
     use super::*;
 
+    fn newcomer(peer: &str, export: &str) -> Newcomer {
+        Newcomer { peer: peer.into(), export: export.into(), ..Newcomer::default() }
+    }
+
     #[test]
     fn clients_are_listed_from_their_coming_to_their_going() {
         let table = ClientTable::default();
         assert_eq!(table.list(), []);
-        let first = table.enter("[::1]:9", "a");
-        let second = table.enter("unix:pid=1", "b");
+        let first = table.enter(newcomer("[::1]:9", "a"));
+        let second = table.enter(newcomer("unix:pid=1", "b"));
         first.counts().requests.add(2);
         first.counts().requests.add(3);
         second.counts().note_in_flight(7, 4096);
@@ -186,7 +290,7 @@ mod tests {
         assert_eq!((&*listed[0].peer, &*listed[0].export, listed[0].requests), ("[::1]:9", "a", 5));
         assert_eq!((listed[1].requests_in_flight, listed[1].bytes_in_flight), (7, 4096));
         drop(first);
-        let third = table.enter("[::1]:9", "a");
+        let third = table.enter(newcomer("[::1]:9", "a"));
         assert_eq!(table.list().iter().map(|client| client.id).collect::<Vec<_>>(), [2, 3], "numbers are given once");
         drop((second, third));
         assert_eq!(table.list(), []);

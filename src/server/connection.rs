@@ -9,16 +9,18 @@ use bytes::BytesMut;
 use thiserror::Error;
 
 use super::Shared;
-use super::clients::{Counts, Entry};
-use super::directory::Exports;
+use super::clients::{Counts, Entry, Newcomer};
+use super::directory::{Exports, Offered};
 use super::limits::ConnectionBudget;
+use super::notices::{Ears, Notices};
 use super::requests::Session;
+use super::seat::Seat;
 use super::transmission::{End, Transmission};
 use crate::clock;
-use crate::export::{Client, Context, SharedExport};
+use crate::export::{Client, NodeId, SharedExport};
 use crate::nbd::handshake::server::{Negotiated, Progress, ServerHandshake, Violation, context_id};
 use crate::nbd::request::Rules;
-use crate::nbd::wire::{MAX_PAYLOAD_BYTES, MAX_PAYLOAD_UNTOLD};
+use crate::nbd::wire::{MAX_PAYLOAD_BYTES, MAX_PAYLOAD_UNTOLD, TransmissionFlags};
 use crate::net::Stream;
 
 /// How long a client that was told of the end may take to close its side. Closing first would make TCP throw away
@@ -28,7 +30,7 @@ const LINGER: Duration = Duration::from_secs(1);
 /// What a negotiation needs to hold of its input: the longest option that is kept, with its header.
 const HANDSHAKE_INPUT: usize = 4096;
 
-type Chosen = Box<Negotiated<(SharedExport, Vec<Context>)>>;
+type Chosen = Box<Negotiated<(SharedExport, Vec<Offered>)>>;
 
 /// Why a connection never came to its transmission phase.
 #[derive(Debug, Error)]
@@ -71,8 +73,10 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
         Err(reason) => return tracing::debug!(peer, %reason, "no client"),
     };
     let export = chosen.listing.name.clone();
-    let entry = shared.clients.enter(&peer, &export);
-    let session = Rc::new(session(*chosen, &entry));
+    let (mirror, connection) = (chosen.mirror.map(NodeId), chosen.connection);
+    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection };
+    let entry = shared.steering.clients.enter(newcomer);
+    let session = Rc::new(session(*chosen, &entry, &shared.steering.notices));
     tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");
     let began = clock::now();
     let budget = ConnectionBudget::new(Arc::clone(&shared.budget));
@@ -90,17 +94,23 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
         "client left"
     );
     drop(entry);
-    if matches!(end, End::Drained) {
+    if matches!(end, End::Drained | End::Dismissed) {
         part_from(&stream).await;
     }
 }
 
-fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>, entry: &Entry) -> Session {
-    let Negotiated { export: (export, offered), listing, replies, contexts, knows_block_sizes, is_mirror } = chosen;
+fn session(chosen: Negotiated<(SharedExport, Vec<Offered>)>, entry: &Entry, notices: &Notices) -> Session {
+    let Negotiated { export: (export, offered), listing, replies, contexts, knows_block_sizes, is_mirror, .. } = chosen;
     let export = export.connect(Client { is_mirror }).unwrap_or(export);
     let contexts: Vec<_> = contexts.into_iter().map(|position| (context_id(position), offered[position])).collect();
+    let told = contexts.iter().filter_map(|(_, context)| match context {
+        Offered::Export(context) => Some(*context),
+        Offered::Notice => None,
+    });
+    let is_read_only = listing.flags.contains(TransmissionFlags::READ_ONLY);
+    let (client, counts) = (entry.client(), Arc::clone(entry.counts()));
     Session {
-        export,
+        seat: Seat::new(export, told.collect(), is_read_only, Arc::clone(&counts)),
         rules: Rules {
             size: listing.size,
             flags: listing.flags,
@@ -109,11 +119,14 @@ fn session(chosen: Negotiated<(SharedExport, Vec<Context>)>, entry: &Entry) -> S
             mode: replies,
             has_contexts: !contexts.is_empty(),
         },
+        has_notice: contexts.iter().any(|(_, context)| *context == Offered::Notice),
         contexts,
+        ears: Ears::new(notices.clone(), listing.name, client.mirror),
         outbox: Rc::default(),
         executing: Cell::new(0),
         is_broken: Cell::new(false),
-        counts: Arc::clone(entry.counts()),
+        client: Arc::clone(client),
+        counts,
     }
 }
 
@@ -121,7 +134,11 @@ async fn negotiate(stream: &Stream, input: &mut BytesMut, shared: &Shared) -> Re
     let mut output = BytesMut::new();
     let mut handshake = ServerHandshake::new(&mut output);
     loop {
-        let exports = Exports { registry: &shared.registry, draining: *shared.draining.borrow() };
+        let exports = Exports {
+            registry: &shared.registry,
+            steering: &shared.steering,
+            draining: *shared.draining.borrow(),
+        };
         let progress = handshake.advance(input, &exports, &mut output)?;
         stream.write_all(&mut output).await?;
         match progress {

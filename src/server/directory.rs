@@ -1,44 +1,81 @@
 //! Exports as the negotiation presents them.
 
-use crate::export::{Context, Facts, Registry, SharedExport};
+use super::steering::Steering;
+use crate::export::{Context, Facts, NodeId, Registry, SharedExport};
 use crate::nbd::Listing;
-use crate::nbd::handshake::server::Directory;
-use crate::nbd::wire::TransmissionFlags;
+use crate::nbd::handshake::server::{Directory, Id};
+use crate::nbd::wire::{NOTICE, TransmissionFlags};
+
+/// A metadata context that clients may select.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Offered {
+    /// The export answers.
+    Export(Context),
+    /// The server answers, when there is something new: [`NOTICE`].
+    Notice,
+}
+
+impl Offered {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Export(context) => context.name(),
+            Self::Notice => NOTICE,
+        }
+    }
+}
 
 /// A registry, as seen by one negotiation.
 #[derive(Debug)]
 pub(super) struct Exports<'a> {
     pub(super) registry: &'a Registry,
+    pub(super) steering: &'a Steering,
     pub(super) draining: bool,
 }
 
 impl Directory for Exports<'_> {
-    type Export = (SharedExport, Vec<Context>);
+    type Export = (SharedExport, Vec<Offered>);
 
     fn find(&self, name: &str) -> Option<(Self::Export, Listing)> {
         let (name, export) = self.registry.find(name)?;
-        let facts = export.facts();
-        let listing = listing(name, &facts);
-        Some(((export, facts.contexts), listing))
+        let mut facts = export.facts();
+        if facts.path.is_empty() {
+            facts.path.push(self.steering.node);
+        }
+        let offered: Vec<_> = facts.contexts.iter().copied().map(Offered::Export).chain([Offered::Notice]).collect();
+        let listing = listing(name, &facts, &offered);
+        Some(((export, offered), listing))
     }
 
     fn list(&self) -> Vec<(String, String)> {
-        self.registry.all().into_iter().map(|(name, export)| (name, export.facts().description)).collect()
+        let open = self.registry.all().into_iter().filter(|(name, _)| !self.steering.gate.is_shut(name));
+        open.map(|(name, export)| (name, export.facts().description)).collect()
     }
 
     fn is_draining(&self) -> bool {
         self.draining
     }
+
+    fn is_shut(&self, name: &str) -> bool {
+        self.steering.gate.is_shut(name)
+    }
+
+    fn news(&self, name: &str, mirror: Id) -> Vec<String> {
+        self.steering.notices.strings(name, NodeId(mirror))
+    }
+
+    fn close(&self, name: &str, connection: Id) {
+        self.steering.clients.close(name, connection);
+    }
 }
 
-fn listing(name: String, facts: &Facts) -> Listing {
+fn listing(name: String, facts: &Facts, offered: &[Offered]) -> Listing {
     Listing {
         name,
         description: facts.description.clone(),
         size: facts.size,
         flags: flags(facts),
         block_sizes: facts.block_sizes,
-        contexts: facts.contexts.iter().map(|context| context.name().to_owned()).collect(),
+        contexts: offered.iter().map(|context| context.name().to_owned()).collect(),
         facts: facts.to_strings(),
     }
 }

@@ -152,7 +152,7 @@ impl LongRead {
         } else {
             stream.append(|tail| {
                 header(tail);
-                is_filled(session.export.try_read(segment, tail), segment, tail)
+                is_filled(session.seat.with(|export| export.try_read(segment, tail)), segment, tail)
             })
         };
         // A frame of which nothing has been said has not begun.
@@ -164,7 +164,7 @@ impl LongRead {
 }
 
 fn in_file(session: &Session, range: ByteRange, family: Family) -> Option<FileRange> {
-    (family == Family::Unix && range.length() >= UNCOPIED).then(|| session.export.in_file(range)).flatten()
+    (family == Family::Unix && range.length() >= UNCOPIED).then(|| session.seat.with(|export| export.in_file(range))).flatten()
 }
 
 /// Completes what was read of `range`: a hole becomes zeroes. Whether it could be read.
@@ -196,7 +196,7 @@ pub(super) fn send_chunk(
     session.outbox.append(|tail| {
         let start = tail.len();
         header(tail);
-        match session.export.try_read(range, tail) {
+        match session.seat.with(|export| export.try_read(range, tail)) {
             TryRead::Hole if mode != ReplyMode::Simple && fragments == Fragments::Allowed => {
                 tail.truncate(start);
                 let length = u32::try_from(range.length()).expect("segments are short");

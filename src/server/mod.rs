@@ -13,6 +13,9 @@
 //! | `spin` | waiting for the next request awake |
 //! | `clients` | who is connected, and what each has done |
 //! | `steering` | what can be done to clients from outside: switch, tell, close, send away |
+//! | `orders` | how that reaches a connection |
+//! | `notices` | what mirrors are told |
+//! | `seat` | the place of a connection's export, which may be replaced |
 //! | `limits` | how much one connection, and all together, may have in flight |
 //!
 //! A connection lives and dies on one worker. All requests that have arrived together are parsed together; what can
@@ -26,8 +29,11 @@ mod connection;
 mod directory;
 mod limits;
 mod long_reads;
+mod notices;
+mod orders;
 mod outbox;
 mod requests;
+mod seat;
 mod spin;
 mod steering;
 mod transmission;
@@ -45,7 +51,9 @@ use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
 pub use directory::flags as transmission_flags;
 use limits::SharedBudget;
-pub use steering::{ClientHandle, Gate, Gone, News, Notices, Steering, Switched};
+pub use notices::{News, Notices};
+pub use orders::{SwitchError, Switched};
+pub use steering::{ClientHandle, Gate, Steering};
 
 /// What an operator may set.
 #[derive(Debug, Clone)]
@@ -89,7 +97,7 @@ struct Shared {
     settings: Settings,
     budget: Arc<SharedBudget>,
     draining: watch::Receiver<bool>,
-    clients: ClientTable,
+    steering: Steering,
 }
 
 impl Server {
@@ -100,7 +108,7 @@ impl Server {
         let slots = Arc::new(Semaphore::new(settings.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
         let budget = Arc::new(SharedBudget::new(settings.shared_bytes));
         let shared =
-            Arc::new(Shared { registry, settings, budget, draining: receiver, clients: ClientTable::default() });
+            Arc::new(Shared { registry, settings, budget, draining: receiver, steering: Steering::default() });
         let mut accepting = JoinSet::new();
         for listener in listeners {
             let acceptor =
@@ -112,12 +120,12 @@ impl Server {
 
     /// Who is connected, now and later.
     pub fn clients(&self) -> ClientTable {
-        self.shared.clients.clone()
+        self.shared.steering.clients.clone()
     }
 
     /// What operators can do to clients, now and later.
     pub fn steering(&self) -> Steering {
-        Steering { node: crate::export::NodeId([0; 16]), clients: self.clients(), notices: Notices, gate: Gate }
+        self.shared.steering.clone()
     }
 
     /// Stops accepting, answers what has been received, closes all connections. Says whether all of it was done

@@ -14,10 +14,13 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, Stream, StreamExt};
 
-use super::clients::Counts;
+use super::clients::{Client, Counts};
+use super::directory::Offered;
+use super::notices::Ears;
 use super::outbox::{Frame, Outbox, Streaming};
+use super::seat::{Occupant, Seat};
 use crate::error::{Error, ErrorKind, Result};
-use crate::export::{Context, Piece, SharedExport};
+use crate::export::{Context, Piece};
 use crate::nbd::handshake::ReplyMode;
 use crate::nbd::reply::{self, Last, ReplyTo};
 use crate::nbd::request::{Command, Durability, Extents, Fragments, Rules};
@@ -45,15 +48,20 @@ static ZEROES: [u8; 256 << 10] = [0; 256 << 10];
 /// What all requests of one connection share.
 #[derive(Debug)]
 pub(super) struct Session {
-    pub(super) export: SharedExport,
+    pub(super) seat: Seat,
     pub(super) rules: Rules,
     /// Selected metadata contexts with their ids on the wire.
-    pub(super) contexts: Vec<(u32, Context)>,
+    pub(super) contexts: Vec<(u32, Offered)>,
+    /// Whether notices are among them.
+    pub(super) has_notice: bool,
+    pub(super) ears: Ears,
     pub(super) outbox: Rc<Outbox>,
     /// Bytes that running requests hold.
     pub(super) executing: Cell<usize>,
     /// A reply was cut short: nothing that is sent after it can be understood.
     pub(super) is_broken: Cell<bool>,
+    /// As others see this connection.
+    pub(super) client: Arc<Client>,
     pub(super) counts: Arc<Counts>,
 }
 
@@ -88,14 +96,15 @@ pub(super) fn cost(command: &Command, contexts: usize) -> usize {
 
 /// Does one request that is neither a write nor a disconnect, and sends its reply.
 pub(super) async fn perform(session: Rc<Session>, to: ReplyTo, command: Command) {
-    let export = &session.export;
     let result = match command {
         Command::Read(range, fragments) => return session.read(to, range, fragments).await,
-        Command::BlockStatus(range, extents) => return session.block_status(to, range, extents).await,
-        Command::Flush => export.flush().await,
-        Command::Trim(range, durability) => export.trim(range, durability).await,
-        Command::WriteZeroes(range, mode, durability) => export.write_zeroes(range, mode, durability).await,
-        Command::Cache(range) => export.cache(range).await,
+        Command::BlockStatus(range, extents) => return session.block_status(to, range, extents, false).await,
+        Command::Flush => session.seat.ask(async |at| at.export.flush().await).await,
+        Command::Trim(range, durability) => session.seat.ask(async |at| at.export.trim(range, durability).await).await,
+        Command::WriteZeroes(range, mode, durability) => {
+            session.seat.ask(async |at| at.export.write_zeroes(range, mode, durability).await).await
+        }
+        Command::Cache(range) => session.seat.ask(async |at| at.export.cache(range).await).await,
         Command::Write(..) | Command::Disconnect => return,
     };
     session.finish(to, result);
@@ -135,6 +144,11 @@ impl Session {
         self.outbox.send(frame);
     }
 
+    /// Reads `range` from the export that serves this connection, whichever that is by then.
+    pub(super) async fn pieces(&self, range: ByteRange) -> Result<Vec<Piece>> {
+        self.seat.ask(async |at| at.export.read(range).await).await
+    }
+
     pub(super) async fn read(&self, to: ReplyTo, range: ByteRange, fragments: Fragments) {
         if range.is_empty() {
             let mut frame = Frame::default();
@@ -143,7 +157,7 @@ impl Session {
         } else if self.mode().has_chunks() && fragments == Fragments::Allowed {
             self.read_in_chunks(to, range).await;
         } else if range.length() <= WHOLE {
-            match self.export.read(range).await {
+            match self.pieces(range).await {
                 Ok(pieces) => self.send_whole(to, range, pieces),
                 Err(error) => self.fail(to, &error, None),
             }
@@ -154,7 +168,7 @@ impl Session {
 
     async fn read_in_chunks(&self, to: ReplyTo, range: ByteRange) {
         let segments = stream::iter(range.pieces(SEGMENT));
-        let mut reads = segments.map(async |part| (part, self.export.read(part).await)).buffered(WINDOW);
+        let mut reads = segments.map(async |part| (part, self.pieces(part).await)).buffered(WINDOW);
         while let Some((part, result)) = reads.next().await {
             let pieces = match result {
                 Ok(pieces) => pieces,
@@ -199,7 +213,7 @@ impl Session {
 
     async fn stream_whole(&self, to: ReplyTo, range: ByteRange) {
         let segments = stream::iter(range.pieces(SEGMENT));
-        let reads = segments.map(async |part| (part, self.export.read(part).await)).buffered(WINDOW);
+        let reads = segments.map(async |part| (part, self.pieces(part).await)).buffered(WINDOW);
         let mut reads = pin!(reads);
         // An error in the first segment, which is where most are found, can still be told.
         let first = match reads.next().await {
@@ -222,7 +236,7 @@ impl Session {
     /// Streams `range`, the rest of a frame of which a part has been sent, and ends the reply.
     pub(super) async fn stream_rest(&self, stream: Streaming, to: ReplyTo, range: ByteRange) {
         let segments = stream::iter(range.pieces(SEGMENT));
-        let reads = segments.map(async |part| (part, self.export.read(part).await)).buffered(WINDOW);
+        let reads = segments.map(async |part| (part, self.pieces(part).await)).buffered(WINDOW);
         self.stream_reads(stream, to, range.end(), pin!(reads)).await;
         self.counts.read_bytes.add(range.length());
     }
@@ -268,11 +282,16 @@ impl Session {
         }
     }
 
-    async fn block_status(&self, to: ReplyTo, range: ByteRange, extents: Extents) {
+    /// Sends the status of `range` in all selected contexts. `is_news` is that of notices.
+    pub(super) async fn block_status(&self, to: ReplyTo, range: ByteRange, extents: Extents, is_news: bool) {
         let limit = if extents == Extents::One { 1 } else { EXTENTS };
         let mut frame = Frame::default();
         for (index, (id, context)) in self.contexts.iter().enumerate() {
-            let mut found = match self.export.extents(range, *context, limit).await {
+            let found = match context {
+                Offered::Export(context) => self.extents(range, *context, limit).await,
+                Offered::Notice => Ok(vec![Extent { length: range.length(), status: is_news.into() }]),
+            };
+            let mut found = match found {
                 Ok(found) => found,
                 Err(error) => return self.fail(to, &error, None),
             };
@@ -284,6 +303,18 @@ impl Session {
         }
         self.outbox.room().await;
         self.outbox.send(frame);
+    }
+
+    async fn extents(&self, range: ByteRange, context: Context, limit: usize) -> Result<Vec<Extent>> {
+        let ask = async |at: Rc<Occupant>| {
+            if at.tells(context) {
+                at.export.extents(range, context, limit).await
+            } else {
+                // "NBD_REPLY_TYPE_BLOCK_STATUS": nothing special may be said of any range.
+                Ok(vec![Extent { length: range.length(), status: 0 }])
+            }
+        };
+        self.seat.ask(ask).await
     }
 }
 
@@ -330,7 +361,8 @@ impl WriteJob {
     /// Writes one segment.
     pub(super) async fn write(self: Rc<Self>, offset: u64, data: Bytes, held: Held) {
         self.session.counts.written_bytes.add(to_u64(data.len()));
-        let result = self.session.export.write(offset, data, self.durability).await;
+        let at = self.session.seat.now();
+        let result = at.export.write(offset, data, self.durability).await;
         drop(held);
         if let Err(error) = result {
             *self.failure.borrow_mut() = Some(error);

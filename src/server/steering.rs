@@ -1,67 +1,52 @@
 //! What can be done to connected clients from outside: put another export under them, tell mirrors the news, close
 //! them when all is answered, and send newcomers away.
 //!
-//! Owns: the orders to connections and what came of them. Does not own: whom to move and where to (`control`), how
-//! each connection carries it out (`connection`, `transmission`).
+//! Owns: the handles by which it is ordered, and who may come. Does not own: whom to move and where to (`control`), how
+//! the orders reach a connection (`orders`, `notices`) and how it carries them out (`transmission`).
 
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::clients::{Client, ClientStatus, ClientTable};
+use super::notices::Notices;
+use super::orders::{SwitchError, Switched};
+use crate::clock;
+use crate::export::registry::image_name;
 use crate::export::{NodeId, SharedExport};
-use crate::nbd::Uri;
-
-use super::clients::{ClientStatus, ClientTable};
 
 /// What operators can do to the clients of a running server. Cheap to clone; all clones are one.
 #[derive(Debug, Clone)]
 pub struct Steering {
-    /// Names this process.
-    pub node: NodeId,
     /// Who is connected.
     pub clients: ClientTable,
     /// What mirrors are told.
     pub notices: Notices,
     /// Who may come.
     pub gate: Gate,
+    /// Names this server process: the path of an export that does not come from another server begins with it. Drawn at
+    /// random.
+    pub node: NodeId,
 }
 
-/// One connected client. It may be gone at any time.
+impl Default for Steering {
+    fn default() -> Self {
+        let (clients, notices, gate) = (ClientTable::default(), Notices::default(), Gate::default());
+        Self { clients, notices, gate, node: NodeId::random() }
+    }
+}
+
+/// One connected client. It may be gone at any time. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct ClientHandle {
     id: u64,
+    client: Arc<Client>,
 }
-
-/// What came of putting another export under a client.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Switched {
-    /// For how long no request of the client was taken.
-    pub pause: Duration,
-    /// Requests that were under way when it was done.
-    pub in_flight: u64,
-}
-
-/// The client is gone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the client has left")]
-pub struct Gone;
-
-/// The news for one mirror.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum News {
-    /// It is to fetch from these servers from now on, and to leave this one: `x-headwater:moved=URI,...`.
-    Moved(Vec<Uri>),
-    /// These are the servers that have the image; no need to leave: `x-headwater:upstreams=URI,...`.
-    Upstreams(Vec<Uri>),
-}
-
-/// What mirrors are told, by the name of the export and the mirror.
-#[derive(Debug, Clone, Default)]
-pub struct Notices;
-
-/// Who may come.
-#[derive(Debug, Clone, Default)]
-pub struct Gate;
 
 impl ClientHandle {
+    pub(super) const fn new(id: u64, client: Arc<Client>) -> Self {
+        Self { id, client }
+    }
+
     /// Its number in the table.
     pub const fn id(&self) -> u64 {
         self.id
@@ -69,71 +54,89 @@ impl ClientHandle {
 
     /// What operators see of it; `None` once it has left.
     pub fn status(&self) -> Option<ClientStatus> {
-        None
+        (!self.client.desk.has_left()).then(|| self.client.status(self.id, clock::now()))
     }
 
     /// The mirror that it belongs to, if it is one and says which.
     pub fn node(&self) -> Option<NodeId> {
-        None
+        self.client.mirror
     }
 
-    /// Whether it waits for notices, so that news reach it at once.
+    /// Whether it has waited for notices at least once. Such a client asks again after each answer, so news reach it at
+    /// once.
     pub fn hears_notices(&self) -> bool {
-        false
+        self.client.hears_notices()
     }
 
     /// Has the client served from `export`, which has the same size and flags, from the next request on; the client
-    /// notices nothing. `label` is what operators see of it (the URI); `None`: its own export again.
-    /// On a writable export the requests under way are finished and flushed on the old one first. On a read-only one
-    /// they finish where they are, and are asked of the new one if that fails (`Self::replayed`).
-    pub async fn switch(&self, export: Option<(SharedExport, String)>) -> Result<Switched, Gone> {
-        let _ = export;
-        Err(Gone)
+    /// notices nothing. The text is what operators see of it (the URI); `None`: its own export again.
+    ///
+    /// On a writable export no more requests are taken until those under way are finished and flushed on the old one. On
+    /// a read-only one they finish where they are, and are asked of the new one if that fails or takes long
+    /// ([`Self::replayed`]). An error is one of "nothing was changed".
+    ///
+    /// Cancel safety: an order that is not done yet is given up; the client stays where it is.
+    pub async fn switch(&self, export: Option<(SharedExport, String)>) -> Result<Switched, SwitchError> {
+        self.client.desk.switch(export).await
     }
 
-    /// Requests that failed on an old export and were asked of the new one, so far.
+    /// Requests that were asked of a new export, because the old one had failed or was slow after a switch, so far.
     pub fn replayed(&self) -> u64 {
-        0
+        self.client.counts.replayed.get()
     }
 
-    /// Answers what has been received, then closes the connection.
-    pub fn close(&self) {}
+    /// Closes the connection when nothing is in flight, or after a second when what has been received is answered.
+    pub fn close(&self) {
+        self.client.desk.close();
+    }
 
     /// Waits until it has left.
     ///
     /// Cancel safety: nothing is lost.
-    pub async fn gone(&self) {}
-}
-
-impl ClientTable {
-    /// The clients of an export now, oldest first: under its own name and under `NAME@blake3-...`; not those of what
-    /// is beside it.
-    pub fn of_export(&self, export: &str) -> Vec<ClientHandle> {
-        let _ = export;
-        Vec::new()
+    pub async fn gone(&self) {
+        self.client.desk.left().await;
     }
 }
 
-impl Notices {
-    /// Tells a mirror that has (or will have) connections to `export`, in place of what it was told before.
-    pub fn tell(&self, export: &str, node: NodeId, news: News) {
-        let _ = (export, node, news);
-    }
+/// Who may come. Cheap to clone; all clones are one.
+#[derive(Debug, Clone, Default)]
+pub struct Gate(Arc<Mutex<Shut>>);
 
-    /// There is nothing to be told any more.
-    pub fn forget(&self, export: &str, node: NodeId) {
-        let _ = (export, node);
-    }
+/// What takes no newcomers.
+#[derive(Debug, Default)]
+struct Shut {
+    all: bool,
+    exports: BTreeSet<String>,
 }
 
 impl Gate {
-    /// Sends newcomers to an export, or to all, away with ERR_SHUTDOWN.
+    /// Sends newcomers to an export, or to all, away with ERR_SHUTDOWN; also those to what is beside it
+    /// (`NAME@manifest`). It is the caller's to name exports that there are.
     pub fn shut(&self, export: Option<&str>) {
-        let _ = export;
+        let mut shut = self.lock();
+        match export {
+            Some(export) => drop(shut.exports.insert(export.to_owned())),
+            None => shut.all = true,
+        }
     }
 
-    /// Lets them in again.
+    /// Takes back what was said of this export, or of all. Exports that were shut by their names stay shut when all are
+    /// opened, and the other way round.
     pub fn open(&self, export: Option<&str>) {
-        let _ = export;
+        let mut shut = self.lock();
+        match export {
+            Some(export) => drop(shut.exports.remove(export)),
+            None => shut.all = false,
+        }
+    }
+
+    /// Whether the export with this full name takes no newcomers.
+    pub(super) fn is_shut(&self, name: &str) -> bool {
+        let shut = self.lock();
+        shut.all || !shut.exports.is_empty() && [name, image_name(name)].iter().any(|name| shut.exports.contains(*name))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shut> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,10 +1,11 @@
 //! The transmission phase of one connection.
 //!
 //! One loop: take all whole requests from the input, answer what can be answered at once, send, wait for whatever
-//! comes first: more input, room to send, a request that is done, the order to drain. State changes only between
+//! comes first: more input, room to send, a request that is done, an order. State changes only between
 //! waits, so that nothing is cut in half by a future that is dropped.
 
 mod payload;
+mod steered;
 
 use std::future::poll_fn;
 use std::io;
@@ -17,6 +18,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use thiserror::Error;
 
 use self::payload::Payload;
+use self::steered::{Steer, Steered};
 use super::buffers;
 use super::limits::{ConnectionBudget, REQUESTS};
 use super::long_reads::{self, LongReads, SHORT, Step, is_long};
@@ -42,6 +44,8 @@ const BATCH: usize = 256 << 10;
 const TURN: u64 = 1 << 20;
 /// What is looked at of a long read to find out whether it is here.
 const PROBED: u64 = 64 * KIB;
+/// A client that is quick enough keeps its connection awake for ever. Once in so many times orders are looked for.
+const AWAKE_IN_A_ROW: u32 = 64;
 
 /// Why a connection ended.
 #[derive(Debug, Error)]
@@ -55,6 +59,9 @@ pub(super) enum End {
     /// The server is going down.
     #[error("the server is shutting down")]
     Drained,
+    /// An operator, or the client by another connection, has ordered it.
+    #[error("the connection was closed by order")]
+    Dismissed,
     /// The client broke the protocol.
     #[error("the client broke the protocol: {0}")]
     Violation(#[from] Violation),
@@ -91,6 +98,7 @@ enum Event {
     Progress,
     Readable,
     Draining,
+    Steer(Steer),
 }
 
 type Work = Pin<Box<dyn Future<Output = ()>>>;
@@ -102,7 +110,7 @@ async fn thaw(session: Rc<Session>, place: FileRange) {
     let bytes = match read {
         Ok(bytes) => Ok(bytes.freeze()),
         // A mirror whose disk fails has another source.
-        Err(_) => session.export.read(place.range).await.map(|pieces| assemble(&pieces).into()),
+        Err(_) => session.pieces(place.range).await.map(|pieces| assemble(&pieces).into()),
     };
     match bytes {
         Ok(bytes) => session.outbox.thaw(bytes),
@@ -124,7 +132,10 @@ pub(super) struct Transmission<D> {
     work: FuturesUnordered<Work>,
     long_reads: LongReads,
     spin: Spin,
+    /// How often in a row the next request was waited for awake.
+    awake: u32,
     phase: Phase,
+    steered: Steered,
     /// Whether taking more requests waits for input, and not for something in flight to end.
     wants_input: bool,
     /// Ends when the server is to be drained.
@@ -148,7 +159,9 @@ impl<D: Future<Output = ()>> Transmission<D> {
             work: FuturesUnordered::new(),
             long_reads: LongReads::default(),
             spin: Spin::default(),
+            awake: 0,
             phase: Phase::Open,
+            steered: Steered::default(),
             wants_input: true,
             drain,
         }
@@ -171,6 +184,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             return Err(End::Broken);
         }
         let turn = self.take_requests()?;
+        self.carry_on();
         let used = self.used();
         self.flush()?;
         let turn = turn.max(self.answer_long_reads()?);
@@ -180,7 +194,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             tokio::task::yield_now().await;
             // What has come meanwhile is looked at before more of a long read is sent.
             if let Poll::Ready(event) = poll_fn(|context| Poll::Ready(self.poll_event(context))).await {
-                self.take_note(&event)?;
+                self.take_note(event)?;
             }
             return Ok(None);
         }
@@ -189,6 +203,9 @@ impl<D: Future<Output = ()>> Transmission<D> {
             // ever wake this connection.
             tokio::task::coop::consume_budget().await;
             return Ok(None);
+        }
+        if self.may_leave()? {
+            self.phase = Phase::Closing(End::Dismissed);
         }
         if matches!(self.phase, Phase::Closing(_)) && self.is_idle() {
             let Phase::Closing(end) = std::mem::replace(&mut self.phase, Phase::Open) else { return Ok(None) };
@@ -200,7 +217,8 @@ impl<D: Future<Output = ()>> Transmission<D> {
             self.phase = self.receive_queued(queued)?;
             return Ok(None);
         }
-        if matches!(self.phase, Phase::Open) && self.input.is_empty() && self.is_idle() && self.wait_awake().await {
+        let is_waiting = matches!(self.phase, Phase::Open) && self.wants_input && self.input.is_empty();
+        if is_waiting && self.is_idle() && self.wait_awake().await {
             self.receive()?;
             return Ok(None);
         }
@@ -209,14 +227,15 @@ impl<D: Future<Output = ()>> Transmission<D> {
             buffers::give_back(&mut self.input);
         }
         let event = poll_fn(|context| self.poll_event(context)).await;
-        self.take_note(&event)?;
+        self.take_note(event)?;
         Ok(None)
     }
 
-    fn take_note(&mut self, event: &Event) -> Result<(), End> {
+    fn take_note(&mut self, event: Event) -> Result<(), End> {
         match event {
             Event::Progress => {}
             Event::Readable => self.receive()?,
+            Event::Steer(steer) => self.steer(steer)?,
             Event::Draining => self.phase = Phase::Draining { queued: self.stream.queued()? },
         }
         Ok(())
@@ -224,6 +243,10 @@ impl<D: Future<Output = ()>> Transmission<D> {
 
     /// Looks for input for a short while. Says whether there is some.
     async fn wait_awake(&mut self) -> bool {
+        self.awake = (self.awake + 1) % AWAKE_IN_A_ROW;
+        if self.awake == 0 {
+            return false;
+        }
         let Some(mut awake) = self.spin.begin(clock::now()) else { return false };
         loop {
             // Everything else on this worker goes first, and the runtime looks what has arrived.
@@ -250,6 +273,9 @@ impl<D: Future<Output = ()>> Transmission<D> {
         let is_open = matches!(self.phase, Phase::Open);
         if is_open && self.drain.as_mut().poll(context).is_ready() {
             return Poll::Ready(Event::Draining);
+        }
+        if let Poll::Ready(event) = self.poll_steered(context) {
+            return Poll::Ready(event);
         }
         // An error of the socket counts as readiness here: the call that follows reports it.
         if is_open && self.wants_input && self.stream.poll_readable(context).is_ready() {
@@ -293,12 +319,12 @@ impl<D: Future<Output = ()>> Transmission<D> {
     fn receive_queued(&mut self, queued: usize) -> Result<Phase, End> {
         let mut bytes = vec![0; queued.min(INPUT)];
         match self.stream.receive_queued(&mut bytes) {
-            Ok(0) => Ok(Phase::Closing(End::Drained)),
+            Ok(0) => Ok(Phase::Closing(self.steered.end())),
             Ok(received) => {
                 self.input.extend_from_slice(&bytes[..received]);
                 Ok(Phase::Draining { queued: queued - received })
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Phase::Closing(End::Drained)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Phase::Closing(self.steered.end())),
             Err(error) => Err(error.into()),
         }
     }
@@ -385,6 +411,10 @@ impl<D: Future<Output = ()>> Transmission<D> {
                 }
                 continue;
             }
+            if self.steered.is_paused() {
+                self.wants_input = false;
+                return Ok(Turn::Done);
+            }
             let in_flight = self.work.len() + self.long_reads.len();
             if in_flight >= REQUESTS || self.session.outbox.queued() >= HIGH_WATER {
                 self.wants_input = false;
@@ -421,6 +451,9 @@ impl<D: Future<Output = ()>> Transmission<D> {
             Checked::Accepted(Command::Disconnect) => self.phase = Phase::Closing(End::Disconnected),
             Checked::Accepted(Command::Write(range, durability)) => self.take_write(to, range, durability),
             Checked::Accepted(Command::Read(range, fragments)) if self.read_at_once(to, range, fragments) => {}
+            Checked::Accepted(Command::BlockStatus(range, extents)) if self.session.has_notice => {
+                self.hold_notice(to, range, extents);
+            }
             Checked::Accepted(command) => {
                 let cost = cost(&command, self.session.contexts.len());
                 self.start(cost, perform(Rc::clone(&self.session), to, command));
@@ -438,7 +471,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
         if is_long(range.length(), family) {
             // What has to be fetched is asked for now, whatever is being sent. A look at the beginning will do.
             let first = ByteRange::between(range.start(), range.end().min(range.start() + PROBED));
-            let is_here = session.export.is_in_file(first);
+            let is_here = session.seat.with(|export| export.is_in_file(first));
             if is_here {
                 self.long_reads.push(to, range, fragments);
             }

@@ -12,7 +12,7 @@
 //! upstream.
 
 use std::io::IoSlice;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -235,8 +235,6 @@ impl Export for Relay {
     }
 }
 
-/// A relay of a client, and the name that operators see of it.
-pub(super) type Labelled = (Arc<Relay>, String);
 
 #[cfg(test)]
 mod tests {
@@ -245,6 +243,7 @@ mod tests {
     use crate::export::conformance::{check, sample_contents};
     use crate::export::memory::Memory;
     use crate::export::wrappers::{Fault, Gate};
+    use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
 
     fn memory(bytes: &[u8]) -> SharedExport {

@@ -4,8 +4,13 @@
 //! unread up to [`MAX_SKIPPED_DATA`], and a client gets [`MAX_OPTIONS`] options. One call handles one option, so
 //! that a client that pipelines cannot make the server hold more than one option's replies.
 
+mod queries;
+
 use bytes::{Buf, BufMut, BytesMut};
 use thiserror::Error;
+
+pub use queries::Id;
+use queries::{Said, is_namespace_of, parse_queries};
 
 use super::{ReplyMode, checked_string, length_u32, put_string, take_string};
 use crate::nbd::Listing;
@@ -33,6 +38,24 @@ pub trait Directory {
 
     /// Whether newcomers are sent away because the server is going down.
     fn is_draining(&self) -> bool;
+
+    /// Whether newcomers to the export of this full name are sent away.
+    fn is_shut(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
+
+    /// What a mirror is told of the export of this full name, as names of contexts.
+    fn news(&self, name: &str, mirror: Id) -> Vec<String> {
+        let _ = (name, mirror);
+        Vec::new()
+    }
+
+    /// A client wants the connection that called itself `connection`, if it uses the export of this full name, to be
+    /// closed when all that it asked is answered.
+    fn close(&self, name: &str, connection: Id) {
+        let _ = (name, connection);
+    }
 }
 
 /// What was agreed.
@@ -51,6 +74,10 @@ pub struct Negotiated<E> {
     pub knows_block_sizes: bool,
     /// Whether the client is a mirror, as it says.
     pub is_mirror: bool,
+    /// Which mirror, if it says that too.
+    pub mirror: Option<Id>,
+    /// What the client calls this connection.
+    pub connection: Option<Id>,
 }
 
 /// The metadata context id on the wire of the context at `position` of the listing.
@@ -117,6 +144,8 @@ pub struct ServerHandshake {
     no_zeroes: bool,
     knows_block_sizes: bool,
     is_mirror: bool,
+    mirror: Option<Id>,
+    connection: Option<Id>,
     replies: ReplyMode,
     /// The last successful SET_META_CONTEXT: canonical export name, positions of the contexts.
     contexts: Option<(String, Vec<usize>)>,
@@ -134,6 +163,8 @@ impl ServerHandshake {
             no_zeroes: false,
             knows_block_sizes: false,
             is_mirror: false,
+            mirror: None,
+            connection: None,
             replies: ReplyMode::Simple,
             contexts: None,
             options: 0,
@@ -310,6 +341,9 @@ impl ServerHandshake {
         }
         let name = checked_string(data).ok_or(Violation::BadName)?;
         let (export, listing) = directory.find(name).ok_or_else(|| Violation::UnknownExport(name.to_owned()))?;
+        if directory.is_shut(&listing.name) {
+            return Err(Violation::Draining);
+        }
         output.put_u64(listing.size);
         output.put_u16(self.flags(&listing).bits());
         if !self.no_zeroes {
@@ -334,6 +368,10 @@ impl ServerHandshake {
             refuse(output, number, option_reply::ERR_UNKNOWN, "no such export");
             return None;
         };
+        if directory.is_shut(&listing.name) {
+            refuse(output, number, option_reply::ERR_SHUTDOWN, GOES_ELSEWHERE);
+            return None;
+        }
         let mut item = |kind: u16, write: &dyn Fn(&mut BytesMut), length: usize| {
             reply_header(output, number, option_reply::INFO, 2 + length);
             output.put_u16(kind);
@@ -378,7 +416,9 @@ impl ServerHandshake {
             // A failed SET_META_CONTEXT also replaces what was set before.
             self.contexts = None;
         }
-        if !self.replies.has_chunks() {
+        // "NBD_OPT_LIST_META_CONTEXT" leaves it to the server whether a client without structured replies is answered. The
+        // kernel's has none, and whoever negotiates for it must be able to name the connection.
+        if set && !self.replies.has_chunks() {
             return refuse(output, number, option_reply::ERR_INVALID, "negotiate structured replies first");
         }
         let Some((name, queries)) = parse_queries(data) else {
@@ -387,7 +427,10 @@ impl ServerHandshake {
         let Some((_, listing)) = directory.find(name) else {
             return refuse(output, number, option_reply::ERR_UNKNOWN, "no such export");
         };
-        self.is_mirror |= !set && queries.contains(&wire::MIRROR);
+        let said = if set { Said::default() } else { Said::by(&queries) };
+        if directory.is_shut(&listing.name) && !said.is_let_in() {
+            return refuse(output, number, option_reply::ERR_SHUTDOWN, GOES_ELSEWHERE);
+        }
         let mut chosen = Vec::new();
         for (position, context) in listing.contexts.iter().enumerate() {
             let matches = |query: &&str| *query == context || !set && is_namespace_of(query, context);
@@ -399,8 +442,16 @@ impl ServerHandshake {
         if set {
             self.contexts = Some((listing.name, chosen));
         } else {
-            for fact in listing.facts.iter().filter(|fact| queries.iter().any(|query| is_namespace_of(query, fact))) {
+            let news = said.mirror.map(|mirror| directory.news(&listing.name, mirror)).unwrap_or_default();
+            let facts = listing.facts.iter().chain(&news);
+            for fact in facts.filter(|fact| queries.iter().any(|query| is_namespace_of(query, fact))) {
                 put_context(output, number, 0, fact);
+            }
+            self.is_mirror |= said.is_mirror;
+            self.mirror = said.mirror.or(self.mirror);
+            self.connection = said.connection.or(self.connection);
+            if let Some(connection) = said.close {
+                directory.close(&listing.name, connection);
             }
         }
         acknowledge(output, number);
@@ -419,10 +470,22 @@ impl ServerHandshake {
             Some((name, contexts)) if name == listing.name => contexts,
             _ => Vec::new(),
         };
-        let Self { replies, knows_block_sizes, is_mirror, .. } = *self;
-        Progress::Finished(Box::new(Negotiated { export, listing, replies, contexts, knows_block_sizes, is_mirror }))
+        let Self { replies, knows_block_sizes, is_mirror, mirror, connection, .. } = *self;
+        Progress::Finished(Box::new(Negotiated {
+            export,
+            listing,
+            replies,
+            contexts,
+            knows_block_sizes,
+            is_mirror,
+            mirror,
+            connection,
+        }))
     }
 }
+
+/// What a newcomer to an export is told that takes no newcomers.
+const GOES_ELSEWHERE: &str = "this server takes no new clients for the export";
 
 /// `NBD_OPT_LIST`.
 fn list<D: Directory>(directory: &D, output: &mut BytesMut) {
@@ -442,20 +505,6 @@ fn parse_info(mut data: &[u8]) -> Option<(&str, Vec<u16>)> {
         return None;
     }
     Some((name, data.chunks_exact(2).map(|mut item| item.get_u16()).collect()))
-}
-
-/// The name and the queries in the data of LIST_META_CONTEXT and SET_META_CONTEXT.
-fn parse_queries(mut data: &[u8]) -> Option<(&str, Vec<&str>)> {
-    let name = take_string(&mut data)?;
-    let count = data.try_get_u32().ok()?;
-    // No allocation by a number that the client made up: each query takes at least four bytes.
-    let queries: Option<Vec<_>> = (0..count).map(|_| take_string(&mut data)).collect();
-    data.is_empty().then_some((name, queries?))
-}
-
-/// Whether `query` is the bare namespace (`base:`) of `context`.
-fn is_namespace_of(query: &str, context: &str) -> bool {
-    query.ends_with(':') && context.split_inclusive(':').next() == Some(query)
 }
 
 fn put_context(output: &mut BytesMut, number: u32, id: u32, name: &str) {
@@ -488,17 +537,25 @@ fn data_length(length: u32) -> usize {
 /// Feeds arbitrary bytes to a negotiation, in pieces whose sizes the bytes themselves decide.
 #[doc(hidden)]
 pub fn fuzz(data: &[u8]) {
-    struct OneExport;
-    impl Directory for OneExport {
+    /// One that takes newcomers, and one that does not.
+    struct Two;
+    impl Directory for Two {
         type Export = ();
         fn find(&self, name: &str) -> Option<((), Listing)> {
-            (name.is_empty() || name == "a").then(|| ((), sample()))
+            let name = if name.is_empty() { "a" } else { name };
+            ["a", "b"].contains(&name).then(|| ((), Listing { name: name.into(), ..sample() }))
         }
         fn list(&self) -> Vec<(String, String)> {
             vec![("a".into(), "an image".into())]
         }
         fn is_draining(&self) -> bool {
             false
+        }
+        fn is_shut(&self, name: &str) -> bool {
+            name == "b"
+        }
+        fn news(&self, _: &str, mirror: Id) -> Vec<String> {
+            (mirror[0] == 0).then(|| "x-headwater:moved=nbd://b/a".into()).into_iter().collect()
         }
     }
     let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
@@ -507,7 +564,7 @@ pub fn fuzz(data: &[u8]) {
         input.put_slice(piece);
         loop {
             output.clear();
-            match handshake.advance(&mut input, &OneExport, &mut output) {
+            match handshake.advance(&mut input, &Two, &mut output) {
                 Ok(Progress::Continue) => assert!(output.len() < 64 << 10, "a reply larger than its option allows"),
                 Ok(Progress::NeedInput) => break,
                 Ok(Progress::Finished(_) | Progress::Aborted) | Err(_) => return,
@@ -534,9 +591,14 @@ fn sample() -> Listing {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::cell::RefCell;
 
+    #[derive(Default)]
     struct TwoExports {
         draining: bool,
+        /// Whether the second takes no newcomers.
+        shut: bool,
+        closed: RefCell<Vec<(String, Id)>>,
     }
 
     impl Directory for TwoExports {
@@ -553,6 +615,15 @@ mod tests {
         }
         fn is_draining(&self) -> bool {
             self.draining
+        }
+        fn is_shut(&self, name: &str) -> bool {
+            self.shut && name == "b"
+        }
+        fn news(&self, name: &str, mirror: Id) -> Vec<String> {
+            if mirror == [0xab; 16] { vec![format!("x-headwater:moved=nbd://c/{name}")] } else { Vec::new() }
+        }
+        fn close(&self, name: &str, connection: Id) {
+            self.closed.borrow_mut().push((name.into(), connection));
         }
     }
 
@@ -579,7 +650,7 @@ mod tests {
             let mut output = BytesMut::new();
             let handshake = ServerHandshake::new(&mut output);
             assert_eq!(&output[..], b"NBDMAGICIHAVEOPT\x00\x03");
-            Self { handshake, input: BytesMut::new(), output, directory: TwoExports { draining: false } }
+            Self { handshake, input: BytesMut::new(), output, directory: TwoExports::default() }
         }
 
         fn step(&mut self) -> Step {
@@ -789,6 +860,77 @@ mod tests {
         peer.send(option::STRUCTURED_REPLY, b"").unwrap();
         peer.send(option::SET_META_CONTEXT, &queries("b", &["base:allocation"])).unwrap();
         assert!(finished(peer.send(option::GO, &go("a", &[]))).contexts.is_empty());
+    }
+
+    #[test]
+    fn connections_are_named_and_closed_also_without_structured_replies() {
+        let mut peer = Peer::greeted(3);
+        let (mine, other) = ("cd".repeat(16), "ef".repeat(16));
+        let mut ask = |name: &str, query: String| {
+            peer.send(option::LIST_META_CONTEXT, &queries(name, &[&query])).unwrap();
+            assert_eq!(peer.replies().iter().map(|reply| reply.1).collect::<Vec<_>>(), [option_reply::ACK]);
+        };
+        ask("a", format!("x-headwater:connection={mine}"));
+        ask("b", format!("x-headwater:close={other}"));
+        ask("a", format!("x-headwater:close={}", &other[1..]));
+        assert_eq!(*peer.directory.closed.borrow(), [("b".to_owned(), [0xef; 16])]);
+        let negotiated = finished(peer.send(option::EXPORT_NAME, b"a"));
+        assert_eq!(negotiated.connection, Some([0xcd; 16]));
+        assert!(!negotiated.is_mirror && negotiated.mirror.is_none());
+    }
+
+    #[test]
+    fn what_is_asked_in_set_meta_context_is_not_heard() {
+        let mut peer = Peer::greeted(3);
+        peer.send(option::STRUCTURED_REPLY, b"").unwrap();
+        let (mirror, close) = (format!("{}{}", wire::MIRROR_NODE, "ab".repeat(16)), format!("{}{}", wire::CLOSE, "ab".repeat(16)));
+        peer.send(option::SET_META_CONTEXT, &queries("a", &[wire::MIRROR, &mirror, &close, "x-headwater:"])).unwrap();
+        assert_eq!(peer.replies().len(), 1);
+        assert!(peer.directory.closed.borrow().is_empty());
+        assert!(!finished(peer.send(option::GO, &go("a", &[]))).is_mirror);
+    }
+
+    #[test]
+    fn a_mirror_that_says_which_gets_its_news() {
+        let mut peer = Peer::greeted(3);
+        peer.send(option::STRUCTURED_REPLY, b"").unwrap();
+        let named = format!("{}{}", wire::MIRROR_NODE, "ab".repeat(16));
+        let mut news = |query: &[&str]| {
+            peer.send(option::LIST_META_CONTEXT, &queries("a", query)).unwrap();
+            assert_eq!(peer.last_reply(), option_reply::ACK);
+            peer.replies().iter().any(|reply| reply.2.ends_with(b"x-headwater:moved=nbd://c/a"))
+        };
+        assert!(news(&["x-headwater:", &named]));
+        assert!(!news(&["x-headwater:", "x-headwater:mirror"]), "it did not say which in the same list");
+        assert!(!news(&[&named]), "it did not ask for the namespace");
+        let negotiated = finished(peer.send(option::GO, &go("a", &[])));
+        assert!(negotiated.is_mirror);
+        assert_eq!(negotiated.mirror, Some([0xab; 16]));
+    }
+
+    #[test]
+    fn an_export_that_is_shut_sends_all_away_but_those_who_ask_where_to_go() {
+        let mut peer = Peer::greeted(3);
+        peer.directory.shut = true;
+        peer.send(option::STRUCTURED_REPLY, b"").unwrap();
+        for number in [option::GO, option::INFO] {
+            peer.send(number, &go("b", &[])).unwrap();
+            assert_eq!(peer.last_reply(), option_reply::ERR_SHUTDOWN);
+        }
+        let mirror = format!("{}{}", wire::MIRROR_NODE, "00".repeat(16));
+        let close = format!("{}{}", wire::CLOSE, "00".repeat(16));
+        for number in [option::LIST_META_CONTEXT, option::SET_META_CONTEXT] {
+            for query in ["base:", "x-headwater:mirror", &mirror, &close] {
+                let is_heard = number == option::LIST_META_CONTEXT && query.contains('=');
+                peer.send(number, &queries("b", &[query])).unwrap();
+                let wanted = if is_heard { option_reply::ACK } else { option_reply::ERR_SHUTDOWN };
+                assert_eq!(peer.last_reply(), wanted, "{number} {query}");
+            }
+        }
+        assert_eq!(peer.send(option::EXPORT_NAME, b"b").unwrap_err(), Violation::Draining);
+        let mut peer = Peer::greeted(3);
+        peer.directory.shut = true;
+        finished(peer.send(option::GO, &go("a", &[])));
     }
 
     #[test]

@@ -50,10 +50,14 @@ impl Segment {
 
 /// Answers writes that have been made, once they are durable.
 async fn flush_run(session: Rc<Session>, answers: Vec<ReplyTo>) {
-    let result = session.export.flush().await;
+    let result = session.seat.now().export.flush().await;
     for to in answers {
         session.finish(to, result.clone());
     }
+}
+
+fn try_write(session: &Session, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {
+    session.seat.with(|export| export.try_write(offset, parts))
 }
 
 /// The write at the front of `input`, if there is one of this durability that goes on at `offset`.
@@ -101,7 +105,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             next = following(&self.input[used..], &session.rules, end, durability);
             used += header;
         }
-        if count == 0 || session.export.try_write(range.start(), &slices[..count]) == TryWrite::Wait {
+        if count == 0 || try_write(session, range.start(), &slices[..count]) == TryWrite::Wait {
             return false;
         }
         // The header of the first is gone already, and there is none behind the last.
@@ -150,7 +154,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
                 return false;
             }
             let payload = &self.input[..to_usize(here.length())];
-            if self.session.export.try_write(here.start(), &[IoSlice::new(payload)]) == TryWrite::Done {
+            if try_write(&self.session, here.start(), &[IoSlice::new(payload)]) == TryWrite::Done {
                 self.input.advance(payload.len());
                 self.session.counts.written_bytes.add(here.length());
                 let rest = ByteRange::between(here.end(), rest.end());

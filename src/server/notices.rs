@@ -1,0 +1,167 @@
+//! News for mirrors: kept until they are asked for, and told at once to those who wait.
+//!
+//! Owns: who is to be told what, and what each connection has been told. Does not own: what the news are (`control`), and
+//! the request that waits (`transmission`).
+//!
+//! All who wait look when anything is told to anybody. That is a look in a map for each, some hundred nanoseconds, and
+//! news are rare.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::export::facts::NAMESPACE;
+use crate::export::{NodeId, split_content_name};
+use crate::nbd::Uri;
+use crate::nbd::wire::MAX_STRING;
+
+/// News that are kept. The oldest give way: a mirror that has not asked for so long is gone.
+const MOST: usize = 4096;
+/// How long an answer is held back while there are no news.
+const HELD: Duration = Duration::from_secs(60);
+/// The same in a debug build: tests set it here, in seconds.
+const HELD_VARIABLE: &str = "HEADWATER_NOTICE_SECONDS";
+
+/// The news for one mirror.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum News {
+    /// It is to fetch from these servers from now on, and to leave this one: `x-headwater:moved=URI,...`.
+    Moved(Vec<Uri>),
+    /// These are the servers that have the image; no need to leave: `x-headwater:upstreams=URI,...`.
+    Upstreams(Vec<Uri>),
+}
+
+impl News {
+    /// The news as a name of a context, at most as long as a string may be: of more servers the last are left out. `None`
+    /// if none fits.
+    ///
+    /// A URI is printed without commas, so that they can only be those between two.
+    fn to_text(&self) -> Option<String> {
+        let (kind, uris) = match self {
+            Self::Moved(uris) => ("moved", uris),
+            Self::Upstreams(uris) => ("upstreams", uris),
+        };
+        let mut text = format!("{NAMESPACE}{kind}=");
+        let empty = text.len();
+        for uri in uris {
+            let uri = uri.to_string();
+            let comma = usize::from(text.len() > empty);
+            if text.len() + comma + uri.len() > MAX_STRING {
+                break;
+            }
+            text.push_str(&","[..comma]);
+            text.push_str(&uri);
+        }
+        (text.len() > empty).then_some(text)
+    }
+}
+
+/// What mirrors are told, by the name of the export and the mirror. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub struct Notices(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    table: Mutex<Table>,
+    /// The number of the last news.
+    last: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    /// How many news there were.
+    count: u64,
+    news: BTreeMap<(String, NodeId), (u64, News)>,
+}
+
+impl Default for Notices {
+    fn default() -> Self {
+        Self(Arc::new(Shared { table: Mutex::default(), last: watch::Sender::new(0) }))
+    }
+}
+
+impl Notices {
+    /// Tells a mirror that has (or will have) connections to `export`, in place of what it was told before. Those to
+    /// `EXPORT@blake3-...` are told too, if nothing is to be told to just those.
+    ///
+    /// 4096 news are kept; then the oldest are forgotten.
+    pub fn tell(&self, export: &str, node: NodeId, news: News) {
+        let mut table = self.lock();
+        table.count += 1;
+        let count = table.count;
+        table.news.insert((export.to_owned(), node), (count, news));
+        if table.news.len() > MOST {
+            let oldest = table.news.iter().min_by_key(|(_, (number, _))| *number).map(|(key, _)| key.clone());
+            oldest.map(|key| table.news.remove(&key));
+        }
+        drop(table);
+        self.0.last.send_replace(count);
+    }
+
+    /// There is nothing to be told any more.
+    pub fn forget(&self, export: &str, node: NodeId) {
+        self.lock().news.remove(&(export.to_owned(), node));
+    }
+
+    /// What a mirror that asks about the export of this full name is told, as names of contexts.
+    pub(super) fn strings(&self, export: &str, node: NodeId) -> Vec<String> {
+        self.find(export, node).and_then(|(_, news)| news.to_text()).into_iter().collect()
+    }
+
+    fn find(&self, export: &str, node: NodeId) -> Option<(u64, News)> {
+        let table = self.lock();
+        let names = [export, split_content_name(export).0];
+        names.iter().find_map(|name| table.news.get(&((*name).to_owned(), node))).cloned()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The news as one connection hears them.
+#[derive(Debug)]
+pub(super) struct Ears {
+    notices: Notices,
+    export: String,
+    /// The mirror that the connection belongs to; nobody else is told anything.
+    node: Option<NodeId>,
+    /// The number of the last news that it was told of.
+    heard: Rc<Cell<u64>>,
+}
+
+impl Ears {
+    pub(super) fn new(notices: Notices, export: String, node: Option<NodeId>) -> Self {
+        Self { notices, export, node, heard: Rc::default() }
+    }
+
+    /// Waits for news that this connection was not told of, for about a minute. Says whether there are some.
+    pub(super) fn listen(&self) -> impl Future<Output = bool> + use<> {
+        let Self { notices, export, node, heard } = self;
+        let (notices, export, node, heard) = (notices.clone(), export.clone(), *node, Rc::clone(heard));
+        async move {
+            let mut changed = notices.0.last.subscribe();
+            let news = async {
+                loop {
+                    let number = node.and_then(|node| notices.find(&export, node)).map_or(0, |(number, _)| number);
+                    if number > heard.get() {
+                        return heard.set(number);
+                    }
+                    // The sender lives as long as `notices`.
+                    let _ = changed.changed().await;
+                }
+            };
+            tokio::time::timeout(held(), news).await.is_ok()
+        }
+    }
+}
+
+fn held() -> Duration {
+    let set = std::env::var(HELD_VARIABLE).ok().filter(|_| cfg!(debug_assertions));
+    let seconds = set.and_then(|text| text.parse().ok());
+    seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).unwrap_or(HELD)
+}

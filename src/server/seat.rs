@@ -1,0 +1,165 @@
+//! Where the export of a connection sits, which may be replaced between two requests.
+//!
+//! Owns: the connection's own export, the one that serves it now, and what becomes of requests that were under way when
+//! that changed. Does not own: when it is changed (`transmission`), and by whose order (`steering`).
+//!
+//! What only reads can be asked twice. So on a read-only connection a request that fails where it began is asked of the
+//! export that has come since, and one that hangs there is asked of both after a short while, and the first answer
+//! counts. On a writable connection nothing is under way when the export is replaced, and nothing is asked twice.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use tokio::time::sleep_until;
+
+use super::clients::Counts;
+use crate::clock;
+use crate::error::Result;
+use crate::export::{Context, Export, SharedExport};
+
+/// What requests under way are given to finish where they began, before they are asked of the new export too.
+const GRACE: Duration = Duration::from_millis(50);
+/// Exports that one request is asked of at the same time. When a third comes, the oldest is given up.
+const ATTEMPTS: usize = 2;
+
+/// The place of a connection's export.
+#[derive(Debug)]
+pub(super) struct Seat {
+    own: SharedExport,
+    now: RefCell<Rc<Occupant>>,
+    /// What the client was promised that BLOCK_STATUS tells.
+    contexts: Vec<Context>,
+    is_read_only: bool,
+    moved: Notify,
+    moved_at: Cell<Instant>,
+    counts: Arc<Counts>,
+}
+
+/// The export that serves a connection for a while.
+#[derive(Debug)]
+pub(super) struct Occupant {
+    pub(super) export: SharedExport,
+    /// How many there were before.
+    turn: u64,
+    /// What the client was promised and this one cannot tell.
+    lacks: Vec<Context>,
+}
+
+impl Occupant {
+    /// Whether it can tell the status in a context.
+    pub(super) fn tells(&self, context: Context) -> bool {
+        !self.lacks.contains(&context)
+    }
+}
+
+impl Seat {
+    pub(super) fn new(own: SharedExport, contexts: Vec<Context>, is_read_only: bool, counts: Arc<Counts>) -> Self {
+        let first = Occupant { export: Arc::clone(&own), turn: 0, lacks: Vec::new() };
+        let (now, moved_at) = (RefCell::new(Rc::new(first)), Cell::new(clock::now()));
+        Self { own, now, contexts, is_read_only, moved: Notify::new(), moved_at, counts }
+    }
+
+    /// Whether requests may be asked again, so that the export may be replaced while some are under way.
+    pub(super) const fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    /// For what needs no waiting.
+    pub(super) fn with<T>(&self, ask: impl FnOnce(&dyn Export) -> T) -> T {
+        ask(&*self.now.borrow().export)
+    }
+
+    /// Who serves the connection now. Whoever waits for an answer keeps this.
+    pub(super) fn now(&self) -> Rc<Occupant> {
+        Rc::clone(&self.now.borrow())
+    }
+
+    /// Replaces the export, at `now`; `None`: by the connection's own one.
+    pub(super) fn put(&self, export: Option<SharedExport>, now: Instant) {
+        let lacks = export.as_ref().map_or_else(Vec::new, |export| {
+            let offered = export.facts().contexts;
+            self.contexts.iter().copied().filter(|context| !offered.contains(context)).collect()
+        });
+        let turn = self.turn() + 1;
+        let export = export.unwrap_or_else(|| Arc::clone(&self.own));
+        let before = self.now.replace(Rc::new(Occupant { export, turn, lacks }));
+        self.moved_at.set(now);
+        self.moved.notify_waiters();
+        drop(before);
+    }
+
+    fn turn(&self) -> u64 {
+        self.now.borrow().turn
+    }
+
+    /// Asks the export for something that may take a while. `request` is one that changes nothing, unless the
+    /// connection is writable; then it is called once.
+    ///
+    /// A request that is asked of two exports at once holds up to twice the memory that it is counted for.
+    pub(super) async fn ask<T>(&self, request: impl AsyncFn(Rc<Occupant>) -> Result<T>) -> Result<T> {
+        let first = self.now();
+        if !self.is_read_only {
+            return request(first).await;
+        }
+        let mut turn = first.turn;
+        let mut is_replayed = false;
+        let mut attempts = vec![Box::pin(request(first))];
+        loop {
+            let answer = tokio::select! {
+                biased;
+                answer = first_of(&mut attempts) => Some(answer),
+                () = self.has_moved_since(turn) => None,
+            };
+            match answer {
+                Some(Err(error)) if turn == self.turn() => {
+                    if attempts.is_empty() {
+                        return Err(error);
+                    }
+                }
+                // It failed where it was asked, or it hangs there, and there is somebody else by now.
+                Some(Err(_)) | None => {
+                    self.counts.replayed.add(u64::from(!std::mem::replace(&mut is_replayed, true)));
+                    if attempts.len() == ATTEMPTS {
+                        drop(attempts.remove(0));
+                    }
+                    let next = self.now();
+                    turn = next.turn;
+                    attempts.push(Box::pin(request(next)));
+                }
+                Some(answer) => return answer,
+            }
+        }
+    }
+
+    /// Waits until another export has been here for a while than in `turn`.
+    async fn has_moved_since(&self, turn: u64) {
+        loop {
+            let moved = self.moved.notified();
+            if self.turn() != turn {
+                break;
+            }
+            moved.await;
+        }
+        sleep_until((self.moved_at.get() + GRACE).into()).await;
+    }
+}
+
+/// The answer of the first that has one, which is over then.
+async fn first_of<T>(attempts: &mut Vec<Pin<Box<impl Future<Output = T>>>>) -> T {
+    poll_fn(|context| {
+        for index in 0..attempts.len() {
+            if let Poll::Ready(answer) = attempts[index].as_mut().poll(context) {
+                drop(attempts.remove(index));
+                return Poll::Ready(answer);
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}

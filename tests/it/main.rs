@@ -20,6 +20,7 @@
 //! | `kernel` | the kernel's client, in a virtual machine |
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
+//! | `redirect` | running clients moved to another server, and servers taken out of service |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
 //! | `fill` | what is fetched ahead of demand, why, and how fast at most |
 //! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
@@ -52,6 +53,7 @@ mod lies;
 mod mirror;
 mod prefetch;
 mod profile;
+mod redirect;
 mod roles;
 mod serve;
 mod steps;

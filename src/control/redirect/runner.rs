@@ -20,12 +20,12 @@ use super::claims::Subject;
 use super::order::{ClientState, RedirectState, Way};
 use super::relay::Relay;
 use super::select::Group;
-use super::table::{Order, wall};
+use super::table::{Order, milliseconds, wall};
 use super::targets::{Targets, can_serve, open_relay};
 use super::{Plan, Redirects};
 use crate::clock;
 use crate::export::{NodeId, SharedExport};
-use crate::server::{ClientHandle, News};
+use crate::server::{ClientHandle, News, SwitchError, Switched};
 
 /// Clients of one order that are moved at the same time.
 const AT_ONCE: usize = 32;
@@ -312,34 +312,37 @@ impl Run<'_> {
             }
         };
         let switches = each.handles.iter().map(|handle| self.switch(handle, relay.as_ref()));
-        let (mut pause, mut in_flight, mut moved) = (Duration::ZERO, 0, 0);
-        for switched in join_all(switches).await.into_iter().flatten() {
-            pause = pause.max(switched.pause);
-            in_flight += switched.in_flight;
-            moved += 1;
+        let (mut pause, mut in_flight, mut moved, mut failure) = (Duration::ZERO, 0, 0, None);
+        for switched in join_all(switches).await {
+            match switched {
+                Ok(switched) => {
+                    pause = pause.max(switched.pause);
+                    in_flight += switched.in_flight;
+                    moved += 1;
+                }
+                Err(SwitchError::Gone) => {}
+                Err(error) => failure = Some(error.to_string()),
+            }
         }
-        if moved == 0 {
-            let is_gone = each.handles.iter().all(|handle| handle.status().is_none());
-            return if is_gone {
-                Outcome::because(ClientState::Left, "it left before its turn came")
-            } else {
-                Outcome::because(ClientState::Failed, "its requests could not be finished here first")
-            };
+        match failure {
+            Some(why) => return Outcome::because(ClientState::Failed, why),
+            None if moved == 0 => return Outcome::because(ClientState::Left, "it left before its turn came"),
+            None => {}
         }
         self.order.row(index, |row| {
-            row.report.pause_ms = Some(pause.as_secs_f64() * 1000.0);
+            row.report.pause_ms = Some(milliseconds(pause));
             row.report.in_flight = in_flight;
         });
         Outcome::plain(ClientState::Moved)
     }
 
-    async fn switch(&self, handle: &ClientHandle, relay: Option<&Arc<Relay>>) -> Option<crate::server::Switched> {
+    async fn switch(&self, handle: &ClientHandle, relay: Option<&Arc<Relay>>) -> Result<Switched, SwitchError> {
         let label = || self.targets.uris.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
         let export = relay.map(|relay| (Arc::clone(relay) as SharedExport, label()));
         let claims = &self.redirects.0.claims;
-        let switched = handle.switch(export).await.ok()?;
+        let switched = handle.switch(export).await?;
         claims.set_relayed(handle.id(), relay.map(|_| self.order.id));
-        Some(switched)
+        Ok(switched)
     }
 
     /// Closes each connection when all is answered, and waits until it has left.
@@ -360,7 +363,7 @@ impl Run<'_> {
         }
         let pause = clock::now().saturating_duration_since(began);
         self.order.row(index, |row| {
-            (row.report.in_flight, row.report.pause_ms) = (in_flight, Some(pause.as_secs_f64() * 1000.0));
+            (row.report.in_flight, row.report.pause_ms) = (in_flight, Some(milliseconds(pause)));
         });
         Outcome::because(ClientState::Moved, "it was closed: it comes back where its own address leads")
     }

@@ -283,9 +283,15 @@ impl Orders {
     }
 }
 
-/// Since 1970. A clock before that is taken for one at that.
+/// Since 1970, to the millisecond. A clock before that is taken for one at that.
 pub(super) fn seconds(time: SystemTime) -> f64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Duration::from_millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX)).as_secs_f64()
+}
+
+/// A length of time, to the microsecond; an hour at most.
+pub(super) fn milliseconds(time: Duration) -> f64 {
+    f64::from(u32::try_from(time.as_micros()).unwrap_or(u32::MAX)) / 1000.0
 }
 
 /// The time of day, as orders tell it.

@@ -134,6 +134,10 @@ pub(super) struct Serve {
     /// How much of the images --index reads per second.
     #[arg(long, value_name = "SIZE", default_value = "100M", value_parser = positive_size)]
     pub(super) index_rate: u64,
+    /// Where orders to move clients are written down, so that a restart does not forget them. [default: $STATE_DIRECTORY,
+    /// else /var/lib/headwater for root, else headwater in $XDG_STATE_HOME or ~/.local/state]
+    #[arg(long, value_name = "DIR")]
+    pub(super) state: Option<PathBuf>,
     #[command(flatten)]
     pub(super) daemon: Daemon,
 }

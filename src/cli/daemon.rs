@@ -11,6 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::args::{AdminChoice, Daemon};
 use super::output;
 use crate::control::place::Surroundings;
+use crate::control::redirect::{Redirects, StatePlace};
 use crate::control::{Admin, AdminListener, Operated};
 use crate::export::Registry;
 use crate::net::{ListenAddress, Listener};
@@ -34,6 +35,9 @@ pub(super) trait Exports {
 
     /// What operators may ask of the exports, once they are open.
     fn operated(&self) -> Option<Arc<dyn Operated>>;
+
+    /// Where the orders to move clients are kept.
+    fn state(&self, listeners: &[Listener]) -> Option<StatePlace>;
 
     /// Makes everything durable, once there are no clients any more.
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()>;
@@ -64,9 +68,11 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
     for listener in &listeners {
         tracing::info!(%listener, workers = count, "listening");
     }
+    let state = exports.state(&listeners);
     let server = Server::start(Arc::clone(&registry), listeners, Arc::clone(&workers), settings);
+    let redirects = Redirects::start(server.steering(), Arc::clone(&registry), &workers, state).await;
     let admin = admin.zip(exports.operated());
-    let admin = admin.map(|(listener, operated)| Admin::start(listener, operated, server.clients(), listen));
+    let admin = admin.map(|(listener, operated)| Admin::start(listener, operated, redirects, listen));
     output::print(&greeting)?;
     notify_manager(&sd_notify::NotifyState::Ready);
     signals.next().await;

@@ -8,6 +8,7 @@ use super::args::{self, NamedUris};
 use super::daemon::{self, Exports};
 use crate::control::Operated;
 use crate::control::mirrors::{Mirrors, Plan, PlannedImage};
+use crate::control::redirect::StatePlace;
 use crate::export::{DuplicateName, Registry, split_content_name};
 use crate::mirror::policy::Admission;
 use crate::mirror::{self, SpaceSettings};
@@ -102,6 +103,10 @@ impl Exports for Images {
 
     fn operated(&self) -> Option<Arc<dyn Operated>> {
         self.mirrors.clone().map(|mirrors| Arc::new(mirrors) as Arc<dyn Operated>)
+    }
+
+    fn state(&self, _: &[Listener]) -> Option<StatePlace> {
+        self.mirrors.as_ref().map(Mirrors::state_place)
     }
 
     async fn settle(&self, _: &Registry, workers: &Workers) -> anyhow::Result<()> {

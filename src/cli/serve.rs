@@ -1,5 +1,6 @@
 //! `headwater serve`.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, anyhow, ensure};
@@ -9,6 +10,8 @@ use super::args::{FormatArgument, NamedPath, Serve};
 use super::daemon::{self, Exports};
 use crate::control::Operated;
 use crate::control::real::{RealImage, RealImages};
+use crate::control::redirect::StatePlace;
+use crate::control::redirect::file::{default_directory, name_of};
 use crate::export::{Registry, SharedExport};
 use crate::fill::profile::{Kept, Store, profile_path};
 use crate::image::index::{Background, Settings};
@@ -35,6 +38,7 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
         images: arguments.images,
         options,
         index: arguments.index.then_some(settings),
+        state: arguments.state,
         indexing: Mutex::default(),
         open: Vec::new(),
     };
@@ -46,6 +50,8 @@ struct Images {
     options: Options,
     /// How missing manifests are made, if they are to be.
     index: Option<Settings>,
+    /// Where orders are kept, if that was said.
+    state: Option<PathBuf>,
     /// That being done.
     indexing: Mutex<Option<Background>>,
     open: Vec<RealImage>,
@@ -79,6 +85,13 @@ impl Exports for Images {
 
     fn operated(&self) -> Option<Arc<dyn Operated>> {
         Some(Arc::new(RealImages::new(self.open.clone(), self.options.format)))
+    }
+
+    fn state(&self, listeners: &[Listener]) -> Option<StatePlace> {
+        let usual = || default_directory(|name| std::env::var_os(name), rustix::process::geteuid().is_root());
+        let directory = self.state.clone().or_else(usual)?;
+        let name = name_of(&listeners.first()?.to_string());
+        Some(StatePlace { directory, name, space: None })
     }
 
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use super::args;
 use super::output;
 use super::prefetch;
+use super::redirect;
 use super::running::{block_on, reach};
 use super::table::{Table, printable};
 use crate::control::AdminAddress;
@@ -25,7 +26,7 @@ pub(super) fn run(arguments: args::Status) -> anyhow::Result<()> {
 }
 
 fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
-    let Status { version, pid, role, uptime_seconds, images, clients, cache, link, orders, .. } = status;
+    let Status { version, pid, role, uptime_seconds, images, clients, cache, link, orders, redirects, draining, .. } = status;
     let mut text = format!("headwater {version} {role}, process {pid}, up {}, at {address}\n", ago(*uptime_seconds));
     write!(text, "\nimages\n{}", of_images(images))?;
     let mirrors: Vec<_> = images.iter().filter_map(|image| Some((&*image.name, image.mirror.as_ref()?))).collect();
@@ -44,11 +45,20 @@ fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
     if !orders.is_empty() {
         write!(text, "\norders to prefetch\n{}", prefetch::table(orders))?;
     }
+    if !redirects.is_empty() {
+        write!(text, "\norders to move clients\n{}", redirect::table(redirects))?;
+    }
+    if draining.all {
+        writeln!(text, "\nOUT OF SERVICE: newcomers are sent away; {} connections are left", draining.clients.len())?;
+    } else if draining.is_draining() {
+        let (names, left) = (draining.exports.join(", "), draining.clients.len());
+        writeln!(text, "\nOUT OF SERVICE: {}; {left} connections are left", printable(&names))?;
+    }
     if clients.is_empty() {
         return Ok(text + "\nno clients\n");
     }
     let headings =
-        ["CLIENT", ">ID", "IMAGE", ">CONNECTED", ">REQUESTS", ">READ", ">WRITTEN", ">ERRORS", ">IN FLIGHT", ">BYTES"];
+        ["CLIENT", ">ID", "IMAGE", ">CONNECTED", ">REQUESTS", ">READ", ">WRITTEN", ">ERRORS", ">IN FLIGHT", ">BYTES", "SERVED FROM"];
     let mut table = Table::new(&headings);
     for client in clients {
         table.row(vec![
@@ -62,6 +72,7 @@ fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
             client.errors.to_string(),
             client.requests_in_flight.to_string(),
             size(client.bytes_in_flight),
+            client.relayed_to.clone().unwrap_or_else(|| "here".to_owned()),
         ]);
     }
     write!(text, "\nclients\n{table}")?;

@@ -13,6 +13,8 @@
 //! | `GET /v1/orders` | | [`OrderList`] |
 //! | `GET /v1/orders/ID`, `DELETE /v1/orders/ID` | | [`OrderStatus`] |
 //!
+//! `redirect::routes` has those that move clients.
+//!
 //! `NAME` is percent-encoded, its slashes too. An empty body stands for `{}`. What cannot be done is answered with a
 //! [`Complaint`]: 400 it makes no sense, 403 a browser, 404 no such thing, 409 not as things are, 413 too long a body,
 //! 500 it was tried and failed.
@@ -36,11 +38,11 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
 
 use super::operated::{Operated, Refusal};
+use super::redirect::{Redirects, order::RedirectState, routes};
 use super::prefetch::{OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, Status, VerifyOrder};
 use crate::clock;
 use crate::ranges::ByteRange;
-use crate::server::ClientTable;
 use crate::units::to_u64;
 
 /// Bytes of the longest body that is taken.
@@ -61,7 +63,7 @@ pub(super) enum Reach {
 #[derive(Debug)]
 pub(super) struct Api {
     operated: Arc<dyn Operated>,
-    clients: ClientTable,
+    redirects: Redirects,
     /// Where clients connect to, as URIs without the name of an export.
     listen: Vec<String>,
     started: Instant,
@@ -74,8 +76,8 @@ pub(super) type Name = Result<Path<HashMap<String, String>>, PathRejection>;
 pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
-    pub(super) fn new(operated: Arc<dyn Operated>, clients: ClientTable, listen: Vec<String>) -> Self {
-        Self { operated, clients, listen, started: clock::now(), gathering: Arc::default() }
+    pub(super) fn new(operated: Arc<dyn Operated>, redirects: Redirects, listen: Vec<String>) -> Self {
+        Self { operated, redirects, listen, started: clock::now(), gathering: Arc::default() }
     }
 
     pub(super) fn router(self, reach: Reach) -> Router {
@@ -96,6 +98,7 @@ impl Api {
             .route("/v1/images//prefetch", post(prefetch))
             .route("/v1/orders", get(orders))
             .route("/v1/orders/{id}", get(order).delete(cancel_order))
+            .merge(routes::router())
             .fallback(nowhere)
             .method_not_allowed_fallback(not_so)
             .with_state(Arc::new(self));
@@ -109,15 +112,21 @@ impl Api {
         &*self.operated
     }
 
+    pub(super) const fn redirects(&self) -> &Redirects {
+        &self.redirects
+    }
+
     /// Blocks.
     fn status(&self) -> Status {
-        let clients = self.clients.list();
+        let clients = self.redirects.clients().list();
         let mut images = self.operated.images();
         for image in &mut images {
             image.clients = to_u64(clients.iter().filter(|client| client.export == image.name).count());
         }
         let mut orders = self.operated.orders();
         orders.retain(|order| order.state == OrderState::Active);
+        let mut redirects = self.redirects.list();
+        redirects.retain(|order| order.state == RedirectState::Active);
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -128,6 +137,8 @@ impl Api {
             cache: self.operated.cache(),
             link: self.operated.link(),
             orders,
+            redirects,
+            draining: self.redirects.drain_status(),
             listen: self.listen.clone(),
         }
     }
@@ -225,7 +236,7 @@ pub(super) fn image_name(name: Name) -> Result<String, Problem> {
 }
 
 /// Reads a body of JSON, of whatever type it is said to be.
-async fn read_order<T: DeserializeOwned + Default>(body: Body) -> Result<T, Problem> {
+pub(super) async fn read_order<T: DeserializeOwned + Default>(body: Body) -> Result<T, Problem> {
     let bytes = read_body(body, LONGEST_BODY).await?;
     if bytes.is_empty() {
         return Ok(T::default());

@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::place::AdminAddress;
+use super::redirect::order::{DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectStatus, RedirectTaken};
 use super::prefetch::{OrderList, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, ProfileReport, Status, VerifyOrder};
 use crate::fill::profile::Tag;
@@ -188,6 +189,46 @@ impl Client {
         self.decode(&json)
     }
 
+    /// Orders clients of an export to be moved.
+    pub async fn redirect(&self, export: &str, order: &RedirectOrder) -> Result<RedirectTaken, CallError> {
+        self.order(&of_export(export, "redirect"), order).await
+    }
+
+    /// The orders to move clients: the active ones and the last that ended.
+    pub async fn redirects(&self) -> Result<RedirectList, CallError> {
+        let json = self.send(Method::GET, "/v1/redirects", Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// How far one of them has come.
+    pub async fn redirected(&self, id: u64) -> Result<RedirectStatus, CallError> {
+        let json = self.send(Method::GET, &format!("/v1/redirects/{id}"), Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// Calls one of them off.
+    pub async fn cancel_redirect(&self, id: u64) -> Result<RedirectStatus, CallError> {
+        let json = self.send(Method::DELETE, &format!("/v1/redirects/{id}"), Bytes::new(), ORDER_PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// Takes an export, or the whole server, out of service.
+    pub async fn drain(&self, export: Option<&str>, order: &DrainOrder) -> Result<DrainStatus, CallError> {
+        self.order(&of_drain(export), order).await
+    }
+
+    /// What is out of service, and who is still there.
+    pub async fn draining(&self) -> Result<DrainStatus, CallError> {
+        let json = self.send(Method::GET, "/v1/drain", Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// Lets newcomers in again.
+    pub async fn undrain(&self, export: Option<&str>) -> Result<DrainStatus, CallError> {
+        let json = self.send(Method::DELETE, &of_drain(export), Bytes::new(), ORDER_PATIENCE).await?;
+        self.decode(&json)
+    }
+
     async fn order<T: DeserializeOwned>(&self, path: &str, order: &impl Serialize) -> Result<T, CallError> {
         let body = serde_json::to_vec(order).map_err(|error| self.misunderstood(&error))?;
         let json = self.send(Method::POST, path, body.into(), ORDER_PATIENCE).await?;
@@ -254,6 +295,15 @@ impl Client {
 /// The path of an order for an image.
 fn of_image(image: &str, verb: &str) -> String {
     format!("/v1/images/{}/{verb}", utf8_percent_encode(image, NON_ALPHANUMERIC))
+}
+
+/// The path of an order for an export.
+fn of_export(export: &str, verb: &str) -> String {
+    format!("/v1/exports/{}/{verb}", utf8_percent_encode(export, NON_ALPHANUMERIC))
+}
+
+fn of_drain(export: Option<&str>) -> String {
+    export.map_or_else(|| "/v1/drain".to_owned(), |export| of_export(export, "drain"))
 }
 
 #[cfg(test)]

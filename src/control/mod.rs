@@ -47,7 +47,6 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 
-use crate::server::ClientTable;
 use api::{Api, Reach};
 pub use client::{CallError, Client};
 pub use jobs::{Jobs, Outcome, RunningJob};
@@ -55,6 +54,7 @@ use listen::Socket;
 pub use listen::{AdminListener, BindError};
 pub use operated::{Answer, Operated, Refusal};
 pub use place::AdminAddress;
+use redirect::Redirects;
 
 /// Connections at the same time; more wait to be accepted.
 const CONNECTIONS: usize = 64;
@@ -74,16 +74,16 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Serves `operated` and tells of `clients`, and that they connect to `listen`, which are URIs without the name of
+    /// Serves `operated` and `redirects`, and tells that clients connect to `listen`, which are URIs without the name of
     /// an export. Call within the `LocalRuntime` that the listener belongs to.
     pub fn start(
         listener: AdminListener,
         operated: Arc<dyn Operated>,
-        clients: ClientTable,
+        redirects: Redirects,
         listen: Vec<String>,
     ) -> Self {
         let reach = if listener.is_tcp() { Reach::Machine } else { Reach::Owner };
-        let service = TowerToHyperService::new(Api::new(operated, clients, listen).router(reach));
+        let service = TowerToHyperService::new(Api::new(operated, redirects, listen).router(reach));
         let mut serving = JoinSet::new();
         serving.spawn_local(accept(listener, service));
         Self { _serving: serving }

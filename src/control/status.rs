@@ -10,6 +10,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub use super::prefetch::{Late, OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
+pub use super::redirect::order::{
+    ClientReport, ClientState, Counts, DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectState, RedirectStatus,
+    RedirectTaken, Way,
+};
 pub use crate::server::ClientStatus;
 
 /// `GET /v1/status`: all that is to be known of a server.
@@ -35,6 +39,12 @@ pub struct Status {
     /// The active orders to prefetch, oldest first.
     #[serde(default)]
     pub orders: Vec<OrderStatus>,
+    /// The active orders to move clients, oldest first.
+    #[serde(default)]
+    pub redirects: Vec<RedirectStatus>,
+    /// What is out of service.
+    #[serde(default)]
+    pub draining: DrainStatus,
     /// Where clients connect to: URIs without the name of an export, as they are seen from this machine.
     #[serde(default)]
     pub listen: Vec<String>,

@@ -80,9 +80,9 @@ fn listing(name: String, facts: &Facts, offered: &[Offered]) -> Listing {
     }
 }
 
-/// The flags of an export. They depend on nothing but its capabilities, so that the same image has the same flags on
+/// The flags of an export, as clients are told. They depend on nothing but its capabilities, so that the same image has the same flags on
 /// every tier: the kernel's client cannot take new ones when it is redirected.
-fn flags(facts: &Facts) -> TransmissionFlags {
+pub fn flags(facts: &Facts) -> TransmissionFlags {
     let mut flags = TransmissionFlags::HAS_FLAGS
         | TransmissionFlags::SEND_FLUSH
         | TransmissionFlags::SEND_FUA

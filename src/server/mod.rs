@@ -49,6 +49,7 @@ use crate::export::Registry;
 use crate::net::{Detached, Listener};
 use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
+pub use directory::flags as transmission_flags;
 use limits::SharedBudget;
 pub use notices::{News, Notices};
 pub use orders::{SwitchError, Switched};

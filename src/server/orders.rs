@@ -34,6 +34,9 @@ pub enum SwitchError {
     /// What it wrote could not be made durable where it is, and so it stays there.
     #[error("what the client wrote cannot be made durable: {0}")]
     Flush(Error),
+    /// It has an older content of the image, and so it stays there.
+    #[error("the client has an older content of the image than its name stands for now")]
+    OtherImage,
     /// What it had asked took too long, and so it stays where it is.
     #[error("the requests under way took too long")]
     TooLong,

@@ -70,6 +70,14 @@ impl Seat {
         self.is_read_only
     }
 
+    /// Whether another export has the image that the client knows, as far as both say. A name may stand for another
+    /// content by now than when the client came.
+    pub(super) fn is_same_image(&self, other: &dyn Export) -> bool {
+        let (own, other) = (self.own.facts(), other.facts());
+        let is_another = own.identity.zip(other.identity).is_some_and(|(one, other)| one != other);
+        own.size == other.size && !is_another
+    }
+
     /// For what needs no waiting.
     pub(super) fn with<T>(&self, ask: impl FnOnce(&dyn Export) -> T) -> T {
         ask(&*self.now.borrow().export)

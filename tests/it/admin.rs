@@ -12,10 +12,14 @@ use std::sync::{Arc, Mutex};
 
 use headwater::control::status::{CacheStatus, ImageStatus, Kind, LinkStatus, PinReport, Role, VerifyOrder};
 use headwater::control::{Admin, AdminAddress, AdminListener, Answer, Jobs, Operated, Outcome, Refusal};
+use headwater::control::redirect::Redirects;
+use headwater::disk::Preference;
+use headwater::export::Registry;
 use headwater::fill::profile::Store;
 use headwater::nbd::wire::{CommandFlags, command};
 use headwater::ranges::ByteRange;
-use headwater::server::ClientTable;
+use headwater::server::Steering;
+use headwater::worker::Workers;
 use serde_json::{Value, json};
 
 use crate::support::client::Client;
@@ -344,7 +348,10 @@ impl Desk {
             let runtime = builder.enable_all().build_local(tokio::runtime::LocalOptions::default()).unwrap();
             runtime.block_on(async {
                 let listener = AdminListener::bind(&address).unwrap();
-                let _admin = Admin::start(listener, Arc::new(operated), ClientTable::default(), Vec::new());
+                let workers = Arc::new(Workers::start(1, Preference::Threads).unwrap());
+                let (steering, registry) = (Steering::default(), Arc::new(Registry::new()));
+                let redirects = Redirects::start(steering, registry, &workers, None).await;
+                let _admin = Admin::start(listener, Arc::new(operated), redirects, Vec::new());
                 ready.send(()).unwrap();
                 std::future::pending::<()>().await;
             });

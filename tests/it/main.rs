@@ -21,6 +21,7 @@
 //! | `kernel` | the kernel's client, in a virtual machine |
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
+//! | `redirect` | running clients moved to another server, and servers taken out of service |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
 //! | `fleet` | many mirrors and a tree of them, redirected while their clients read |
 //! | `fill` | what is fetched ahead of demand, why, and how fast at most |
@@ -57,6 +58,7 @@ mod mirror;
 mod orders;
 mod prefetch;
 mod profile;
+mod redirect;
 mod roles;
 mod serve;
 mod steps;

@@ -8,6 +8,7 @@ mod server;
 use std::process::ExitCode;
 
 use args::Redirect;
+pub(super) use server::{in_words, table};
 
 pub(super) fn run(arguments: Redirect) -> anyhow::Result<ExitCode> {
     if !arguments.qmp.is_empty() {

@@ -34,6 +34,7 @@ use thiserror::Error;
 use self::notice::Follower;
 use self::remembered::Remembered;
 use super::Jobs;
+use super::redirect::StatePlace;
 use crate::export::{DuplicateName, ImageId, Registry, SharedExport};
 use crate::fill;
 use crate::fill::client::Filled;
@@ -178,6 +179,13 @@ struct Generation {
 }
 
 impl Mirrors {
+    /// Where the orders to move their clients are kept: beside the caches, and in their space.
+    pub fn state_place(&self) -> StatePlace {
+        let space = Arc::clone(&self.0.space);
+        // No image has a directory of that name: an `@` never comes first in one.
+        StatePlace { directory: space.root().to_owned(), name: "@redirects".to_owned(), space: Some(space) }
+    }
+
     /// Opens all images of `plan` and puts them into `registry`; keeps them running on `workers`.
     pub async fn open(mut plan: Plan, registry: Arc<Registry>, workers: &Arc<Workers>) -> Result<Self, MirrorError> {
         let space = Space::new(&plan.cache, plan.space);

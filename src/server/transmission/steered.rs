@@ -163,6 +163,12 @@ impl<D: Future<Output = ()>> Transmission<D> {
     }
 
     fn begin_switch(&mut self, order: SwitchOrder) {
+        if let Some((export, _)) = &order.export
+            && !self.session.seat.is_same_image(&**export)
+        {
+            // Whoever ordered it may have given up.
+            return drop(order.report.send(Err(SwitchError::OtherImage)));
+        }
         let (since, in_flight) = (clock::now(), to_u64(self.work.len() + self.long_reads.len()));
         if self.session.seat.is_read_only() {
             self.complete_switch(order, since, in_flight);

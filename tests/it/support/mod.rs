@@ -73,10 +73,10 @@ pub(crate) struct Daemon {
 }
 
 /// The program with its log going to a file, not started yet. All whose logs are in one directory have one runtime
-/// directory there, and know of no others.
+/// directory and one directory for state there, and know of no others.
 pub(crate) fn headwater(log: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_headwater"));
-    command.env("RUNTIME_DIRECTORY", log.with_file_name("run"));
+    command.env("RUNTIME_DIRECTORY", log.with_file_name("run")).env("STATE_DIRECTORY", log.with_file_name("state"));
     let log = fs::File::options().create(true).append(true).open(log).unwrap();
     command.args(["--log-format=json", "--log-level=debug"]).stdout(Stdio::piped()).stderr(log);
     command

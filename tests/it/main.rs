@@ -18,6 +18,7 @@
 //! | `roles` | our client against our server: the conformance suite over a socket |
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
 //! | `kernel` | the kernel's client, in a virtual machine |
+//! | `qmp` | disks of real qemu, moved by its monitor |
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
@@ -52,6 +53,7 @@ mod lies;
 mod mirror;
 mod prefetch;
 mod profile;
+mod qmp;
 mod roles;
 mod serve;
 mod steps;

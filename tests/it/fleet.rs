@@ -28,7 +28,12 @@ impl Ground {
         let serve = |name: &str| {
             let log = scratch.path(&format!("{name}.log"));
             let mut command = headwater(&log);
-            command.arg("serve").arg(&image).arg("--read-only").arg("--unix").arg(scratch.path(&format!("{name}.sock")));
+            command
+                .arg("serve")
+                .arg(&image)
+                .arg("--read-only")
+                .arg("--unix")
+                .arg(scratch.path(&format!("{name}.sock")));
             Daemon::start(command, 1, &log)
         };
         let (first, second) = (serve("first"), serve("second"));

@@ -19,6 +19,7 @@
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
 //! | `orders` | connections under orders: switched, told, closed, sent away |
 //! | `kernel` | the kernel's client, in a virtual machine |
+//! | `qmp` | disks of real qemu, moved by its monitor |
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
 //! | `redirect` | running clients moved to another server, and servers taken out of service |
@@ -58,6 +59,7 @@ mod mirror;
 mod orders;
 mod prefetch;
 mod profile;
+mod qmp;
 mod redirect;
 mod roles;
 mod serve;

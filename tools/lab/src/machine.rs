@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -42,26 +43,29 @@ impl Machine {
     pub(crate) fn boot(&self, lab: &Lab, drive: &str) -> anyhow::Result<f64> {
         let log = lab.scratch().join("serial.log");
         std::fs::write(&log, "")?;
-        let mut command = children::command(Cpus::Free, "qemu-system-x86_64");
-        command.args([
-            "-accel",
-            "tcg",
-            "-m",
-            &self.memory.to_string(),
-            "-display",
-            "none",
-            "-nodefaults",
-            "-no-reboot",
-        ]);
-        command.args(["-serial", "stdio"]);
-        if self.kernel != Path::new("none") {
-            command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initrd).args(["-append", &self.append]);
-        }
+        let mut command = self.command();
+        self.boot_with(&mut command, &self.append);
         command.arg("-drive").arg(format!("file={drive},format=raw,snapshot=on,if=virtio"));
         let start = clock::now();
         let mut guest = Guard::spawn(command, &log)?;
         wait_for_line(&mut guest, &log, |line| line.contains(&self.up)).context("the machine does not come up")?;
         Ok(clock::now().duration_since(start).as_secs_f64())
+    }
+
+    /// A machine without disks that writes what it says on its serial line to where the command does.
+    pub(crate) fn command(&self) -> Command {
+        let mut command = children::command(Cpus::Free, "qemu-system-x86_64");
+        let memory = self.memory.to_string();
+        command.args(["-accel", "tcg", "-m", &memory, "-display", "none", "-nodefaults", "-no-reboot"]);
+        command.args(["-serial", "stdio"]);
+        command
+    }
+
+    /// Adds what is booted, with words for the kernel.
+    pub(crate) fn boot_with(&self, command: &mut Command, append: &str) {
+        if self.kernel != Path::new("none") {
+            command.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.initrd).args(["-append", append]);
+        }
     }
 }
 

@@ -29,7 +29,7 @@ use clap::{Args, Parser, Subcommand};
 use load::children::Stop;
 
 use bed::{Bed, Link, Rate};
-use scenarios::{background, boot, chain, link, reads, vm};
+use scenarios::{background, boot, chain, link, reads, redirect, vm};
 use table::Table;
 
 /// Measures mirrors over links that have a rate and a latency.
@@ -88,6 +88,8 @@ enum What {
     Background(background::Options),
     /// A real virtual machine that boots over a local file and over cold mirrors.
     Vm(vm::Options),
+    /// A real virtual machine that checks all that it reads and writes while it is redirected back and forth.
+    Redirect(redirect::Options),
     /// One image to many mirrors: what the origin sends.
     Chain(chain::Options),
     /// Records what a virtual machine reads while it boots, as a trace for replay.
@@ -121,6 +123,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         What::Random(options) => reads::random(&lab, options)?,
         What::Background(options) => background::run(&lab, options)?,
         What::Vm(options) => vm::run(&lab, options)?,
+        What::Redirect(options) => redirect::run(&lab, options)?,
         What::Chain(options) => chain::run(&lab, options)?,
         What::Record(options) => return machine::record(&lab, options),
         What::Delay(_) => Table::default(),

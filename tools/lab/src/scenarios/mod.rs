@@ -5,4 +5,5 @@ pub(crate) mod boot;
 pub(crate) mod chain;
 pub(crate) mod link;
 pub(crate) mod reads;
+pub(crate) mod redirect;
 pub(crate) mod vm;

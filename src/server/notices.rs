@@ -141,6 +141,10 @@ impl Ears {
 
     /// Waits for news that this connection was not told of, for about a minute. Says whether there are some.
     pub(super) fn listen(&self) -> impl Future<Output = bool> + use<> {
+        self.listen_for(held())
+    }
+
+    fn listen_for(&self, limit: Duration) -> impl Future<Output = bool> + use<> {
         let Self { notices, export, node, heard } = self;
         let (notices, export, node, heard) = (notices.clone(), export.clone(), *node, Rc::clone(heard));
         async move {
@@ -155,7 +159,7 @@ impl Ears {
                     let _ = changed.changed().await;
                 }
             };
-            tokio::time::timeout(held(), news).await.is_ok()
+            tokio::time::timeout(limit, news).await.is_ok()
         }
     }
 }
@@ -212,26 +216,31 @@ mod tests {
         assert_eq!(notices.lock().news.len(), MOST);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_connection_hears_all_news_once() {
         let notices = Notices::default();
         let ears = Ears::new(notices.clone(), "a".into(), Some(NODE));
-        assert!(!ears.listen().await, "a minute without news");
+        let hears = async |ears: &Ears| futures_util::poll!(Box::pin(ears.listen())).is_ready();
+        assert!(!hears(&ears).await);
         notices.tell("a", NODE, moved("nbd://b/a"));
         assert!(ears.listen().await);
-        assert!(!ears.listen().await, "the same news");
-        let tell = async {
-            tokio::task::yield_now().await;
-            notices.tell("b", NODE, moved("nbd://b/b"));
-            notices.tell("a", NodeId([2; 16]), moved("nbd://b/a"));
-            tokio::task::yield_now().await;
-            notices.tell("a", NODE, moved("nbd://b/a"));
-        };
-        let before = tokio::time::Instant::now();
-        assert!(tokio::join!(ears.listen(), tell).0);
-        assert_eq!(before.elapsed(), Duration::ZERO);
-        assert!(Ears::new(notices.clone(), "a".into(), Some(NODE)).listen().await, "another connection");
-        assert!(!Ears::new(notices, "a".into(), None).listen().await, "a stranger");
+        assert!(!hears(&ears).await, "the same news");
+        let mut waiting = Box::pin(ears.listen());
+        let mut is_over = async || futures_util::poll!(&mut waiting).is_ready();
+        assert!(!is_over().await);
+        notices.tell("b", NODE, moved("nbd://b/b"));
+        notices.tell("a", NodeId([2; 16]), moved("nbd://b/a"));
+        assert!(!is_over().await, "news for others");
+        notices.tell("a", NODE, moved("nbd://b/a"));
+        assert!(waiting.await);
+        assert!(hears(&Ears::new(notices.clone(), "a".into(), Some(NODE))).await, "another connection");
+        assert!(!hears(&Ears::new(notices, "a".into(), None)).await, "a stranger");
+    }
+
+    #[tokio::test]
+    async fn no_news_come_after_a_while() {
+        let ears = Ears::new(Notices::default(), "a".into(), Some(NODE));
+        assert!(!ears.listen_for(Duration::from_millis(1)).await);
     }
 
     proptest! {

@@ -411,7 +411,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
                 }
                 continue;
             }
-            if self.steered.is_paused() {
+            if self.steered.is_paused() && matches!(self.phase, Phase::Open) {
                 self.wants_input = false;
                 return Ok(Turn::Done);
             }

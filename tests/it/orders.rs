@@ -25,8 +25,9 @@ use crate::support::{Scratch, eventually, noise};
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 3 * MIB;
 
-/// Serves `exports` on a thread of its own; in the end nothing may keep the server from ending well.
-fn served(exports: Vec<(&str, SharedExport)>, test: impl FnOnce(&str, &Steering)) {
+/// Serves `exports` on a thread of its own; in the end nothing may keep the server from ending well, also not the clients
+/// that the test gives back.
+fn served<T>(exports: Vec<(&str, SharedExport)>, test: impl FnOnce(&str, &Steering) -> T) -> T {
     let scratch = Scratch::new();
     let socket = scratch.path("s");
     let registry = Arc::new(Registry::new());
@@ -47,9 +48,10 @@ fn served(exports: Vec<(&str, SharedExport)>, test: impl FnOnce(&str, &Steering)
         })
     });
     let (uri, steering) = started.recv().unwrap();
-    test(&uri, &steering);
+    let kept = test(&uri, &steering);
     drop(stop);
     assert!(server.join().unwrap(), "a connection kept the server from ending");
+    kept
 }
 
 fn wait<T>(work: impl Future<Output = T>) -> T {
@@ -233,7 +235,6 @@ fn an_order_that_is_taken_back_leaves_the_writer_as_it_was() {
         gate.open();
         client.receive().bytes();
         assert!(there.take().is_empty());
-        // And when the client leaves in the middle, the order is told.
     });
 }
 
@@ -356,7 +357,7 @@ fn a_mirror_is_told_its_news_once_and_at_once() {
     let uris: Vec<Uri> = ["nbd://there/x", "nbd://else,where/x"].map(|uri| uri.parse().unwrap()).into();
     let nodes = [NodeId([1; 16]), NodeId([2; 16])];
     let named = nodes.map(|node| format!("{}{node}", wire::MIRROR_NODE));
-    served(vec![("x", image())], |uri, steering| {
+    let mut left = served(vec![("x", image())], |uri, steering| {
         let open = |name: &str| Client::open_asking(uri, &[wire::NOTICE], &["x-headwater:", name]);
         let mut client = open(&named[0]);
         let handle = only(steering);
@@ -393,7 +394,9 @@ fn a_mirror_is_told_its_news_once_and_at_once() {
         assert!(!third.agreed.listed.iter().any(|text| text.contains("moved=")));
         // Nor does the end of the server.
         ask_notice(&mut third, 5);
+        third
     });
+    assert_eq!(status(&left.receive()), [(4096, 0)]);
 }
 
 #[test]

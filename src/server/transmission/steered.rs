@@ -86,7 +86,7 @@ impl Switching {
 }
 
 impl Steered {
-    /// Whether no requests may be taken now.
+    /// Whether no requests may be taken now, as long as the connection is not about to end.
     pub(super) const fn is_paused(&self) -> bool {
         self.switching.is_some()
     }

@@ -22,6 +22,7 @@
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
 //! | `fill` | what is fetched ahead of demand, why, and how fast at most |
+//! | `follow` | mirrors that go to another upstream when they are told to |
 //! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
 //! | `command_line` | what it prints, refuses and returns |
 //!

@@ -26,6 +26,7 @@
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
 //! | `fleet` | many mirrors and a tree of them, redirected while their clients read |
 //! | `fill` | what is fetched ahead of demand, why, and how fast at most |
+//! | `follow` | mirrors that go to another upstream when they are told to |
 //! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
 //! | `command_line` | what it prints, refuses and returns |
 //!

@@ -14,7 +14,7 @@ use crate::mirror::policy::Admission;
 use crate::mirror::{self, SpaceSettings};
 use crate::nbd::Uri;
 use crate::net::Listener;
-use crate::upstream::Settings;
+use crate::upstream::{Role, Settings};
 use crate::worker::Workers;
 
 pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
@@ -27,7 +27,7 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         stall_timeout: defaults.stall_timeout.min(patience / 2),
         // A little less than the mirror's own: the upstream can say better what went wrong.
         patience: patience.mul_f32(0.98),
-        is_mirror: true,
+        role: Role::Mirror,
         ..defaults
     };
     let args::Mirror { images, cache, chunk_size, cache_size, reserve, policy, profile, daemon, .. } = arguments;

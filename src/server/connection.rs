@@ -134,11 +134,8 @@ async fn negotiate(stream: &Stream, input: &mut BytesMut, shared: &Shared) -> Re
     let mut output = BytesMut::new();
     let mut handshake = ServerHandshake::new(&mut output);
     loop {
-        let exports = Exports {
-            registry: &shared.registry,
-            steering: &shared.steering,
-            draining: *shared.draining.borrow(),
-        };
+        let exports =
+            Exports { registry: &shared.registry, steering: &shared.steering, draining: *shared.draining.borrow() };
         let progress = handshake.advance(input, &exports, &mut output)?;
         stream.write_all(&mut output).await?;
         match progress {

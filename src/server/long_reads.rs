@@ -164,7 +164,9 @@ impl LongRead {
 }
 
 fn in_file(session: &Session, range: ByteRange, family: Family) -> Option<FileRange> {
-    (family == Family::Unix && range.length() >= UNCOPIED).then(|| session.seat.with(|export| export.in_file(range))).flatten()
+    (family == Family::Unix && range.length() >= UNCOPIED)
+        .then(|| session.seat.with(|export| export.in_file(range)))
+        .flatten()
 }
 
 /// Completes what was read of `range`: a hole becomes zeroes. Whether it could be read.

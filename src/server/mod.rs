@@ -107,8 +107,7 @@ impl Server {
         let (draining, receiver) = watch::channel(false);
         let slots = Arc::new(Semaphore::new(settings.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
         let budget = Arc::new(SharedBudget::new(settings.shared_bytes));
-        let shared =
-            Arc::new(Shared { registry, settings, budget, draining: receiver, steering: Steering::default() });
+        let shared = Arc::new(Shared { registry, settings, budget, draining: receiver, steering: Steering::default() });
         let mut accepting = JoinSet::new();
         for listener in listeners {
             let acceptor =

@@ -16,21 +16,19 @@ use std::time::{Duration, Instant};
 use bytes::{BufMut, Bytes, BytesMut};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
 use tokio::time::Sleep;
 
-use super::{Settings, Stats};
+use super::opening::{CONTEXTS, Introduction, OpenFailure, facts, open_export, position, put_disconnect};
+use super::{Role, Stats};
 use crate::clock;
 use crate::error::Error as RequestError;
-use crate::export::facts::NAMESPACE;
-use crate::export::{Context, Facts, ImageId};
+use crate::export::Facts;
+use crate::nbd::Uri;
 use crate::nbd::client::{Answer, Completion, InFlight, Received, Request};
-use crate::nbd::handshake::ReplyMode;
-use crate::nbd::handshake::client::{Agreed, Ask, ClientHandshake, Outcome, Refusal};
+use crate::nbd::handshake::client::Agreed;
 use crate::nbd::reply::Violation;
-use crate::nbd::uri::Security;
-use crate::nbd::wire::{MIRROR, TransmissionFlags, command};
-use crate::nbd::{Uri, request};
-use crate::net::{Stream, connect};
+use crate::net::Stream;
 use crate::ranges::ByteRange;
 use crate::units::to_u64;
 
@@ -42,177 +40,6 @@ const INPUT: usize = 64 << 10;
 const HEADERS: usize = 512;
 /// Bytes that are received before others on the worker get their turn: some 100 microseconds' worth.
 const TURN: usize = 512 << 10;
-
-/// The contexts that we ask for, in the order of their [`position`].
-const CONTEXTS: [Context; 2] = [Context::Allocation, Context::Residency];
-
-/// The number that stands for a context in answers, whatever its id on the wire.
-pub(super) fn position(context: Context) -> u32 {
-    match context {
-        Context::Allocation => 0,
-        Context::Residency => 1,
-    }
-}
-
-/// Why a server cannot be used.
-#[derive(Debug, Error)]
-pub enum OpenFailure {
-    /// It cannot be reached, or was lost while negotiating.
-    #[error("cannot connect: {0}")]
-    Connect(io::Error),
-    /// It took too long.
-    #[error("no answer in time")]
-    TimedOut,
-    /// It closed the connection while negotiating.
-    #[error("it closed the connection during the negotiation")]
-    Closed,
-    /// It would not.
-    #[error(transparent)]
-    Refused(#[from] Refusal),
-    /// The URI asks for TLS.
-    #[error("TLS is not supported yet")]
-    TlsNotSupported,
-    /// Its export has another size.
-    #[error("its export has {found} bytes, and this image has {expected}")]
-    OtherSize {
-        /// Bytes there.
-        found: u64,
-        /// Bytes here.
-        expected: u64,
-    },
-    /// Its export is another image.
-    #[error("its export holds {found}, and this image is {expected}")]
-    OtherImage {
-        /// The image there.
-        found: ImageId,
-        /// The image here.
-        expected: ImageId,
-    },
-    /// Its bytes come from us.
-    #[error("it gets its bytes from this very mirror: a loop")]
-    Loop,
-}
-
-// By hand: the message has the reason already, and as a source it would be told twice.
-impl From<io::Error> for OpenFailure {
-    fn from(error: io::Error) -> Self {
-        Self::Connect(error)
-    }
-}
-
-impl OpenFailure {
-    /// Whether the server answered, and is not what it should be.
-    pub const fn is_final(&self) -> bool {
-        match self {
-            Self::Connect(_) | Self::TimedOut | Self::Closed | Self::Refused(Refusal::Shutdown) => false,
-            Self::Refused(_)
-            | Self::TlsNotSupported
-            | Self::OtherSize { .. }
-            | Self::OtherImage { .. }
-            | Self::Loop => true,
-        }
-    }
-}
-
-/// What the agreement says of the export.
-pub(super) fn facts(agreed: &Agreed) -> Facts {
-    let has = |flag| agreed.flags.contains(flag);
-    let writable = !has(TransmissionFlags::READ_ONLY);
-    let selected = |context: &Context| agreed.contexts.iter().any(|(_, name)| name == context.name());
-    let mut facts = Facts {
-        writable,
-        can_trim: writable && has(TransmissionFlags::SEND_TRIM),
-        can_zero_fast: writable && has(TransmissionFlags::SEND_FAST_ZERO),
-        is_shared: has(TransmissionFlags::CAN_MULTI_CONN),
-        block_sizes: agreed.block_sizes,
-        contexts: CONTEXTS.into_iter().filter(selected).collect(),
-        ..Facts::read_only(agreed.size, agreed.description.clone().unwrap_or_default())
-    };
-    facts.learn(&agreed.listed);
-    facts
-}
-
-/// Opens a connection and negotiates, within `limit`.
-async fn open(uri: &Uri, ask: Ask, limit: Duration) -> Result<(Stream, BytesMut, Outcome), OpenFailure> {
-    if uri.security == Security::Tls {
-        return Err(OpenFailure::TlsNotSupported);
-    }
-    let attempt = async {
-        let stream = connect(&uri.address, limit).await?;
-        let mut handshake = ClientHandshake::new(ask);
-        let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
-        loop {
-            let outcome = handshake.advance(&mut input, &mut output);
-            // Also what is said before a refusal: it may be the goodbye.
-            stream.write_all(&mut output).await?;
-            if let Some(outcome) = outcome? {
-                return Ok((stream, input, outcome));
-            }
-            input.reserve(INPUT);
-            if stream.read_buf(&mut input).await? == 0 {
-                return Err(OpenFailure::Closed);
-            }
-        }
-    };
-    tokio::time::timeout(limit, attempt).await.unwrap_or(Err(OpenFailure::TimedOut))
-}
-
-/// The names and descriptions of a server's exports.
-pub async fn list(uri: &Uri, limit: Duration) -> Result<Vec<(String, String)>, OpenFailure> {
-    match open(uri, Ask::List, limit).await?.2 {
-        Outcome::Listed(exports) => Ok(exports),
-        Outcome::Opened(_) => Ok(Vec::new()),
-    }
-}
-
-/// What a server says of an export, with the names of all its contexts listed and none selected.
-pub async fn inspect(uri: &Uri, limit: Duration) -> Result<Agreed, OpenFailure> {
-    let ask = Ask::Open { export: uri.export.clone(), contexts: Vec::new(), list: Some(Vec::new()) };
-    match open(uri, ask, limit).await? {
-        (stream, _, Outcome::Opened(agreed)) => {
-            part(&stream, agreed.replies).await;
-            Ok(agreed)
-        }
-        (_, _, Outcome::Listed(_)) => Err(OpenFailure::Closed),
-    }
-}
-
-/// The facts of an export, by a connection that asks for nothing else.
-pub(super) async fn look(uri: &Uri, limit: Duration) -> Result<Facts, OpenFailure> {
-    let (stream, _, agreed) = open_export(uri, limit, false).await?;
-    // The answer is there already; a server that takes no goodbye shall not keep it.
-    let _ = tokio::time::timeout(limit, part(&stream, agreed.replies)).await;
-    Ok(facts(&agreed))
-}
-
-/// Says goodbye.
-async fn part(stream: &Stream, mode: ReplyMode) {
-    let mut output = BytesMut::new();
-    put_disconnect(&mut output, mode);
-    // A server that hangs up first has been told what we wanted to tell it.
-    let _ = stream.write_all(&mut output).await;
-}
-
-async fn open_export(uri: &Uri, limit: Duration, is_mirror: bool) -> Result<(Stream, BytesMut, Agreed), OpenFailure> {
-    let mut list = vec![NAMESPACE.to_owned()];
-    if is_mirror {
-        list.push(MIRROR.to_owned());
-    }
-    let ask = Ask::Open {
-        export: uri.export.clone(),
-        contexts: CONTEXTS.iter().map(|context| context.name().to_owned()).collect(),
-        list: Some(list),
-    };
-    match open(uri, ask, limit).await? {
-        (stream, input, Outcome::Opened(agreed)) => Ok((stream, input, agreed)),
-        (_, _, Outcome::Listed(_)) => Err(OpenFailure::Closed),
-    }
-}
-
-fn put_disconnect(output: &mut BytesMut, mode: ReplyMode) {
-    let header = request::Header { flags: 0, command: command::DISC, cookie: 0, offset: 0, length: 0 };
-    request::encode(output, mode, header);
-}
 
 /// A request on its way to a connection's task.
 struct Job {
@@ -232,6 +59,38 @@ pub(super) struct Handle {
     /// The worker that the connection lives on.
     pub(super) worker: Option<usize>,
     pub(super) agreed: Arc<Agreed>,
+    /// Who the server was told that we are.
+    pub(super) role: Role,
+    task: AbortHandle,
+}
+
+/// A connection that is to end after its last request. It is not kept alive by this.
+#[derive(Debug)]
+pub(super) struct Leaving {
+    in_flight: Arc<AtomicUsize>,
+    received: Arc<AtomicU64>,
+    task: AbortHandle,
+}
+
+impl Leaving {
+    pub(super) fn has_ended(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    /// Requests that wait for an answer.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that have come over.
+    pub(super) fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    /// Ends it now: its requests learn that it is lost.
+    pub(super) fn cut(&self) {
+        self.task.abort();
+    }
 }
 
 impl fmt::Debug for Handle {
@@ -268,6 +127,11 @@ impl Handle {
         self.in_flight.load(Ordering::Relaxed)
     }
 
+    /// To see the connection off, once this and all other handles are gone.
+    pub(super) fn leave(self) -> Leaving {
+        Leaving { in_flight: self.in_flight, received: self.received, task: self.task }
+    }
+
     /// Sends a request and waits for its reply; `None` when the connection is lost before.
     ///
     /// Cancel safety: the reply is thrown away when it comes.
@@ -284,40 +148,42 @@ impl Handle {
 /// when it is lost.
 pub(super) async fn start(
     uri: &Uri,
-    settings: &Settings,
+    introduction: Introduction,
+    stall_timeout: Duration,
     stats: [Arc<Stats>; 2],
     admit: impl FnOnce(&Facts) -> Result<(), OpenFailure>,
     ended: impl FnOnce(String) + 'static,
 ) -> Result<Handle, OpenFailure> {
-    let (stream, input, agreed) = open_export(uri, settings.connect_timeout, settings.is_mirror).await?;
+    let (stream, input, agreed) = open_export(uri, introduction, &CONTEXTS).await?;
     admit(&facts(&agreed))?;
     let (jobs, queue) = mpsc::channel(DEPTH);
-    let agreed = Arc::new(agreed);
-    let handle = Handle {
-        jobs,
-        in_flight: Arc::default(),
-        received: Arc::default(),
-        server: 0,
-        worker: crate::worker::index(),
-        agreed: Arc::clone(&agreed),
-    };
+    let (agreed, received) = (Arc::new(agreed), Arc::<AtomicU64>::default());
     let driver = Driver {
         in_flight: InFlight::new(agreed.replies),
         stream,
-        agreed,
+        agreed: Arc::clone(&agreed),
         queue,
-        received: Arc::clone(&handle.received),
+        received: Arc::clone(&received),
         input,
         output: Output::default(),
-        stall: Stall::new(settings.stall_timeout),
+        stall: Stall::new(stall_timeout),
         stats,
     };
-    tokio::task::spawn_local(async move {
+    let task = tokio::task::spawn_local(async move {
         if let Err(reason) = driver.run().await {
             ended(reason.to_string());
         }
     });
-    Ok(handle)
+    Ok(Handle {
+        jobs,
+        in_flight: Arc::default(),
+        received,
+        server: 0,
+        worker: crate::worker::index(),
+        agreed,
+        role: introduction.role,
+        task: task.abort_handle(),
+    })
 }
 
 /// Why a connection was lost.

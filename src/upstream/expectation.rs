@@ -1,7 +1,8 @@
 //! What a server must be, and what is told when it is something else.
 
-use super::connection::OpenFailure;
-use super::{OpenError, Pool};
+use super::OpenError;
+use super::opening::OpenFailure;
+use super::pool::{Pool, Stage};
 use crate::error::{Error, ErrorKind};
 use crate::export::{Facts, ImageId, NodeId};
 use crate::nbd::Uri;
@@ -72,10 +73,14 @@ impl Pool {
     /// Holds what a server says of its image against what is expected, and tells those who want to know when that
     /// changes.
     pub(super) fn admit(&self, server: usize, facts: &Facts) -> Result<(), OpenFailure> {
-        let verdict = self.expectation().check(facts);
+        let verdict = self.common.terms().expectation.check(facts);
+        // What a pool says that is not in use is of interest to nobody but whoever asks.
+        if self.state().stage != Stage::InUse {
+            return verdict;
+        }
         let uri = self.uri(server);
         let other = verdict.as_ref().is_err_and(OpenFailure::is_other_image);
-        let is_news = self.changed.send_if_modified(|list| {
+        let is_news = self.common.changed.send_if_modified(|list| {
             let known = list.iter().position(|changed| changed.uri == *uri);
             match known {
                 Some(index) if !other => drop(list.remove(index)),

@@ -5,9 +5,14 @@
 //! | this one | [`Remote`]: requests, split, retried, mapped to and from the protocol |
 //! | `verified` | reads whose bytes are checked: whom to ask when they are wrong |
 //! | `pool` | connections: opening, sharing, losing, failing over |
+//! | `redirect` | other servers in place of those that were used |
+//! | `server` | what is known of one server |
+//! | `common` | what stays when the servers are replaced |
 //! | `trust` | which servers are set aside because they send wrong bytes |
 //! | `expectation` | what a server must be, and what is told when it is something else |
-//! | `connection` | one connection: negotiation, requests in flight, replies |
+//! | `opening` | opening a connection: introduction, negotiation |
+//! | `connection` | one connection: requests in flight, replies |
+//! | `notices` | asking a server for news: where else the image is to be fetched |
 //!
 //! Owns: everything that makes a server on the network dependable: several connections with pipelined requests, a
 //! list of servers of which the next is tried when one fails or lies, patience with an end. Does not own: what is done
@@ -17,9 +22,14 @@
 //! it fails with an I/O error. So the patience here must stay under the time-out of whoever asks. What cannot be helped
 //! by waiting fails at once: servers that all have another image now, or that all send wrong bytes.
 
+mod common;
 mod connection;
 mod expectation;
+pub mod notices;
+mod opening;
 mod pool;
+mod redirect;
+mod server;
 #[cfg(test)]
 mod tests;
 mod trust;
@@ -31,7 +41,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{Mutex as AsyncMutex, watch};
 use tokio::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -43,9 +53,13 @@ use crate::nbd::{BlockSizes, Extent, Uri};
 use crate::ranges::ByteRange;
 use crate::telemetry::Counter;
 use crate::units::{to_u64, to_usize};
-pub use connection::{OpenFailure, inspect, list};
+use common::Common;
+pub use common::{Place, Role};
 pub use expectation::{Changed, Expectation};
-use pool::{Attempt, Pool};
+pub use opening::{OpenFailure, inspect, list};
+use pool::{Attempt, Pool, Stage};
+pub use redirect::Route;
+use server::Server;
 
 /// What an operator may set.
 #[derive(Debug, Clone)]
@@ -58,8 +72,8 @@ pub struct Settings {
     pub stall_timeout: Duration,
     /// How long a request is tried before it fails.
     pub patience: Duration,
-    /// Whether the bytes are for a mirror, which servers are told: they need not learn from what it reads.
-    pub is_mirror: bool,
+    /// Who servers are told that we are, at first.
+    pub role: Role,
 }
 
 impl Default for Settings {
@@ -70,7 +84,7 @@ impl Default for Settings {
             connect_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(10),
             patience: Duration::from_secs(25),
-            is_mirror: false,
+            role: Role::Plain,
         }
     }
 }
@@ -134,10 +148,12 @@ impl OpenError {
 /// An export on one of several servers that hold the same image.
 #[derive(Debug)]
 pub struct Remote {
-    pool: Arc<Pool>,
+    /// Replaced as a whole when the servers are. A request takes what is there each time it is tried.
+    pool: RwLock<Arc<Pool>>,
+    common: Arc<Common>,
     patience: Duration,
-    /// As of the last connection.
-    facts: Arc<RwLock<Facts>>,
+    /// Held while the servers are replaced.
+    redirecting: AsyncMutex<()>,
 }
 
 /// An export that a Headwater server has beside an image.
@@ -175,8 +191,8 @@ impl Remote {
         // Told by the server, as soon as there is one.
         let facts = Facts::read_only(0, "");
         let remote = Self::new(uris, facts, expectation, settings);
-        let size = Pool::open(&remote.pool).await?.agreed.size;
-        remote.pool.expect(|expectation| expectation.size = Some(size));
+        let size = Pool::open(&remote.pool()).await?.agreed.size;
+        remote.change_expectation(|terms| terms.expectation.size = Some(size));
         Ok(remote)
     }
 
@@ -188,73 +204,108 @@ impl Remote {
 
     fn new(uris: Vec<Uri>, facts: Facts, expectation: Expectation, settings: Settings) -> Self {
         let patience = settings.patience;
-        let facts = Arc::new(RwLock::new(facts));
-        Self { pool: Arc::new(Pool::new(uris, expectation, settings, Arc::clone(&facts))), patience, facts }
+        let common = Arc::new(Common::new(facts, expectation, settings));
+        let servers = uris.into_iter().map(|uri| Arc::new(Server::new(uri))).collect();
+        let pool = Arc::new(Pool::new(servers, Arc::clone(&common), Stage::InUse));
+        Self { pool: RwLock::new(pool), common, patience, redirecting: AsyncMutex::default() }
     }
 
-    /// From now on, servers with another image than this are refused, and those whose bytes pass through `node`.
+    /// The servers that are used now.
+    fn pool(&self) -> Arc<Pool> {
+        Arc::clone(&self.pool.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// From now on, servers with another image than this are refused, and those whose bytes pass through `node`. A
+    /// mirror has this name from then on, for connections that are opened later.
     pub fn expect(&self, identity: Option<ImageId>, node: NodeId) {
-        self.pool.expect(|expectation| {
-            expectation.identity = identity;
-            expectation.not_through = Some(node);
+        self.change_expectation(|terms| {
+            terms.expectation.identity = identity;
+            terms.expectation.not_through = Some(node);
+            if terms.role != Role::Plain {
+                terms.role = Role::Named(node);
+            }
         });
+    }
+
+    fn change_expectation(&self, change: impl FnOnce(&mut common::Terms)) {
+        self.common.change_terms(change);
+        // Whoever was refused until now is asked again.
+        self.pool().forgive();
+        self.common.changed.send_if_modified(|list| !std::mem::take(list).is_empty());
     }
 
     /// How much came over.
     pub fn stats(&self) -> &Stats {
-        &self.pool.stats
+        &self.common.stats
     }
 
     /// Whether a connection is open, or the last attempt to open one did not fail.
     pub fn is_reachable(&self) -> bool {
-        self.pool.is_reachable()
+        self.pool().is_reachable()
     }
 
     /// Where requests go now.
     pub fn current(&self) -> Uri {
-        self.pool.current()
+        self.pool().current()
+    }
+
+    /// Where requests go, whenever that changes.
+    pub fn place(&self) -> watch::Receiver<Place> {
+        self.common.place.subscribe()
+    }
+
+    /// All servers, in the order of the list.
+    pub fn uris(&self) -> Vec<Uri> {
+        self.pool().uris()
     }
 
     /// How each server is doing, in the order of the list. Cheap enough to be asked each second.
     pub fn servers(&self) -> Vec<ServerStatus> {
-        self.pool.status()
+        self.pool().status()
     }
 
     /// The servers that said, when they were last connected to or inspected, that they have another image than is
     /// expected: another size or another identity. Empty while all have the right one. A server that does not tell its
     /// identity is not among them.
     pub fn changed(&self) -> watch::Receiver<Vec<Changed>> {
-        self.pool.changed.subscribe()
+        self.common.changed.subscribe()
     }
 
     /// Asks each server what it says of the export now, by a connection of its own that asks nothing else. What comes
     /// out is in [`Self::changed`] too. Requests and their connections are left alone.
     pub async fn inspect(&self) -> Vec<(Uri, Result<Facts, OpenFailure>)> {
-        let limit = self.pool.settings().connect_timeout;
-        let looks = self.pool.order().into_iter().map(|server| async move {
-            let uri = self.pool.uri(server).clone();
-            let facts = connection::look(&uri, limit).await;
-            if let Ok(facts) = &facts {
-                // The answer is for whoever watches; these facts are returned whatever they are.
-                let _ = self.pool.admit(server, facts);
+        let pool = self.pool();
+        let looks = pool.order().into_iter().map(|server| {
+            let pool = &pool;
+            async move {
+                let uri = pool.uri(server).clone();
+                let look = opening::look(&uri, pool.connect_timeout).await;
+                let facts = look.map(|(facts, tells_news)| {
+                    // The answer is for whoever watches; these facts are returned whatever they are.
+                    let _ = pool.admit(server, &facts);
+                    pool.learn_of_news(server, tells_news);
+                    facts
+                });
+                (uri, facts)
             }
-            (uri, facts)
         });
         join_all(looks).await
     }
 
     /// Where a side export of the image is on each server, in the order in which they are to be tried.
     pub fn beside(&self, side: Side) -> Vec<Uri> {
+        let pool = self.pool();
         let of = |server| {
-            let uri = self.pool.uri(server);
+            let uri = pool.uri(server);
             Uri { export: format!("{}@{}", uri.export, side.name()), ..uri.clone() }
         };
-        self.pool.order().into_iter().map(of).collect()
+        pool.order().into_iter().map(of).collect()
     }
 
     /// Connects to one that [`Self::beside`] named. It may be anything: some servers have one export under all names.
     pub async fn open_beside(&self, uri: Uri) -> Result<Self, OpenError> {
-        let settings = Settings { connections: 1, patience: self.patience, ..self.pool.settings().clone() };
+        let (settings, role) = (self.common.settings.clone(), self.common.terms().role);
+        let settings = Settings { connections: 1, patience: self.patience, role, ..settings };
         Self::open(vec![uri], Expectation::default(), settings).await
     }
 
@@ -275,46 +326,52 @@ impl Remote {
     }
 
     /// Sends a request until it is answered or `deadline` has come. Tells which server has answered.
-    async fn ask_until(&self, request: Request, data: Bytes, deadline: Instant) -> Result<(Answer, usize)> {
+    async fn ask_until(&self, request: Request, data: Bytes, deadline: Instant) -> Result<(Answer, Arc<Server>)> {
         let mut tries = Tries::of(request.command);
         loop {
-            match Pool::attempt(&self.pool, request, data.clone(), deadline).await {
+            let pool = self.pool();
+            let now = match Pool::attempt(&pool, request, data.clone(), deadline).await {
                 Ok(answer) => return Ok(answer),
-                Err(attempt) => tries.note(attempt, &self.pool)?,
-            }
-            let pause = tokio::time::timeout_at(deadline, self.pool.pause(tries.count)).await;
-            if pause.is_err() || Instant::now() >= deadline {
+                // Whatever it was: the servers that are used now have not been asked.
+                Err(_) if pool.was_left() => Instant::now(),
+                Err(attempt) => {
+                    tries.note(attempt, &pool)?;
+                    let paused = tokio::time::timeout_at(deadline, pool.pause(tries.count)).await;
+                    paused.map_or(deadline, |()| Instant::now())
+                }
+            };
+            if now >= deadline {
                 return Err(self.gave_up(tries.last));
             }
-            self.pool.stats.retries.add(1);
+            self.common.stats.retries.add(1);
         }
     }
 
     fn gave_up(&self, last: Option<String>) -> Error {
         let seconds = self.patience.as_secs_f32();
-        let uri = self.pool.current();
+        let uri = self.current();
         let reason = last.map_or_else(String::new, |reason| format!(": {reason}"));
         Error::new(ErrorKind::Unavailable, format!("no answer from {uri} in {seconds} s{reason}"))
     }
 
     fn facts_now(&self) -> Facts {
-        self.facts.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.common.with_facts(Facts::clone)
     }
 
     fn block_sizes(&self) -> BlockSizes {
-        self.facts.read().unwrap_or_else(PoisonError::into_inner).block_sizes
+        self.common.with_facts(|facts| facts.block_sizes)
     }
 
     /// Reads `range`, and tells the servers that the bytes are from, each once.
-    async fn read_until(&self, range: ByteRange, deadline: Instant) -> Result<(Vec<Piece>, Vec<usize>)> {
+    async fn read_until(&self, range: ByteRange, deadline: Instant) -> Result<(Vec<Piece>, Vec<Arc<Server>>)> {
         let (block_sizes, size) = (self.block_sizes(), self.facts_now().size);
         let parts = requests(range, block_sizes, size).map(|part| async move {
             let (answer, server) = self.ask_until(read_of(part), Bytes::new(), deadline).await?;
             Ok::<_, Error>((to_pieces(part, answer, range)?, server))
         });
         let (parts, mut servers): (Vec<_>, Vec<_>) = try_join_all(parts).await?.into_iter().unzip();
-        servers.sort_unstable();
-        servers.dedup();
+        servers.sort_unstable_by_key(Arc::as_ptr);
+        servers.dedup_by(|one, other| Arc::ptr_eq(one, other));
         Ok((joined(parts), servers))
     }
 
@@ -355,7 +412,7 @@ impl Remote {
             return Err(Error::new(ErrorKind::Io, "a question for extents was answered without any"));
         };
         // The connection has translated the ids to positions in `Context`'s own order.
-        let extents = contexts.into_iter().find(|(id, _)| *id == connection::position(context)).map(|(_, list)| list);
+        let extents = contexts.into_iter().find(|(id, _)| *id == opening::position(context)).map(|(_, list)| list);
         let extents = extents.ok_or_else(|| Error::new(ErrorKind::Io, "a reply without the context asked for"))?;
         Ok(cut_extents(wide.start(), extents, range, limit))
     }
@@ -381,6 +438,7 @@ impl Tries {
         self.count += 1;
         match attempt {
             Attempt::Unreachable(reason) => self.last = Some(reason),
+            Attempt::Left => {}
             // Waiting would not help.
             Attempt::OtherImage(error) => return Err(error),
             Attempt::Lost { server } => {

@@ -11,17 +11,23 @@
 //!
 //! When all servers answer and none has the image any more, requests fail at once, and the servers are asked again
 //! after a pause only.
+//!
+//! A list of servers never changes: another list is another pool (`redirect`), which is a candidate first, then the one
+//! in use, and in the end has been left. A pool that was left gives no connections any more. Requests on its connections
+//! get their answers; whoever waits for anything else of it asks the pool that is in use now.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio::sync::{Mutex as AsyncMutex, Notify};
 use tokio::time::{Instant, timeout_at};
 
-use super::connection::{self, Handle, OpenFailure};
-use super::trust::{Record, Rules};
-use super::{Changed, Expectation, OpenError, ServerStatus, Settings, Stats};
+use super::common::Common;
+use super::connection::{self, Handle};
+use super::opening::{Introduction, OpenFailure, facts, tells_news};
+use super::server::{Server, Unusable};
+use super::{OpenError, ServerStatus};
 use crate::clock;
 use crate::error::Error;
 use crate::export::Facts;
@@ -29,7 +35,6 @@ use crate::nbd::Uri;
 use crate::nbd::client::{Answer, Request};
 use crate::nbd::wire::TransmissionFlags;
 use crate::ranges::ByteRange;
-use crate::telemetry::Seldom;
 
 /// After a failure of all servers, the next attempt waits this long; doubled each time up to the limit.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -39,8 +44,6 @@ const BUSY: usize = 1;
 /// After a further connection was refused, none is tried for this long; nor is another server, while one is used that
 /// is set aside.
 const NO_MORE_FOR: Duration = Duration::from_secs(30);
-/// Wrong replies of one server are logged once in this time.
-const LIES_EVERY: Duration = Duration::from_secs(10);
 
 /// How an attempt failed. `server` is the number of the server that it was made at.
 #[derive(Debug)]
@@ -57,58 +60,46 @@ pub(super) enum Attempt {
     Late,
     /// The server answered with an error.
     Refused { server: usize, error: Error },
-}
-
-/// Why there is no connection to a certain server.
-#[derive(Debug, Clone)]
-pub(super) struct Unusable {
-    /// Whether it answered, and is not what it should be.
-    pub(super) is_final: bool,
-    pub(super) reason: String,
+    /// There is another pool now.
+    Left,
 }
 
 /// Connections, and which server is current.
 #[derive(Debug)]
 pub(super) struct Pool {
-    servers: Vec<Server>,
-    settings: Settings,
-    /// Connections that outlive the pool may still add to them.
-    pub(super) stats: Arc<Stats>,
-    facts: Arc<RwLock<Facts>>,
+    pub(super) servers: Vec<Arc<Server>>,
+    pub(super) common: Arc<Common>,
+    /// How long opening one connection may take.
+    pub(super) connect_timeout: Duration,
     /// Never held across an await.
     state: Mutex<State>,
     /// Held while the first connection is opened, so that requests that come together wait for one attempt instead
     /// of each making its own.
     opening: AsyncMutex<()>,
-    /// The servers that have another image than is expected.
-    pub(super) changed: watch::Sender<Vec<Changed>>,
+    /// Told when the pool has been left.
+    pub(super) left: Notify,
 }
 
-/// What stays of a server, and what is counted of it.
-#[derive(Debug)]
-struct Server {
-    uri: Uri,
-    stats: Arc<Stats>,
-    /// Lets its lies into the log.
-    lies: Seldom,
-    /// Held while a connection to this very server is opened for those who must have its answer.
-    opening: AsyncMutex<()>,
+/// What a pool is for its remote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// It is tried whether it can be used. Nobody is told anything.
+    Candidate,
+    InUse,
+    Left,
 }
 
 #[derive(Debug)]
-struct State {
-    expectation: Expectation,
-    current: usize,
-    handles: Vec<Handle>,
+pub(super) struct State {
+    pub(super) stage: Stage,
+    pub(super) current: usize,
+    pub(super) handles: Vec<Handle>,
     /// Consecutive failures of all servers; the last one, if it was the last thing that happened.
     failures: u32,
     failed: Option<Failed>,
     /// Whether a further connection is being opened, and when none may be before.
     is_growing: bool,
     no_more_before: Option<Instant>,
-    /// By the number of the server.
-    health: Vec<Health>,
-    rules: Rules,
 }
 
 /// A failure of all servers.
@@ -126,29 +117,7 @@ impl Failed {
     }
 }
 
-/// What is known of one server.
-#[derive(Debug, Default)]
-struct Health {
-    trust: Record,
-    /// Why it could not be connected to when it was tried last, if it could not.
-    unusable: Option<(Instant, Unusable)>,
-    /// The last thing that went wrong since it was connected to.
-    last_error: Option<String>,
-}
-
 impl State {
-    /// The servers in the order in which they are to be tried: in a circle from `first` on, those set aside last.
-    fn order(&self, first: usize) -> Vec<usize> {
-        let (now, count) = (clock::now(), self.health.len());
-        let mut order: Vec<_> = (0..count).map(|step| (first + step) % count).collect();
-        order.sort_by_key(|server| self.health[*server].trust.aside(now));
-        order
-    }
-
-    fn is_aside(&self, server: usize) -> bool {
-        self.health[server].trust.aside(clock::now()).is_some()
-    }
-
     /// The connection to `server` with least to do: of this worker, or of another as long as this one has none.
     fn least_busy(&mut self, server: usize) -> Option<Handle> {
         self.handles.retain(Handle::is_alive);
@@ -159,63 +128,37 @@ impl State {
 }
 
 impl Pool {
-    pub(super) fn new(
-        uris: Vec<Uri>,
-        expectation: Expectation,
-        mut settings: Settings,
-        facts: Arc<RwLock<Facts>>,
-    ) -> Self {
+    pub(super) fn new(servers: Vec<Arc<Server>>, common: Arc<Common>, stage: Stage) -> Self {
+        let settings = &common.settings;
         // All servers are to be tried while a request waits, and the one that answers must have time to.
-        let share = settings.patience / u32::try_from(uris.len() + 1).unwrap_or(u32::MAX);
-        settings.connect_timeout = settings.connect_timeout.min(share);
+        let share = settings.patience / u32::try_from(servers.len() + 1).unwrap_or(u32::MAX);
+        let connect_timeout = settings.connect_timeout.min(share);
         let state = State {
-            expectation,
+            stage,
             current: 0,
             handles: Vec::new(),
             failures: 0,
             failed: None,
             is_growing: false,
             no_more_before: None,
-            health: uris.iter().map(|_| Health::default()).collect(),
-            rules: Rules::default(),
         };
-        let lies = || Seldom::new(LIES_EVERY);
-        let server = |uri| Server { uri, stats: Arc::default(), lies: lies(), opening: AsyncMutex::default() };
         Self {
-            servers: uris.into_iter().map(server).collect(),
-            settings,
-            stats: Arc::default(),
-            facts,
+            servers,
+            common,
+            connect_timeout,
             state: Mutex::new(state),
             opening: AsyncMutex::new(()),
-            changed: watch::Sender::default(),
+            left: Notify::new(),
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn expect(&self, change: impl FnOnce(&mut Expectation)) {
-        let mut state = self.state();
-        change(&mut state.expectation);
-        // Whoever was refused until now is asked again.
-        state.failed = None;
-        drop(state);
-        self.changed.send_if_modified(|list| !std::mem::take(list).is_empty());
-    }
-
-    pub(super) fn expectation(&self) -> Expectation {
-        self.state().expectation
-    }
-
-    pub(super) const fn settings(&self) -> &Settings {
-        &self.settings
-    }
-
-    #[cfg(test)]
-    pub(super) fn set_rules(&self, rules: Rules) {
-        self.state().rules = rules;
+    /// Servers that were refused until now are asked again.
+    pub(super) fn forgive(&self) {
+        self.state().failed = None;
     }
 
     pub(super) fn current(&self) -> Uri {
@@ -226,24 +169,53 @@ impl Pool {
         self.state().failures == 0
     }
 
+    pub(super) fn was_left(&self) -> bool {
+        self.state().stage == Stage::Left
+    }
+
+    /// Does something of which the result is of no use any more once the pool has been left; `None`: it has been.
+    pub(super) async fn unless_left<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let left = self.left.notified();
+        if self.was_left() {
+            return None;
+        }
+        tokio::select! {
+            biased;
+            () = left => None,
+            result = work => Some(result),
+        }
+    }
+
+    /// The servers in the order in which they are to be tried: in a circle from `first` on, those set aside last.
+    fn order_from(&self, first: usize) -> Vec<usize> {
+        let count = self.servers.len();
+        let mut order: Vec<_> = (0..count).map(|step| (first + step) % count).collect();
+        order.sort_by_cached_key(|server| self.servers[*server].aside());
+        order
+    }
+
+    fn is_aside(&self, server: usize) -> bool {
+        self.servers[server].aside().is_some()
+    }
+
     /// All servers, in the order in which they are to be tried.
     pub(super) fn order(&self) -> Vec<usize> {
-        let state = self.state();
-        state.order(state.current)
+        let current = self.state().current;
+        self.order_from(current)
     }
 
     /// How each server is doing, in the order of the list.
     pub(super) fn status(&self) -> Vec<ServerStatus> {
-        let (state, now) = (self.state(), clock::now());
-        let status = |(number, server): (usize, &Server)| ServerStatus {
+        let state = self.state();
+        let status = |(number, server): (usize, &Arc<Server>)| ServerStatus {
             uri: server.uri.clone(),
             is_current: number == state.current,
             connections: state.handles.iter().filter(|handle| handle.server == number && handle.is_alive()).count(),
             received_bytes: server.stats.received_bytes.value(),
             requests: server.stats.requests.value(),
             wrong_replies: server.stats.wrong_replies.value(),
-            set_aside_for: state.health[number].trust.aside(now),
-            last_error: state.health[number].last_error.clone(),
+            set_aside_for: server.aside(),
+            last_error: server.last_error(),
         };
         self.servers.iter().enumerate().map(status).collect()
     }
@@ -255,11 +227,16 @@ impl Pool {
         request: Request,
         data: Bytes,
         deadline: Instant,
-    ) -> Result<(Answer, usize), Attempt> {
-        let handle = timeout_at(deadline, Self::handle(pool)).await;
-        let handle = handle.unwrap_or_else(|_| Err(Attempt::Unreachable("no connection in time".into())))?;
+    ) -> Result<(Answer, Arc<Server>), Attempt> {
+        let handle = match Self::ready(pool) {
+            Some(handle) => handle,
+            None => match timeout_at(deadline, pool.unless_left(Self::handle(pool))).await {
+                Ok(handle) => handle.unwrap_or(Err(Attempt::Left))?,
+                Err(_) => return Err(Attempt::Unreachable("no connection in time".into())),
+            },
+        };
         let answer = pool.ask(&handle, request, data, deadline).await?;
-        Ok((answer, handle.server))
+        Ok((answer, Arc::clone(&pool.servers[handle.server])))
     }
 
     /// Sends a request over this connection, with the same limit.
@@ -272,7 +249,7 @@ impl Pool {
     ) -> Result<Answer, Attempt> {
         let (server, before) = (handle.server, handle.received());
         // Time enough for a verdict, and the rest for another server.
-        let verdict = Instant::now() + self.settings.patience / 2;
+        let verdict = Instant::now() + self.common.settings.patience / 2;
         let limit = if self.has_alternatives() { deadline.min(verdict) } else { deadline };
         match timeout_at(limit, handle.ask(request, data)).await {
             Ok(Some(result)) => result.map_err(|error| Attempt::Refused { server, error }),
@@ -302,13 +279,13 @@ impl Pool {
         let mut state = self.state();
         // Requests in flight on the old connections end there; the connections close after the last of them.
         state.handles.retain(|handle| handle.server != server);
-        state.health[server].last_error = Some(reason.to_owned());
-        if state.current != server {
+        self.servers[server].went_wrong(reason.to_owned());
+        if state.current != server || state.stage == Stage::Left {
             return;
         }
-        let next = state.order(server).into_iter().find(|other| *other != server);
+        let next = self.order_from(server).into_iter().find(|other| *other != server);
         if let Some(next) = next {
-            if state.is_aside(next) {
+            if self.is_aside(next) {
                 state.no_more_before = Some(Instant::now() + NO_MORE_FOR);
             }
             self.make_current(&mut state, next);
@@ -318,39 +295,51 @@ impl Pool {
 
     fn make_current(&self, state: &mut State, server: usize) {
         state.current = server;
-        if let Some(handle) = state.least_busy(server) {
-            self.learn(&handle);
-        }
+        let handle = state.least_busy(server);
+        self.publish(state, handle.as_ref());
     }
 
-    /// The facts are those of the current server.
-    fn learn(&self, handle: &Handle) {
-        *self.facts.write().unwrap_or_else(PoisonError::into_inner) = connection::facts(&handle.agreed);
+    /// Tells where requests go now. The facts are those of the current server, as far as a connection to it has told
+    /// them.
+    pub(super) fn publish(&self, state: &State, handle: Option<&Handle>) {
+        if state.stage != Stage::InUse {
+            return;
+        }
+        if let Some(handle) = handle {
+            self.common.set_facts(facts(&handle.agreed));
+        }
+        let server = &self.servers[state.current];
+        self.common.publish(&server.uri, server.tells_news());
     }
 
     /// Takes note that `server` sent other bytes than those of the image for `range`. One that does so repeatedly is
     /// set aside, if there is another.
     pub(super) fn lied(&self, server: usize, range: ByteRange) {
-        let (now, Server { uri, stats, lies, .. }) = (clock::now(), &self.servers[server]);
+        let Server { uri, stats, lies, .. } = &*self.servers[server];
         let (offset, length) = (range.start(), range.length());
-        self.stats.wrong_replies.add(1);
+        self.common.stats.wrong_replies.add(1);
         stats.wrong_replies.add(1);
-        if let Some(unsaid) = lies.now(now) {
+        if let Some(unsaid) = lies.now(clock::now()) {
             tracing::warn!(%uri, offset, length, unsaid, "the upstream sent wrong bytes");
         }
-        let mut state = self.state();
-        let rules = state.rules;
-        let health = &mut state.health[server];
         let reason = format!("it sent wrong bytes: {length} at {offset}");
         if self.has_alternatives()
-            && let Some(time) = health.trust.lied(now, &rules)
+            && let Some(time) = self.servers[server].lied(&self.common.terms().rules)
         {
             let (count, seconds) = (stats.wrong_replies.value(), time.as_secs());
             tracing::warn!(%uri, count, seconds, "the upstream sends wrong bytes repeatedly: set aside");
-            drop(state);
             self.fail_over(server, &reason);
         } else {
-            health.last_error = Some(reason);
+            self.servers[server].went_wrong(reason);
+        }
+    }
+
+    /// A server said by the way whether it tells news.
+    pub(super) fn learn_of_news(&self, server: usize, tells_news: bool) {
+        self.servers[server].set_tells_news(tells_news);
+        let state = self.state();
+        if state.current == server {
+            self.publish(&state, None);
         }
     }
 
@@ -365,7 +354,8 @@ impl Pool {
                 None => return,
             }
         };
-        tokio::time::sleep_until(until).await;
+        // Another pool need not be waited for.
+        self.unless_left(tokio::time::sleep_until(until)).await;
     }
 
     /// A connection for this worker.
@@ -406,8 +396,8 @@ impl Pool {
     /// A connection to the current server.
     fn ready(pool: &Arc<Self>) -> Option<Handle> {
         let mut state = pool.state();
-        let better = state.is_aside(state.current).then(|| state.order(state.current)[0]);
-        let better = better.filter(|better| !state.is_aside(*better));
+        let better = pool.servers.get(state.current)?.aside().map(|_| pool.order_from(state.current)[0]);
+        let better = better.filter(|better| !pool.is_aside(*better));
         if let Some(better) = better
             && state.least_busy(better).is_some()
         {
@@ -433,7 +423,7 @@ impl Pool {
         let mut own = state.handles.iter().filter(|handle| handle.server == state.current).peekable();
         let Some(first) = own.peek() else { return false };
         first.agreed.flags.contains(TransmissionFlags::CAN_MULTI_CONN)
-            && own.count() < self.settings.connections
+            && own.count() < self.common.settings.connections
             && state.no_more_before.is_none_or(|time| Instant::now() >= time)
     }
 
@@ -452,8 +442,9 @@ impl Pool {
         state.is_growing = false;
         match result {
             // Another server may have become current meanwhile; then this one is not wanted.
+            Ok(_) if state.stage == Stage::Left => {}
             Ok(handle) if state.current == server => state.handles.push(handle),
-            Ok(handle) if state.is_aside(state.current) && !state.is_aside(server) => {
+            Ok(handle) if pool.is_aside(state.current) && !pool.is_aside(server) => {
                 state.handles.push(handle);
                 pool.turn_back(&mut state, server);
             }
@@ -468,11 +459,8 @@ impl Pool {
     /// Opens a connection to the current server, or to the next that can be used.
     pub(super) async fn open(pool: &Arc<Self>) -> Result<Handle, OpenError> {
         let mut failures = Vec::new();
-        let (first, order) = {
-            let state = pool.state();
-            (state.current, state.order(state.current))
-        };
-        for server in order {
+        let first = pool.state().current;
+        for server in pool.order_from(first) {
             let uri = pool.uri(server);
             match Self::open_at(pool, server).await {
                 Ok(handle) => {
@@ -482,7 +470,7 @@ impl Pool {
                     }
                     (state.failures, state.failed) = (0, None);
                     // Unless somebody has turned away from that server while it was connected to.
-                    if state.current == first {
+                    if state.current == first && state.stage != Stage::Left {
                         state.handles.push(handle.clone());
                         pool.make_current(&mut state, server);
                     }
@@ -511,50 +499,44 @@ impl Pool {
         if let Some(handle) = ready() {
             return Ok(handle);
         }
-        if let Some((at, unusable)) = &pool.state().health[server].unusable
-            && *at >= began
-        {
-            return Err(unusable.clone());
+        if let Some(unusable) = pool.servers[server].unusable_since(began) {
+            return Err(unusable);
         }
         let handle = Self::open_at(pool, server).await.map_err(|failure| Unusable::from(&failure))?;
         let mut state = pool.state();
-        state.handles.push(handle.clone());
+        if state.stage != Stage::Left {
+            state.handles.push(handle.clone());
+        }
         if state.current == server {
             (state.failures, state.failed) = (0, None);
-            pool.learn(&handle);
+            pool.publish(&state, Some(&handle));
         }
         Ok(handle)
     }
 
-    async fn open_at(pool: &Arc<Self>, number: usize) -> Result<Handle, OpenFailure> {
-        let Server { uri, stats, .. } = &pool.servers[number];
-        let counted = [Arc::clone(stats), Arc::clone(&pool.stats)];
+    /// Opens one more connection to `number`, which nobody uses yet.
+    pub(super) async fn open_at(pool: &Arc<Self>, number: usize) -> Result<Handle, OpenFailure> {
+        let (server, common) = (&pool.servers[number], &pool.common);
+        let counted = [Arc::clone(&server.stats), Arc::clone(&common.stats)];
         let admit = |facts: &Facts| pool.admit(number, facts);
-        // The pool ends its connections by going away.
-        let (owner, lost_uri) = (Arc::downgrade(pool), uri.clone());
+        // A server goes out of the list with the pools that have it.
+        let owner = Arc::downgrade(server);
+        let lost_uri = server.uri.clone();
         let ended = move |reason: String| {
             tracing::warn!(uri = %lost_uri, reason, "lost a connection to the upstream");
-            if let Some(pool) = Weak::upgrade(&owner) {
-                pool.state().health[number].last_error = Some(reason);
+            if let Some(server) = Weak::upgrade(&owner) {
+                server.went_wrong(reason);
             }
         };
-        let result = connection::start(uri, &pool.settings, counted, admit, ended).await;
-        let unusable = result.as_ref().err().map(Unusable::from);
-        let mut state = pool.state();
-        let health = &mut state.health[number];
-        health.last_error = unusable.as_ref().map(|unusable| unusable.reason.clone());
-        health.unusable = unusable.map(|unusable| (Instant::now(), unusable));
-        drop(state);
+        let introduction = Introduction { role: common.terms().role, limit: pool.connect_timeout };
+        let result =
+            connection::start(&server.uri, introduction, common.settings.stall_timeout, counted, admit, ended).await;
+        server.tried(result.as_ref().err().map(Unusable::from));
         let mut handle = result?;
         handle.server = number;
-        [stats, &pool.stats].into_iter().for_each(|stats| stats.connections.add(1));
+        server.set_tells_news(tells_news(&handle.agreed));
+        [&server.stats, &common.stats].into_iter().for_each(|stats| stats.connections.add(1));
         Ok(handle)
-    }
-}
-
-impl From<&OpenFailure> for Unusable {
-    fn from(failure: &OpenFailure) -> Self {
-        Self { is_final: failure.is_final(), reason: failure.to_string() }
     }
 }
 

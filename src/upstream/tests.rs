@@ -2,6 +2,7 @@
 
 mod changes;
 mod lies;
+mod redirect;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -59,6 +60,12 @@ struct Fake {
     hates_status: Cell<bool>,
     reads: RefCell<Vec<ByteRange>>,
     connections: Cell<usize>,
+    /// Those that are there now, and those that ended with a goodbye.
+    open: Cell<usize>,
+    farewells: Cell<usize>,
+    /// Whether it keeps its answers to itself until it is told otherwise.
+    is_held: Cell<bool>,
+    released: tokio::sync::Notify,
     _directory: tempfile::TempDir,
 }
 
@@ -109,6 +116,10 @@ impl Fake {
             hates_status: Cell::new(false),
             reads: RefCell::default(),
             connections: Cell::new(0),
+            open: Cell::new(0),
+            farewells: Cell::new(0),
+            is_held: Cell::new(false),
+            released: tokio::sync::Notify::new(),
             _directory: directory,
         });
         let listener = UnixListener::bind(&fake.path).unwrap();
@@ -119,7 +130,12 @@ impl Fake {
                 if serving.is_down.get() {
                     continue;
                 }
-                tokio::task::spawn_local(Rc::clone(&serving).serve(socket));
+                let serving = Rc::clone(&serving);
+                tokio::task::spawn_local(async move {
+                    serving.open.set(serving.open.get() + 1);
+                    Rc::clone(&serving).serve(socket).await;
+                    serving.open.set(serving.open.get() - 1);
+                });
             }
         });
         fake
@@ -167,6 +183,7 @@ impl Fake {
                 let to = ReplyTo { cookie: header.cookie, offset: header.offset };
                 let range = ByteRange::new(header.offset, header.length).unwrap();
                 if header.command == command::DISC {
+                    self.farewells.set(self.farewells.get() + 1);
                     return;
                 }
                 if header.command == command::BLOCK_STATUS && self.hates_status.get() {
@@ -179,6 +196,9 @@ impl Fake {
                     continue;
                 }
                 self.reads.borrow_mut().push(range);
+                while self.is_held.get() {
+                    self.released.notified().await;
+                }
                 let mut data = contents[to_usize(range.start())..to_usize(range.end())].to_vec();
                 let act = self.next_act();
                 match act {
@@ -236,7 +256,7 @@ fn quick() -> Settings {
         connect_timeout: Duration::from_secs(2),
         stall_timeout: Duration::from_millis(100),
         patience: Duration::from_secs(20),
-        is_mirror: false,
+        role: Role::Plain,
     }
 }
 

@@ -23,6 +23,7 @@
 //! | `redirect` | running clients moved to another server, and servers taken out of service |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
 //! | `fill` | what is fetched ahead of demand, why, and how fast at most |
+//! | `follow` | mirrors that go to another upstream when they are told to |
 //! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
 //! | `command_line` | what it prints, refuses and returns |
 //!
@@ -43,6 +44,7 @@ mod crash;
 mod data_path;
 mod faults;
 mod fill;
+mod follow;
 mod generations;
 mod handshake;
 mod index;

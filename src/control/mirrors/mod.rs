@@ -4,6 +4,8 @@
 //! | --- | --- |
 //! | this one | [`Mirrors`]: which there are, and what they have in common |
 //! | `open` | which cache belongs to which image, and its manifest |
+//! | `notice` | going to other upstreams, as told by the present one |
+//! | `remembered` | which those are, over a restart |
 //! | `watch` | noticing that the upstream's image has been replaced, or has got a manifest |
 //! | `operate` | mirrors as operators see them |
 //! | `prefetch` | orders to fetch ahead of demand: taken, told of, called off |
@@ -15,9 +17,11 @@
 //!
 //! Owns: generations, their registration, their watchers. Does not own: caches (`mirror`), connections (`upstream`).
 
+mod notice;
 mod open;
 mod operate;
 mod prefetch;
+pub mod remembered;
 mod runner;
 mod watch;
 
@@ -28,6 +32,8 @@ use futures_util::future::join_all;
 use thiserror::Error;
 
 use super::redirect::StatePlace;
+use self::notice::Follower;
+use self::remembered::Remembered;
 use super::Jobs;
 use crate::export::{DuplicateName, ImageId, Registry, SharedExport};
 use crate::fill;
@@ -292,6 +298,19 @@ impl Mirrors {
                 exchange.run().await;
             })
             .await;
+        self.follow(generation, workers).await;
+    }
+
+    /// Has a generation go to other upstreams when it is told to.
+    async fn follow(&self, generation: &Generation, workers: &Arc<Workers>) {
+        let (directory, space) = (generation.mirror.directory().to_owned(), Arc::clone(&self.0.space));
+        let PlannedImage { name, uris, .. } = generation.image.clone();
+        let opening = tokio::task::spawn_blocking(move || Remembered::open(&directory, &space, uris));
+        let Ok(remembered) = opening.await else {
+            return tracing::error!(name, "cannot follow the upstream's news: a thread died");
+        };
+        let follower = Follower::new(name, Arc::clone(&generation.remote), remembered);
+        workers.run(move || follower.run()).await;
     }
 
     fn generations(&self) -> MutexGuard<'_, Vec<Arc<Generation>>> {

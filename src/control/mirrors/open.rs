@@ -6,11 +6,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::remembered;
 use super::{Generation, KEPT_GENERATIONS, MirrorError, Mirrors, PlannedImage};
-use crate::export::{Export, Facts, ImageId, SharedExport};
+use crate::export::{Export, Facts, ImageId, NodeId, SharedExport};
 use crate::fill::profile::Store;
 use crate::mirror::{Cache, CacheError, ManifestError, Mirror, Space, Truth};
-use crate::upstream::{Expectation, OpenError, Remote};
+use crate::upstream::{self, Expectation, OpenError, Remote, Role};
 use crate::worker::Workers;
 
 /// What a mirror's directory has beside the cache for the next clients; it counts in `space`. Blocks.
@@ -97,16 +98,31 @@ impl Mirrors {
         // Size and identity are left to the cache, which can say more about them.
         let not_through = header.map(|header| header.node);
         let expectation = Expectation { not_through, identity: image.wanted, ..Expectation::default() };
-        let (uris, settings) = (image.uris.clone(), self.0.plan.upstream.clone());
+        let settings = self.named(not_through);
+        let told = latest.and_then(|cache| remembered::servers(cache.directory(), &image.uris));
+        // Nobody but us knows of those that were told: they count only as long as they have what the cache has.
+        let strict = Expectation {
+            size: header.map(|header| header.image_size),
+            identity: image.wanted.or_else(|| latest.and_then(Cache::identity)),
+            not_through,
+        };
         // On a worker, where the connection will be used.
         let open = {
-            let (uris, settings) = (uris.clone(), settings.clone());
+            let (uris, told, settings) = (image.uris.clone(), told.clone(), settings.clone());
             move || async move {
-                let remote = Remote::open(uris, expectation, settings).await?;
+                let mut remote = None;
+                if let Some(told) = told {
+                    remote = Remote::open(told, strict, settings.clone()).await.ok();
+                }
+                let remote = match remote {
+                    Some(remote) => remote,
+                    None => Remote::open(uris, expectation, settings).await?,
+                };
                 let identity = identity_of(&remote).await;
                 Ok::<_, OpenError>((remote, identity))
             }
         };
+        let uris = told.unwrap_or_else(|| image.uris.clone());
         match (workers.ask(open).await.ok_or_else(|| MirrorError::Died(image.name.clone()))?, header) {
             (Ok((remote, identity)), _) => Ok((Arc::new(remote), identity)),
             (Err(error), Some(header)) if !error.is_final() => {
@@ -118,6 +134,12 @@ impl Mirrors {
             }
             (Err(source), _) => Err(MirrorError::Upstream { name: image.name.clone(), source }),
         }
+    }
+
+    /// How upstreams are used by the mirror with this name.
+    pub(super) fn named(&self, node: Option<NodeId>) -> upstream::Settings {
+        let settings = self.0.plan.upstream.clone();
+        upstream::Settings { role: node.map_or(settings.role, Role::Named), ..settings }
     }
 
     /// The cache of what is known to be `identity`, or a new one.
@@ -219,7 +241,8 @@ impl Mirrors {
         // Its servers are asked only when somebody reads what is not here.
         let expectation =
             Expectation { identity: Some(identity), not_through: Some(header.node), ..Expectation::default() };
-        let remote = Arc::new(Remote::offline(image.uris.clone(), facts, expectation, self.0.plan.upstream.clone()));
+        let uris = remembered::servers(path, &image.uris).unwrap_or_else(|| image.uris.clone());
+        let remote = Arc::new(Remote::offline(uris, facts, expectation, self.named(Some(header.node))));
         let lower: SharedExport = Arc::<Remote>::clone(&remote);
         let open = move || Ok(with_profiles(Mirror::open(name, cache, lower, None, &space, &settings)?, &space));
         let opened: Result<_, CacheError> =

@@ -55,7 +55,7 @@ impl Mirrors {
             identity: Some(identity),
             not_through: Some(generation.mirror.node()),
         };
-        let settings = upstream::Settings { patience: PATIENCE, ..self.0.plan.upstream.clone() };
+        let settings = upstream::Settings { patience: PATIENCE, ..self.named(Some(generation.mirror.node())) };
         let remote = Remote::offline(uris, facts, expectation, settings);
         Some(Arc::new(Peer::new(Arc::new(remote))))
     }

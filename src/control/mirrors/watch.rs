@@ -99,7 +99,8 @@ impl Mirrors {
         let image = &old.image;
         let expectation =
             Expectation { size: Some(facts.size), identity: facts.identity, not_through: Some(old.mirror.node()) };
-        let (uris, settings) = (image.uris.clone(), self.0.plan.upstream.clone());
+        // Also those that were told: one of them has it.
+        let (uris, settings) = (old.remote.uris(), self.0.plan.upstream.clone());
         let remote = Remote::open(uris, expectation, settings).await;
         let remote = remote.map_err(|source| MirrorError::Upstream { name: image.name.clone(), source })?;
         let new = self.open_generation(image, Arc::new(remote), facts.identity, workers).await?;

@@ -34,6 +34,13 @@ pub enum Ask {
     },
     /// The names of all exports.
     List,
+    /// What the server lists of an export's contexts, without opening it: those that match one of these queries.
+    Contexts {
+        /// The export's name; empty for the default one.
+        export: String,
+        /// What to list.
+        list: Vec<String>,
+    },
 }
 
 /// What was agreed.
@@ -43,6 +50,8 @@ pub enum Outcome {
     Opened(Agreed),
     /// Name and description of each export; the connection is at its end.
     Listed(Vec<(String, String)>),
+    /// The names that the server listed; none if it would not. The connection is at its end.
+    Contexts(Vec<String>),
 }
 
 /// What was agreed on an export.
@@ -325,8 +334,10 @@ impl ClientHandshake {
             option::LIST_META_CONTEXT if !accepted => self.listed.clear(),
             _ => {}
         }
-        let Ask::Open { export, contexts, list } = &self.ask else {
-            return Err(Refusal::Broken("a reply to an option that was not sent"));
+        let (export, contexts, list) = match &self.ask {
+            Ask::Open { export, contexts, list } => (export, contexts, list),
+            Ask::Contexts { export, list } => return Ok(self.list_only(number, export.clone(), list.clone(), output)),
+            Ask::List => return Err(Refusal::Broken("a reply to an option that was not sent")),
         };
         let mut data = BytesMut::new();
         put_string(&mut data, export);
@@ -350,6 +361,20 @@ impl ClientHandshake {
             self.send(option::GO, &data, output);
         }
         Ok(Taken::Reply)
+    }
+
+    /// What follows where the listing is all that is wanted. Without chunks there is none: those who cannot reply with
+    /// chunks must not be asked.
+    fn list_only(&mut self, number: u32, export: String, list: Vec<String>, output: &mut BytesMut) -> Taken {
+        if number != option::LIST_META_CONTEXT && self.replies.has_chunks() {
+            let mut data = BytesMut::new();
+            put_string(&mut data, &export);
+            put_queries(&mut data, &list);
+            self.send(option::LIST_META_CONTEXT, &data, output);
+            return Taken::Reply;
+        }
+        self.send(option::ABORT, &[], output);
+        Taken::Outcome(Outcome::Contexts(std::mem::take(&mut self.listed)))
     }
 
     fn refused(&mut self, number: u32, code: u32, data: &[u8], output: &mut BytesMut) -> Result<Taken, Refusal> {
@@ -379,7 +404,7 @@ impl ClientHandshake {
 
     fn send_export_name(&mut self, output: &mut BytesMut) -> Result<(), Refusal> {
         let Ask::Open { export, .. } = &self.ask else {
-            return Err(Refusal::Broken("a server without fixed newstyle cannot list its exports"));
+            return Err(Refusal::Broken("a server without fixed newstyle cannot list anything"));
         };
         put_option(output, option::EXPORT_NAME, export.as_bytes());
         let padding = if self.no_zeroes { 0 } else { wire::EXPORT_NAME_PADDING };
@@ -431,7 +456,8 @@ fn put_queries(data: &mut BytesMut, queries: &[String]) {
 pub fn fuzz(data: &[u8]) {
     let open =
         Ask::Open { export: "a".into(), contexts: vec!["base:allocation".into()], list: Some(vec!["x:".into()]) };
-    for ask in [open, Ask::List] {
+    let contexts = Ask::Contexts { export: "a".into(), list: vec!["x:".into()] };
+    for ask in [open, Ask::List, contexts] {
         let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
         let mut handshake = ClientHandshake::new(ask);
         for piece in data.chunks(usize::from(data.first().copied().unwrap_or(0)) + 1) {
@@ -442,7 +468,7 @@ pub fn fuzz(data: &[u8]) {
                     assert!(agreed.block_sizes.is_sound(), "unsound block sizes were let through");
                     break;
                 }
-                Ok(Some(Outcome::Listed(_))) | Err(_) => break,
+                Ok(Some(Outcome::Listed(_) | Outcome::Contexts(_))) | Err(_) => break,
             }
             assert!(input.len() <= REPLY_HEADER + MAX_REPLY as usize + 256, "input piles up");
         }
@@ -577,6 +603,24 @@ mod tests {
         let listed = negotiate(Ask::List, &Server { unknown: vec![] }).unwrap();
         let expected = vec![("debian12".into(), "a real image".into()), ("other".into(), String::new())];
         assert_eq!(listed, Outcome::Listed(expected));
+    }
+
+    #[test]
+    fn contexts_are_listed_without_opening_the_export() {
+        let ask = |export: &str| Ask::Contexts { export: export.into(), list: vec!["x-headwater:".into()] };
+        let listed = |unknown: &[u32], export| negotiate(ask(export), &Server { unknown: unknown.to_vec() });
+        let all = Outcome::Contexts(vec!["x-headwater:residency".into(), "x-headwater:node=abc".into()]);
+        // It must not matter whether the export may be opened.
+        for unknown in [&[][..], &[option::EXTENDED_HEADERS], &[option::GO, option::EXPORT_NAME]] {
+            assert_eq!(listed(unknown, "debian12").as_ref(), Ok(&all), "{unknown:?}");
+        }
+        for (unknown, export) in [
+            (&[][..], "other"),
+            (&[option::LIST_META_CONTEXT], "debian12"),
+            (&[option::EXTENDED_HEADERS, option::STRUCTURED_REPLY], "debian12"),
+        ] {
+            assert_eq!(listed(unknown, export), Ok(Outcome::Contexts(vec![])), "{unknown:?}");
+        }
     }
 
     #[test]

@@ -883,7 +883,8 @@ mod tests {
     fn what_is_asked_in_set_meta_context_is_not_heard() {
         let mut peer = Peer::greeted(3);
         peer.send(option::STRUCTURED_REPLY, b"").unwrap();
-        let (mirror, close) = (format!("{}{}", wire::MIRROR_NODE, "ab".repeat(16)), format!("{}{}", wire::CLOSE, "ab".repeat(16)));
+        let (mirror, close) =
+            (format!("{}{}", wire::MIRROR_NODE, "ab".repeat(16)), format!("{}{}", wire::CLOSE, "ab".repeat(16)));
         peer.send(option::SET_META_CONTEXT, &queries("a", &[wire::MIRROR, &mirror, &close, "x-headwater:"])).unwrap();
         assert_eq!(peer.replies().len(), 1);
         assert!(peer.directory.closed.borrow().is_empty());

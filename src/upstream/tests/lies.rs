@@ -157,7 +157,7 @@ fn a_server_that_is_set_aside_is_used_again_after_its_time() {
         let (liar, other) = (start(), start());
         let remote = open(&[&liar, &other]).await;
         let first = Duration::from_millis(300);
-        remote.pool.set_rules(Rules { first, ..Rules::default() });
+        remote.common.change_terms(|terms| terms.rules = Rules { first, ..Rules::default() });
         liar.plan([Act::Flip; 3]);
         for _ in 0..3 {
             read_right(&remote, 0, 4096).await.unwrap();
@@ -286,7 +286,8 @@ proptest! {
             fakes.insert(place.min(fakes.len()), start());
             let remote = open(&fakes.iter().collect::<Vec<_>>()).await;
             // Short, so that servers come back while it runs.
-            remote.pool.set_rules(Rules { first: Duration::from_millis(time_aside), ..Rules::default() });
+            let rules = Rules { first: Duration::from_millis(time_aside), ..Rules::default() };
+            remote.common.change_terms(|terms| terms.rules = rules);
             for (start, length, at_once) in &steps {
                 let reads = (0..*at_once).map(|index| read_right(&remote, start + index, start + index + length - 1));
                 if let Some(error) = join_all(reads).await.into_iter().find_map(Result::err) {

@@ -69,7 +69,10 @@ mod tests {
         let whole = |prefix: &str| format!("{prefix}{digits}");
         let said = Said::by(&[&whole(wire::MIRROR_NODE), &whole(wire::CONNECTION), &whole(wire::CLOSE)]);
         assert!(said.is_mirror && said.is_let_in());
-        assert_eq!([said.mirror, said.connection, said.close].map(|id| id.unwrap().to_vec()), [(); 3].map(|()| id.clone()));
+        assert_eq!(
+            [said.mirror, said.connection, said.close].map(|id| id.unwrap().to_vec()),
+            [(); 3].map(|()| id.clone())
+        );
         let said = Said::by(&[wire::MIRROR]);
         assert!(said.is_mirror && said.mirror.is_none() && !said.is_let_in());
         for wrong in ["", "00", "+f", "é", &digits[1..], &format!("{digits}0"), &format!("+{}", &digits[1..])] {

@@ -226,4 +226,13 @@ mod tests {
         assert_eq!(registry.insert("a", Arc::new(Memory::zeroed(2))), Err(DuplicateName("a".into())));
         assert_eq!(registry.find("a").unwrap().1.facts().size, 1);
     }
+
+    #[test]
+    fn full_names_lead_to_their_image() {
+        let id = ImageId([0xab; 32]);
+        for name in ["a".into(), "a@manifest".into(), format!("a@{id}"), format!("a@{id}@profile-inbox")] {
+            assert_eq!(image_name(&name), "a");
+        }
+        assert_eq!(image_name("a@b"), "a@b");
+    }
 }

@@ -295,4 +295,33 @@ mod tests {
         drop((second, third));
         assert_eq!(table.list(), []);
     }
+
+    #[test]
+    fn clients_are_found_by_what_they_are() {
+        let table = ClientTable::default();
+        let whole = format!("a@blake3-{}", "ab".repeat(32));
+        let mut entries: Vec<_> = ["a", &whole, "a@manifest", "b"].map(|name| table.enter(newcomer("p", name))).into();
+        entries.push(table.enter(Newcomer { connection: Some([7; 16]), ..newcomer("p", &whole) }));
+        let ids = |export: &str| table.of_export(export).iter().map(ClientHandle::id).collect::<Vec<_>>();
+        assert_eq!(ids("a"), [1, 2, 5]);
+        assert_eq!(ids(&whole), [2, 5]);
+        assert_eq!(ids("c"), [0; 0]);
+        assert_eq!(table.find(4).and_then(|client| client.status()).map(|status| status.export), Some("b".into()));
+        let client = table.find(5).unwrap();
+        drop(entries);
+        assert!(table.find(5).is_none() && client.status().is_none());
+    }
+
+    #[test]
+    fn a_status_of_an_older_server_is_understood() {
+        let entry = ClientTable::default();
+        let kept = entry.enter(newcomer("p", "a"));
+        let mut json = serde_json::to_value(&entry.list()[0]).unwrap();
+        for new in ["mirror", "hears_notices", "relayed_to", "replayed"] {
+            assert!(json.as_object_mut().unwrap().remove(new).is_some());
+        }
+        let status: ClientStatus = serde_json::from_value(json).unwrap();
+        assert_eq!((status.mirror, status.hears_notices, status.relayed_to, status.replayed), (None, false, None, 0));
+        drop(kept);
+    }
 }

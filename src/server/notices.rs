@@ -141,6 +141,10 @@ impl Ears {
 
     /// Waits for news that this connection was not told of, for about a minute. Says whether there are some.
     pub(super) fn listen(&self) -> impl Future<Output = bool> + use<> {
+        self.listen_for(held())
+    }
+
+    fn listen_for(&self, limit: Duration) -> impl Future<Output = bool> + use<> {
         let Self { notices, export, node, heard } = self;
         let (notices, export, node, heard) = (notices.clone(), export.clone(), *node, Rc::clone(heard));
         async move {
@@ -155,7 +159,7 @@ impl Ears {
                     let _ = changed.changed().await;
                 }
             };
-            tokio::time::timeout(held(), news).await.is_ok()
+            tokio::time::timeout(limit, news).await.is_ok()
         }
     }
 }
@@ -164,4 +168,94 @@ fn held() -> Duration {
     let set = std::env::var(HELD_VARIABLE).ok().filter(|_| cfg!(debug_assertions));
     let seconds = set.and_then(|text| text.parse().ok());
     seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()).unwrap_or(HELD)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn uri(text: &str) -> Uri {
+        text.parse().unwrap()
+    }
+
+    fn moved(text: &str) -> News {
+        News::Moved(vec![uri(text)])
+    }
+
+    const NODE: NodeId = NodeId([1; 16]);
+
+    #[test]
+    fn the_last_that_was_told_holds_until_it_is_forgotten() {
+        let notices = Notices::default();
+        assert!(notices.strings("a", NODE).is_empty());
+        notices.tell("a", NODE, moved("nbd://b/a"));
+        notices.tell("a", NODE, moved("nbd://c/a"));
+        assert_eq!(notices.strings("a", NODE), ["x-headwater:moved=nbd://c/a"]);
+        assert!(notices.strings("b", NODE).is_empty() && notices.strings("a", NodeId([2; 16])).is_empty());
+        let whole = format!("a@blake3-{}", "ab".repeat(32));
+        assert_eq!(notices.strings(&whole, NODE), ["x-headwater:moved=nbd://c/a"]);
+        assert!(notices.strings("a@manifest", NODE).is_empty());
+        notices.tell(&whole, NODE, News::Upstreams(vec![uri("nbd://d/a"), uri("nbd://e/a")]));
+        assert_eq!(notices.strings(&whole, NODE), ["x-headwater:upstreams=nbd://d/a,nbd://e/a"]);
+        assert_eq!(notices.strings("a", NODE), ["x-headwater:moved=nbd://c/a"]);
+        notices.forget("a", NODE);
+        assert!(notices.strings("a", NODE).is_empty());
+    }
+
+    #[test]
+    fn so_many_news_are_kept() {
+        let notices = Notices::default();
+        let node = |number: usize| NodeId(u128::try_from(number).unwrap().to_be_bytes());
+        // The first is told again, so the second is the oldest.
+        for number in (0..MOST).chain([0, MOST]) {
+            notices.tell("a", node(number), moved("nbd://b/a"));
+        }
+        let is_kept = |number| !notices.strings("a", node(number)).is_empty();
+        assert!(is_kept(0) && !is_kept(1) && is_kept(2) && is_kept(MOST));
+        assert_eq!(notices.lock().news.len(), MOST);
+    }
+
+    #[tokio::test]
+    async fn a_connection_hears_all_news_once() {
+        let notices = Notices::default();
+        let ears = Ears::new(notices.clone(), "a".into(), Some(NODE));
+        let hears = async |ears: &Ears| futures_util::poll!(Box::pin(ears.listen())).is_ready();
+        assert!(!hears(&ears).await);
+        notices.tell("a", NODE, moved("nbd://b/a"));
+        assert!(ears.listen().await);
+        assert!(!hears(&ears).await, "the same news");
+        let mut waiting = Box::pin(ears.listen());
+        let mut is_over = async || futures_util::poll!(&mut waiting).is_ready();
+        assert!(!is_over().await);
+        notices.tell("b", NODE, moved("nbd://b/b"));
+        notices.tell("a", NodeId([2; 16]), moved("nbd://b/a"));
+        assert!(!is_over().await, "news for others");
+        notices.tell("a", NODE, moved("nbd://b/a"));
+        assert!(waiting.await);
+        assert!(hears(&Ears::new(notices.clone(), "a".into(), Some(NODE))).await, "another connection");
+        assert!(!hears(&Ears::new(notices, "a".into(), None)).await, "a stranger");
+    }
+
+    #[tokio::test]
+    async fn no_news_come_after_a_while() {
+        let ears = Ears::new(Notices::default(), "a".into(), Some(NODE));
+        assert!(!ears.listen_for(Duration::from_millis(1)).await);
+    }
+
+    proptest! {
+        #[test]
+        fn any_list_fits_a_string_and_reads_back(exports in prop::collection::vec("[^\0]{0,300}", 1..40)) {
+            let uris: Vec<_> = exports.iter().map(|export| {
+                Uri::plain(crate::nbd::uri::Address::Tcp { host: "h,1".into(), port: 7 }, export.clone())
+            }).collect();
+            let text = News::Moved(uris.clone()).to_text().unwrap();
+            prop_assert!(text.len() <= MAX_STRING);
+            let list = text.strip_prefix("x-headwater:moved=").unwrap();
+            let read: Vec<Uri> = list.split(',').map(uri).collect();
+            prop_assert_eq!(&read, &uris[..read.len()]);
+            let next = uris.get(read.len()).map_or(MAX_STRING, |uri| uri.to_string().len());
+            prop_assert!(text.len() + 1 + next > MAX_STRING, "as many as there is room for");
+        }
+    }
 }

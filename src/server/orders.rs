@@ -167,3 +167,55 @@ impl Desk {
         self.tray.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::future::poll_fn;
+    use std::pin::pin;
+
+    #[tokio::test]
+    async fn one_order_at_a_time_lies_on_the_desk() {
+        let desk = Desk::default();
+        let (mut first, mut second) = (pin!(desk.switch(None)), Box::pin(desk.switch(None)));
+        assert!(futures_util::poll!(first.as_mut()).is_pending());
+        assert!(futures_util::poll!(&mut second).is_pending());
+        let order = poll_fn(|context| desk.poll_order(context, true)).await;
+        let Order::Switch(order) = order else { panic!("{order:?}") };
+        assert!(futures_util::poll!(poll_fn(|context| desk.poll_order(context, true))).is_pending());
+        let done = Switched { pause: Duration::ZERO, in_flight: 3 };
+        order.report.send(Ok(done)).unwrap();
+        assert_eq!(first.await.unwrap(), done);
+        assert!(futures_util::poll!(&mut second).is_pending());
+        // It is not free for one, and a close comes first.
+        assert!(futures_util::poll!(poll_fn(|context| desk.poll_order(context, false))).is_pending());
+        desk.close();
+        assert!(matches!(poll_fn(|context| desk.poll_order(context, true)).await, Order::Close));
+        assert!(matches!(poll_fn(|context| desk.poll_order(context, true)).await, Order::Switch(_)));
+        // That one was thrown away without a report.
+        assert!(matches!(second.await, Err(SwitchError::Gone)));
+    }
+
+    #[tokio::test]
+    async fn an_order_that_nobody_waits_for_is_none() {
+        let desk = Desk::default();
+        {
+            let mut given_up = Box::pin(desk.switch(None));
+            assert!(futures_util::poll!(&mut given_up).is_pending());
+        }
+        assert!(futures_util::poll!(poll_fn(|context| desk.poll_order(context, true))).is_pending());
+    }
+
+    #[tokio::test]
+    async fn all_who_wait_are_told_that_the_connection_has_left() {
+        let desk = Desk::default();
+        let mut switch = Box::pin(desk.switch(None));
+        let mut left = Box::pin(desk.left());
+        assert!(futures_util::poll!(&mut switch).is_pending() && futures_util::poll!(&mut left).is_pending());
+        desk.leave();
+        assert!(matches!(switch.await, Err(SwitchError::Gone)));
+        left.await;
+        assert!(desk.has_left());
+        assert!(matches!(desk.switch(None).await, Err(SwitchError::Gone)));
+    }
+}

@@ -111,36 +111,42 @@ impl Seat {
     ///
     /// A request that is asked of two exports at once holds up to twice the memory that it is counted for.
     pub(super) async fn ask<T>(&self, request: impl AsyncFn(Rc<Occupant>) -> Result<T>) -> Result<T> {
-        let first = self.now();
+        let at = self.now();
         if !self.is_read_only {
-            return request(first).await;
+            return request(at).await;
         }
-        let mut turn = first.turn;
-        let mut is_replayed = false;
-        let mut attempts = vec![Box::pin(request(first))];
+        let mut turn = at.turn;
+        let mut first = Box::pin(request(at));
+        let answer = tokio::select! {
+            biased;
+            answer = &mut first => Some(answer),
+            () = self.has_moved_since(turn) => None,
+        };
+        let mut attempts = match answer {
+            // It failed where it was asked, and there is somebody else by now.
+            Some(Err(_)) if turn != self.turn() => Vec::new(),
+            Some(answer) => return answer,
+            // It hangs there.
+            None => vec![first],
+        };
+        self.counts.replayed.add(1);
         loop {
-            let answer = tokio::select! {
+            if attempts.len() == ATTEMPTS {
+                drop(attempts.remove(0));
+            }
+            let at = self.now();
+            turn = at.turn;
+            attempts.push(Box::pin(request(at)));
+            let failure = tokio::select! {
                 biased;
-                answer = first_of(&mut attempts) => Some(answer),
-                () = self.has_moved_since(turn) => None,
+                answer = best_of(&mut attempts, || turn == self.turn()) => match answer {
+                    Ok(found) => return Ok(found),
+                    Err(error) => error,
+                },
+                () = self.has_moved_since(turn) => continue,
             };
-            match answer {
-                Some(Err(error)) if turn == self.turn() => {
-                    if attempts.is_empty() {
-                        return Err(error);
-                    }
-                }
-                // It failed where it was asked, or it hangs there, and there is somebody else by now.
-                Some(Err(_)) | None => {
-                    self.counts.replayed.add(u64::from(!std::mem::replace(&mut is_replayed, true)));
-                    if attempts.len() == ATTEMPTS {
-                        drop(attempts.remove(0));
-                    }
-                    let next = self.now();
-                    turn = next.turn;
-                    attempts.push(Box::pin(request(next)));
-                }
-                Some(answer) => return answer,
+            if turn == self.turn() {
+                return Err(failure);
             }
         }
     }
@@ -158,16 +164,136 @@ impl Seat {
     }
 }
 
-/// The answer of the first that has one, which is over then.
-async fn first_of<T>(attempts: &mut Vec<Pin<Box<impl Future<Output = T>>>>) -> T {
+/// The first answer that is no error; those that have answered are over. While nobody else can be asked (`is_last`), an
+/// error counts when no attempt is left.
+async fn best_of<T>(
+    attempts: &mut Vec<Pin<Box<impl Future<Output = Result<T>>>>>,
+    is_last: impl Fn() -> bool,
+) -> Result<T> {
     poll_fn(|context| {
-        for index in 0..attempts.len() {
-            if let Poll::Ready(answer) = attempts[index].as_mut().poll(context) {
-                drop(attempts.remove(index));
-                return Poll::Ready(answer);
+        let mut index = 0;
+        while index < attempts.len() {
+            match attempts[index].as_mut().poll(context) {
+                Poll::Pending => index += 1,
+                Poll::Ready(answer) => {
+                    drop(attempts.remove(index));
+                    if answer.is_ok() || attempts.is_empty() || !is_last() {
+                        return Poll::Ready(answer);
+                    }
+                }
             }
         }
         Poll::Pending
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Error, ErrorKind};
+    use crate::export::memory::Memory;
+    use crate::export::wrappers::{Fault, Gate};
+    use crate::export::{Piece, assemble};
+    use crate::ranges::ByteRange;
+
+    fn holding(byte: u8) -> SharedExport {
+        Arc::new(Memory::holding(vec![byte; 16]).read_only())
+    }
+
+    fn broken(message: &'static str) -> SharedExport {
+        Arc::new(Fault::new(holding(0), move |_| Some(Error::new(ErrorKind::Io, message))))
+    }
+
+    fn seat(own: SharedExport, is_read_only: bool) -> Seat {
+        Seat::new(own, vec![Context::Allocation, Context::Residency], is_read_only, Arc::default())
+    }
+
+    async fn read(seat: &Seat) -> Result<Vec<Piece>> {
+        seat.ask(async |at| at.export.read(ByteRange::between(0, 16)).await).await
+    }
+
+    async fn byte(seat: &Seat) -> u8 {
+        assemble(&read(seat).await.unwrap())[0]
+    }
+
+    #[tokio::test]
+    async fn a_request_goes_to_whoever_is_there() {
+        let seat = seat(holding(1), true);
+        assert_eq!(byte(&seat).await, 1);
+        seat.put(Some(holding(2)), clock::now());
+        assert_eq!(byte(&seat).await, 2);
+        seat.put(None, clock::now());
+        assert_eq!(byte(&seat).await, 1);
+        assert_eq!(seat.counts.replayed.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_hangs_is_asked_of_all_who_come_and_the_first_answer_counts() {
+        let gates = [1, 2, 3].map(|byte| Arc::new(Gate::new(holding(byte))));
+        let seat = seat(Arc::clone(&gates[0]) as _, true);
+        let switches = async {
+            gates[0].arrived(1).await;
+            seat.put(Some(Arc::clone(&gates[1]) as _), clock::now());
+            gates[1].arrived(1).await;
+            seat.put(Some(Arc::clone(&gates[2]) as _), clock::now());
+            gates[2].arrived(1).await;
+            // Two at a time: the first was given up.
+            gates[0].open();
+            gates[1].open();
+        };
+        let (found, ()) = tokio::join!(byte(&seat), switches);
+        assert_eq!(found, 2);
+        assert_eq!(seat.counts.replayed.get(), 1, "it is one request");
+    }
+
+    #[tokio::test]
+    async fn what_finishes_in_time_is_asked_once() {
+        let (gate, next) = (Arc::new(Gate::new(holding(1))), Arc::new(Gate::new(holding(2))));
+        let seat = seat(Arc::clone(&gate) as _, true);
+        let switch = async {
+            gate.arrived(1).await;
+            seat.put(Some(Arc::clone(&next) as _), clock::now());
+            gate.open();
+        };
+        assert_eq!(tokio::join!(byte(&seat), switch).0, 1);
+        assert_eq!(seat.counts.replayed.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn an_error_is_one_of_the_last_export() {
+        let gate = Arc::new(Gate::new(broken("the old one")));
+        let seat = seat(Arc::clone(&gate) as _, true);
+        let switch = async {
+            gate.arrived(1).await;
+            seat.put(Some(broken("the new one")), clock::now());
+            gate.open();
+        };
+        let (result, ()) = tokio::join!(read(&seat), switch);
+        assert_eq!(result.unwrap_err().to_string(), "the new one");
+        assert_eq!(read(&seat).await.unwrap_err().to_string(), "the new one");
+    }
+
+    #[tokio::test]
+    async fn what_writes_is_asked_once() {
+        let gate = Arc::new(Gate::new(broken("the old one")));
+        let seat = seat(Arc::clone(&gate) as _, false);
+        let switch = async {
+            gate.arrived(1).await;
+            seat.put(Some(holding(2)), clock::now());
+            gate.open();
+        };
+        let (result, ()) = tokio::join!(read(&seat), switch);
+        assert_eq!(result.unwrap_err().to_string(), "the old one");
+    }
+
+    #[test]
+    fn what_the_new_one_lacks_is_known() {
+        let seat = seat(holding(1), true);
+        assert!(seat.now().tells(Context::Residency));
+        seat.put(Some(holding(2)), clock::now());
+        assert!(seat.now().tells(Context::Allocation) && !seat.now().tells(Context::Residency));
+        seat.put(None, clock::now());
+        assert!(seat.now().tells(Context::Residency));
+    }
 }

@@ -140,3 +140,34 @@ impl Gate {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shut_is_shut_with_all_that_is_beside_it() {
+        let gate = Gate::default();
+        let whole = format!("a@blake3-{}", "ab".repeat(32));
+        let names = ["a", "a@manifest", "a@profile-inbox", &whole, &format!("{whole}@manifest")];
+        let is_shut = || names.map(|name| gate.is_shut(name));
+        assert_eq!(is_shut(), [false; 5]);
+        gate.shut(Some("a"));
+        assert_eq!(is_shut(), [true; 5]);
+        assert!(!gate.is_shut("b") && !gate.is_shut("a@b") && !gate.is_shut("b@manifest"));
+        gate.shut(None);
+        assert!(gate.is_shut("b"));
+        gate.open(None);
+        assert!(!gate.is_shut("b"));
+        assert_eq!(is_shut(), [true; 5], "it was shut by its name");
+        gate.open(Some("a"));
+        assert_eq!(is_shut(), [false; 5]);
+        gate.shut(Some(&whole));
+        assert_eq!(is_shut(), [false, false, false, true, false], "another generation is another export");
+    }
+
+    #[test]
+    fn each_server_is_somebody_else() {
+        assert_ne!(Steering::default().node, Steering::default().node);
+    }
+}

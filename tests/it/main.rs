@@ -17,6 +17,7 @@
 //! | `faults` | full disks, failing disks, refused io_uring |
 //! | `roles` | our client against our server: the conformance suite over a socket |
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
+//! | `orders` | connections under orders: switched, told, closed, sent away |
 //! | `kernel` | the kernel's client, in a virtual machine |
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
@@ -53,6 +54,7 @@ mod interop_upstreams;
 mod kernel;
 mod lies;
 mod mirror;
+mod orders;
 mod prefetch;
 mod profile;
 mod redirect;

@@ -171,9 +171,20 @@ impl Client {
     }
 
     pub(crate) fn try_open(uri: &str, unknown: &[u32]) -> io::Result<Self> {
+        Self::try_open_asking(uri, &["base:allocation"], None, unknown)
+    }
+
+    /// Negotiates the best that both have, with other contexts, and lists what `list` asks for.
+    pub(crate) fn open_asking(uri: &str, contexts: &[&str], list: &[&str]) -> Self {
+        let opened = Self::try_open_asking(uri, contexts, Some(list), &[]);
+        opened.unwrap_or_else(|error| panic!("{uri}: {error}"))
+    }
+
+    fn try_open_asking(uri: &str, contexts: &[&str], list: Option<&[&str]>, unknown: &[u32]) -> io::Result<Self> {
         let mut socket = Socket::try_connect(uri)?;
         let export = uri.parse::<Uri>().unwrap().export;
-        let ask = Ask::Open { export, contexts: vec!["base:allocation".into()], list: None };
+        let all = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+        let ask = Ask::Open { export, contexts: all(contexts), list: list.map(all) };
         let mut handshake = ClientHandshake::new(ask);
         let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
         loop {

@@ -139,7 +139,10 @@ async fn left_over(client: &Client, ids: &[u64], drain: &DrainStatus) -> anyhow:
 /// What an order says of a connection, or of the mirror that it belongs to.
 fn said(orders: &[RedirectStatus], left: &ClientStatus) -> Option<String> {
     let clients = orders.iter().rev().flat_map(|order| &order.clients);
-    clients.into_iter().find(|client| client.id == left.id || (left.mirror.is_some() && client.mirror == left.mirror)).map(redirect::in_words)
+    clients
+        .into_iter()
+        .find(|client| client.id == left.id || (left.mirror.is_some() && client.mirror == left.mirror))
+        .map(redirect::in_words)
 }
 
 async fn finish(client: &Client, arguments: &Drain, is_left: bool) -> anyhow::Result<ExitCode> {

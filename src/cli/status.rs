@@ -26,7 +26,9 @@ pub(super) fn run(arguments: args::Status) -> anyhow::Result<()> {
 }
 
 fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
-    let Status { version, pid, role, uptime_seconds, images, clients, cache, link, orders, redirects, draining, .. } = status;
+    let Status {
+        version, pid, role, uptime_seconds, images, clients, cache, link, orders, redirects, draining, ..
+    } = status;
     let mut text = format!("headwater {version} {role}, process {pid}, up {}, at {address}\n", ago(*uptime_seconds));
     write!(text, "\nimages\n{}", of_images(images))?;
     let mirrors: Vec<_> = images.iter().filter_map(|image| Some((&*image.name, image.mirror.as_ref()?))).collect();
@@ -57,8 +59,19 @@ fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
     if clients.is_empty() {
         return Ok(text + "\nno clients\n");
     }
-    let headings =
-        ["CLIENT", ">ID", "IMAGE", ">CONNECTED", ">REQUESTS", ">READ", ">WRITTEN", ">ERRORS", ">IN FLIGHT", ">BYTES", "SERVED FROM"];
+    let headings = [
+        "CLIENT",
+        ">ID",
+        "IMAGE",
+        ">CONNECTED",
+        ">REQUESTS",
+        ">READ",
+        ">WRITTEN",
+        ">ERRORS",
+        ">IN FLIGHT",
+        ">BYTES",
+        "SERVED FROM",
+    ];
     let mut table = Table::new(&headings);
     for client in clients {
         table.row(vec![

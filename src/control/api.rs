@@ -38,8 +38,8 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
 
 use super::operated::{Operated, Refusal};
-use super::redirect::{Redirects, order::RedirectState, routes};
 use super::prefetch::{OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
+use super::redirect::{Redirects, order::RedirectState, routes};
 use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, Status, VerifyOrder};
 use crate::clock;
 use crate::ranges::ByteRange;

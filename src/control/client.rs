@@ -17,8 +17,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::place::AdminAddress;
-use super::redirect::order::{DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectStatus, RedirectTaken};
 use super::prefetch::{OrderList, OrderStatus, PrefetchOrder, PrefetchReport};
+use super::redirect::order::{DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectStatus, RedirectTaken};
 use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, ProfileReport, Status, VerifyOrder};
 use crate::fill::profile::Tag;
 

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 pub use super::prefetch::{Late, OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
 pub use super::redirect::order::{
-    ClientReport, ClientState, Counts, DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectState, RedirectStatus,
-    RedirectTaken, Way,
+    ClientReport, ClientState, Counts, DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectState,
+    RedirectStatus, RedirectTaken, Way,
 };
 pub use crate::server::ClientStatus;
 

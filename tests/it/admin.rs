@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
+use headwater::control::redirect::Redirects;
 use headwater::control::status::{CacheStatus, ImageStatus, Kind, LinkStatus, PinReport, Role, VerifyOrder};
 use headwater::control::{Admin, AdminAddress, AdminListener, Answer, Jobs, Operated, Outcome, Refusal};
-use headwater::control::redirect::Redirects;
 use headwater::disk::Preference;
 use headwater::export::Registry;
 use headwater::fill::profile::Store;

@@ -56,7 +56,11 @@ impl Pair {
         let mut command = self.command(to, &["--wait", "--json"]);
         let text = ends_with(code, command.args(arguments));
         // Warnings come behind it.
-        serde_json::Deserializer::from_str(&text).into_iter::<Value>().next().unwrap().unwrap_or_else(|_| panic!("{text}"))
+        serde_json::Deserializer::from_str(&text)
+            .into_iter::<Value>()
+            .next()
+            .unwrap()
+            .unwrap_or_else(|_| panic!("{text}"))
     }
 
     fn command(&self, to: &str, arguments: &[&str]) -> std::process::Command {
@@ -91,7 +95,8 @@ impl Reader {
             while !stopped.load(Ordering::SeqCst) {
                 let range = random.range(bytes.len() as u64, 200_000);
                 let began = Instant::now();
-                let read = client.try_read(range.start(), range.length()).unwrap_or_else(|error| panic!("{range:?}: {error}"));
+                let read =
+                    client.try_read(range.start(), range.length()).unwrap_or_else(|error| panic!("{range:?}: {error}"));
                 longest = longest.max(began.elapsed());
                 assert!(read == bytes[range.start() as usize..range.end() as usize], "wrong bytes in {range:?}");
                 counted.fetch_add(1, Ordering::SeqCst);
@@ -129,7 +134,10 @@ fn a_reader_is_moved_there_and_back_and_notices_nothing() {
     for _ in 0..20 {
         let report = pair.redirect(&second, &[], 0);
         let client = &report["clients"][0];
-        assert_eq!((&report["state"], &client["state"], &client["way"]), (&json!("done"), &json!("moved"), &json!("relay")));
+        assert_eq!(
+            (&report["state"], &client["state"], &client["way"]),
+            (&json!("done"), &json!("moved"), &json!("relay"))
+        );
         assert_eq!((&client["errors"], &report["durable"]), (&json!(0), &json!(true)));
         assert!(client["pause_ms"].as_f64().unwrap() < 100.0, "{client}");
         assert_eq!(pair.clients()[0]["relayed_to"], second);
@@ -242,7 +250,9 @@ fn a_target_that_dies_costs_a_bounded_wait_and_is_told() {
     eventually("it went back", || {
         let report = ask(&socket, &format!("GET /v1/redirects/{id}"), "").1;
         let clients = report["clients"].as_array().unwrap().clone();
-        clients.iter().all(|client| client["state"] == "stayed" && client["why"].as_str().unwrap().contains("went back"))
+        clients
+            .iter()
+            .all(|client| client["state"] == "stayed" && client["why"].as_str().unwrap().contains("went back"))
     });
     readers.iter().for_each(|reader| reader.go_on(5));
     for reader in readers {
@@ -362,7 +372,10 @@ fn a_server_out_of_service_takes_nobody_and_is_waited_for() {
     drop((client, another));
     let output = drain.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.contains("has to leave by itself") && said.contains("image is empty"), "{said}");
+    assert!(
+        output.status.success() && said.contains("has to leave by itself") && said.contains("image is empty"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -393,7 +406,10 @@ fn reports_are_there_after_a_crash() {
     let socket = socket_of(&scratch, &first);
     let (_, list) = ask(&socket, "GET /v1/redirects", "");
     let kept = &list["redirects"][0];
-    assert_eq!((&kept["order"], &kept["state"], &kept["to"]), (&report["order"], &json!("done"), &json!([second.uri()])));
+    assert_eq!(
+        (&kept["order"], &kept["state"], &kept["to"]),
+        (&report["order"], &json!("done"), &json!([second.uri()]))
+    );
     assert_eq!((&kept["clients"][0]["id"], &kept["counts"]["moved"]), (&json!(1), &json!(1)));
     let text = run(&mut order(&scratch, &first, &["redirect", "--list"]));
     assert!(text.contains("done"), "{text}");

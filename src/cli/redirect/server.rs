@@ -164,13 +164,15 @@ fn outcome(status: &RedirectStatus) -> String {
 }
 
 fn clients(clients: &[ClientReport]) -> Table {
-    let headings =
-        [">ID", "CLIENT", "WAY", "STATE", ">PAUSE", ">IN FLIGHT", ">REPLAYED", ">ERRORS", "WHY"];
+    let headings = [">ID", "CLIENT", "WAY", "STATE", ">PAUSE", ">IN FLIGHT", ">REPLAYED", ">ERRORS", "WHY"];
     let mut table = Table::new(&headings);
     for client in clients {
         table.row(vec![
             client.id.to_string(),
-            client.mirror.as_ref().map_or_else(|| client.peer.clone(), |node| format!("{} (mirror {:.8})", client.peer, node)),
+            client
+                .mirror
+                .as_ref()
+                .map_or_else(|| client.peer.clone(), |node| format!("{} (mirror {:.8})", client.peer, node)),
             client.way.to_string(),
             client.state.name().to_owned(),
             client.pause_ms.map_or_else(|| "-".to_owned(), |pause| format!("{pause:.1} ms")),

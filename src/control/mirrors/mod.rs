@@ -31,10 +31,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use futures_util::future::join_all;
 use thiserror::Error;
 
-use super::redirect::StatePlace;
 use self::notice::Follower;
 use self::remembered::Remembered;
 use super::Jobs;
+use super::redirect::StatePlace;
 use crate::export::{DuplicateName, ImageId, Registry, SharedExport};
 use crate::fill;
 use crate::fill::client::Filled;

@@ -143,7 +143,9 @@ fn compare_access(judge: &mut Judge<'_>, ours: &Ours, theirs: &Theirs) -> Result
     let is_read_only = theirs.flags.contains(TransmissionFlags::READ_ONLY);
     match (ours.facts.writable, is_read_only) {
         (true, true) => judge.refuse(&format!("it is read-only, and clients write to {:?}", ours.export)),
-        (false, false) => judge.only_by_force("it can be written to: its bytes may change under clients that only read"),
+        (false, false) => {
+            judge.only_by_force("it can be written to: its bytes may change under clients that only read")
+        }
         (false, true) => Ok(()),
         (true, false) => judge.only_by_force(&format!(
             "{:?} is writable, and it cannot be known whether the other server holds the same writes. What would be \

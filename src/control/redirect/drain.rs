@@ -74,7 +74,8 @@ impl Redirects {
             if uri.export.is_empty() {
                 name.clone_into(&mut uri.export);
             } else if exports > 1 {
-                let why = format!("{uri} names one export, and {exports} are drained: leave the name out, or drain one");
+                let why =
+                    format!("{uri} names one export, and {exports} are drained: leave the name out, or drain one");
                 return Err(Refusal::Invalid(why));
             }
         }
@@ -97,7 +98,9 @@ impl Redirects {
             let mut drained = self.drained();
             match export {
                 Some(_) if drained.all => {
-                    return Err(Refusal::Conflict("the whole server is out of service: headwater drain --cancel".into()));
+                    return Err(Refusal::Conflict(
+                        "the whole server is out of service: headwater drain --cancel".into(),
+                    ));
                 }
                 Some(name) if !drained.exports.remove(name) => {
                     return Err(Refusal::Conflict(format!("{name:?} is not out of service")));
@@ -132,7 +135,9 @@ impl Redirects {
             (drained.all, drained.exports.clone(), drained.orders.clone())
         };
         let is_drained = |export: &str| {
-            let is_of = |name: &String| export.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('@'));
+            let is_of = |name: &String| {
+                export.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('@'))
+            };
             all || exports.iter().any(is_of)
         };
         let clients = self.clients().list().into_iter().filter(|client| is_drained(&client.export));

@@ -120,7 +120,8 @@ impl File {
         }
         decode(&bytes).unwrap_or_else(|| {
             let aside = self.place.path(".damaged");
-            let kept = fs::rename(&path, &aside).map_or_else(|error| error.to_string(), |()| aside.display().to_string());
+            let kept =
+                fs::rename(&path, &aside).map_or_else(|error| error.to_string(), |()| aside.display().to_string());
             tracing::warn!(kept, "the table of orders to redirect is damaged: beginning without any");
             Kept::default()
         })
@@ -236,7 +237,8 @@ pub(super) fn shorten(order: &mut RedirectStatus, most: usize) {
 }
 
 fn encode(kept: &Kept) -> Vec<u8> {
-    let mut text = serde_json::to_string(&Kept { version: VERSION, ..kept.clone() }).expect("texts and numbers can be written");
+    let mut text =
+        serde_json::to_string(&Kept { version: VERSION, ..kept.clone() }).expect("texts and numbers can be written");
     text.push_str(&format!("\n{:08x}\n", checksum(text.as_bytes())));
     text.into_bytes()
 }
@@ -262,7 +264,10 @@ fn is_sound(order: &RedirectStatus) -> bool {
     order.clients.len() <= MOST_CLIENTS
         && order.to.len() <= MOST_URIS
         && order.to.iter().all(|uri| uri.parse::<Uri>().is_ok())
-        && order.clients.iter().all(|client| client.mirror.as_ref().is_none_or(|node| node.parse::<crate::export::NodeId>().is_ok()))
+        && order
+            .clients
+            .iter()
+            .all(|client| client.mirror.as_ref().is_none_or(|node| node.parse::<crate::export::NodeId>().is_ok()))
         && to_usize(order.counts.total) >= order.clients.len()
 }
 
@@ -286,10 +291,7 @@ pub fn fuzz(data: &[u8]) {
 }
 
 /// Where real images' servers keep their state: what was said, or what is usual.
-pub fn default_directory(
-    variable: impl Fn(&str) -> Option<std::ffi::OsString>,
-    is_root: bool,
-) -> Option<PathBuf> {
+pub fn default_directory(variable: impl Fn(&str) -> Option<std::ffi::OsString>, is_root: bool) -> Option<PathBuf> {
     let absolute = |name: &str| variable(name).map(PathBuf::from).filter(|path| path.is_absolute());
     if let Some(directories) = variable("STATE_DIRECTORY") {
         // The service manager lists several with colons between them (systemd.exec(5)).
@@ -391,8 +393,12 @@ mod tests {
         let mut long = order(1, RedirectState::Active, 3000);
         shorten(&mut long, 600);
         assert_eq!(long.left_out(), 2400);
-        assert_eq!(long.clients.iter().filter(|client| client.way == Way::Notice && !client.state.is_final()).count(), 500);
-        let orders = (1..100).map(|id| order(id, if id < 50 { RedirectState::Active } else { RedirectState::Done }, 900));
+        assert_eq!(
+            long.clients.iter().filter(|client| client.way == Way::Notice && !client.state.is_final()).count(),
+            500
+        );
+        let orders =
+            (1..100).map(|id| order(id, if id < 50 { RedirectState::Active } else { RedirectState::Done }, 900));
         let bytes = encode_bounded(&Kept::new(99, orders.collect())).unwrap();
         let read = decode(&bytes).unwrap();
         assert_eq!(read.orders.len(), 99);

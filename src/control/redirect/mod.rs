@@ -183,7 +183,14 @@ impl Redirects {
         nodes.push(self.0.steering.node);
         let written = self.0.steering.clients.of_export(name);
         let written = written.iter().filter_map(ClientHandle::status).map(|status| status.written_bytes).sum();
-        Ours { export: name.to_owned(), flags: transmission_flags(&facts), node: node_of(&facts), facts, nodes, written }
+        Ours {
+            export: name.to_owned(),
+            flags: transmission_flags(&facts),
+            node: node_of(&facts),
+            facts,
+            nodes,
+            written,
+        }
     }
 
     /// Selects the clients, writes the order down, and has it carried out.
@@ -262,7 +269,8 @@ impl Redirects {
     async fn resume(&self, workers: &Arc<Workers>) {
         for order in self.0.table.list().into_iter().filter(|order| order.is_active()) {
             let moves = runner::after_restart(&order);
-            let Some((targets, old)) = self.targets_after_restart(&order).filter(|_| moves.iter().any(Move::is_open)) else {
+            let Some((targets, old)) = self.targets_after_restart(&order).filter(|_| moves.iter().any(Move::is_open))
+            else {
                 order.end(RedirectState::Failed, Some("interrupted by a restart".to_owned()), wall());
                 continue;
             };

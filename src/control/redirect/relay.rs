@@ -235,7 +235,6 @@ impl Export for Relay {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -270,7 +269,8 @@ mod tests {
         assert!(relay.went_back().borrow().is_none());
         let target = Arc::new(Memory::holding(contents.clone()));
         let old = Arc::new(Memory::zeroed(777_777));
-        check(&Relay::new(Arc::clone(&target) as SharedExport, Arc::clone(&old) as SharedExport, false), contents).await;
+        check(&Relay::new(Arc::clone(&target) as SharedExport, Arc::clone(&old) as SharedExport, false), contents)
+            .await;
         let bytes = assemble(&old.read(ByteRange::between(0, 777_777)).await.unwrap());
         assert!(bytes.iter().all(|byte| *byte == 0), "a write went to the old server");
     }
@@ -324,7 +324,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_the_server_lacks_is_made_up_for() {
-        let target = Memory::zeroed(4096).with_facts(|facts| (facts.can_zero_fast, facts.contexts) = (false, Vec::new()));
+        let target =
+            Memory::zeroed(4096).with_facts(|facts| (facts.can_zero_fast, facts.contexts) = (false, Vec::new()));
         let relay = Relay::new(Arc::new(target), Arc::new(Memory::zeroed(4096)), false);
         let range = ByteRange::between(0, 4096);
         let mode = ZeroMode { may_punch: true, must_be_fast: true };

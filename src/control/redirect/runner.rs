@@ -142,10 +142,8 @@ impl Redirects {
     /// Carries an order out, and goes on watching its relays.
     pub(super) async fn carry_out(self, order: Arc<Order>, moves: Vec<Move>, targets: Targets, old: SharedExport) {
         let leaves = |each: &Move| matches!(each.how, Ok(How::Notice(_) | How::NoticeAgain(_) | How::Close));
-        let is_urgent = !targets.uris.is_empty()
-            && !old.facts().writable
-            && moves.iter().any(leaves)
-            && !can_serve(&old).await;
+        let is_urgent =
+            !targets.uris.is_empty() && !old.facts().writable && moves.iter().any(leaves) && !can_serve(&old).await;
         let run =
             Run { redirects: &self, order: &order, targets: &targets, old: &old, relay: OnceCell::new(), is_urgent };
         stream::iter(moves.iter().enumerate())
@@ -238,7 +236,8 @@ impl Run<'_> {
         };
         if relayed && matches!(outcome.state, ClientState::Stayed | ClientState::Failed) {
             let why = outcome.why.unwrap_or_default();
-            outcome = Outcome::because(ClientState::Moved, format!("{why}; relayed, because it cannot be served from here"));
+            outcome =
+                Outcome::because(ClientState::Moved, format!("{why}; relayed, because it cannot be served from here"));
         }
         outcome
     }
@@ -353,7 +352,10 @@ impl Run<'_> {
         each.handles.iter().for_each(ClientHandle::close);
         let gone = timeout_at(deadline, join_all(each.handles.iter().map(ClientHandle::gone))).await;
         if gone.is_err() {
-            return Outcome::because(ClientState::Failed, "it was to be closed, and its requests were not answered in 30 s");
+            return Outcome::because(
+                ClientState::Failed,
+                "it was to be closed, and its requests were not answered in 30 s",
+            );
         }
         if self.old.facts().writable
             && let Err(error) = self.old.flush().await

@@ -100,7 +100,9 @@ pub(super) fn choose(groups: Vec<Group>, choice: &Choice) -> Result<Vec<Group>, 
 
 fn choose_ids(groups: Vec<Group>, ids: &[u64]) -> Result<Vec<Group>, Refusal> {
     if let Some(unknown) = ids.iter().find(|id| !groups.iter().any(|group| group.ids.contains(id))) {
-        return Err(Refusal::Invalid(format!("the export has no client {unknown}: headwater status has their numbers")));
+        return Err(Refusal::Invalid(format!(
+            "the export has no client {unknown}: headwater status has their numbers"
+        )));
     }
     Ok(groups.into_iter().filter(|group| group.ids.iter().any(|id| ids.contains(id))).collect())
 }

@@ -310,7 +310,8 @@ mod tests {
     }
 
     fn rows(count: u64) -> Vec<Row> {
-        let row = |id| Row { report: ClientReport { id, way: Way::Notice, ..ClientReport::default() }, followed: Vec::new() };
+        let row =
+            |id| Row { report: ClientReport { id, way: Way::Notice, ..ClientReport::default() }, followed: Vec::new() };
         (0..count).map(row).collect()
     }
 

@@ -80,7 +80,9 @@ pub(super) async fn survey(
         return Err(Refusal::Conflict(targets.warnings.join("; ")));
     }
     if here > 0 && (here < found || uris.len() > 1) {
-        return Err(Refusal::Conflict("one of the servers is this very server: to move clients back, name it alone".into()));
+        return Err(Refusal::Conflict(
+            "one of the servers is this very server: to move clients back, name it alone".into(),
+        ));
     }
     targets.is_here = here > 0;
     Ok(targets)
@@ -111,7 +113,12 @@ pub(super) async fn open_relay(targets: &Targets, old: &SharedExport) -> Result<
         upstream::Settings { patience: PATIENCE, ..defaults }
     } else if targets.uris.len() > 1 {
         // The next server must have its turn before the relay goes back.
-        upstream::Settings { connect_timeout: SILENCE / 2, stall_timeout: SILENCE / 2, patience: SILENCE * 5, ..defaults }
+        upstream::Settings {
+            connect_timeout: SILENCE / 2,
+            stall_timeout: SILENCE / 2,
+            patience: SILENCE * 5,
+            ..defaults
+        }
     } else {
         upstream::Settings { connect_timeout: SILENCE, patience: SILENCE * 5, ..defaults }
     };

@@ -61,6 +61,9 @@ impl Teller {
                 let _ = stopped.await;
                 // As a process that is killed: nothing is answered any more.
                 drop(server);
+                while Arc::strong_count(&workers) > 1 {
+                    tokio::task::yield_now().await;
+                }
                 let workers = Arc::into_inner(workers).expect("the server had the other one");
                 tokio::task::spawn_blocking(move || workers.stop()).await.unwrap();
             });
@@ -240,15 +243,19 @@ fn a_mirror_stays_where_it_is_when_it_is_sent_to_the_wrong_place() {
         (facts.identity, facts.path) = (id(1), vec![NodeId([9; 16]), node]);
     });
     let nowhere = format!("nbd+unix:///x?socket={}", scratch.path("later").display());
-    for (uri, reason) in [
+    let places = [
         (&*smaller.uri, "33554431 bytes"),
         (&other.uri, "blake3-02"),
         (&back.uri, "a loop"),
         (mirror.uri(), "a loop"),
         (&nowhere, "cannot connect"),
-    ] {
+    ];
+    for (count, (uri, reason)) in (1..).zip(places) {
         a.send_to(&[uri]);
-        mirror.wait_for_log(reason);
+        eventually("refusal", || mirror.log_text().matches("which cannot be used: staying").count() == count);
+        let log = mirror.log_text();
+        let refusal = log.lines().rfind(|line| line.contains("which cannot be used: staying")).unwrap();
+        assert!(refusal.contains(reason) && refusal.contains(uri), "{refusal}");
         assert_eq!(upstreams(&scratch, &mirror), (vec![a.uri.clone()], a.uri.clone()));
         assert!(Client::open(mirror.uri()).read(0, 4096) == bytes[..4096]);
     }

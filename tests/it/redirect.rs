@@ -458,3 +458,110 @@ fn what_makes_no_sense_is_refused_with_its_code_and_a_reason() {
     assert_eq!(ask(&socket, "GET /v1/redirects", "").1, json!({"redirects": []}));
     assert_eq!(ask(&socket, "GET /v1/drain", "").1["all"], false);
 }
+
+/// A mirror of a server of one image.
+fn mirror(scratch: &Scratch, name: &str, upstream: &str) -> Daemon {
+    let (log, mut command) = mirror_command(scratch, name, upstream);
+    command.arg(ON_DEMAND);
+    Daemon::start(command, 1, &log)
+}
+
+/// Waits until so many mirrors listen for news at a server.
+fn await_listeners(scratch: &Scratch, server: &Daemon, count: usize) {
+    eventually("mirrors that listen", || {
+        let clients = status(scratch, server)["clients"].as_array().unwrap().clone();
+        clients.iter().filter(|client| client["hears_notices"] == true).count() == count
+    });
+}
+
+/// The server that a mirror fetches from.
+fn current(scratch: &Scratch, mirror: &Daemon) -> String {
+    let status = status(scratch, mirror);
+    let upstreams = status["images"][0]["mirror"]["upstreams"].as_array().unwrap().clone();
+    let current = upstreams.iter().find(|upstream| upstream["current"] == true);
+    current.unwrap_or_else(|| panic!("{status}"))["uri"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn mirrors_are_told_and_those_below_them_notice_nothing() {
+    let pair = Pair::new();
+    let one = mirror(&pair.scratch, "one", pair.first.uri());
+    let two = mirror(&pair.scratch, "two", pair.first.uri());
+    let below = mirror(&pair.scratch, "below", one.uri());
+    let readers: Vec<_> = (0..4).map(|seed| Reader::start(below.uri(), &pair.bytes, seed)).collect();
+    let (first, second) = (pair.first.uri(), pair.second.uri());
+    for (from, to) in [(&pair.first, second), (&pair.second, first), (&pair.first, second)] {
+        await_listeners(&pair.scratch, from, 2);
+        let text = run(&mut order(&pair.scratch, from, &["redirect", "image", "--to", to, "--wait", "--json"]));
+        let report: Value = serde_json::from_str(&text).unwrap();
+        let clients = report["clients"].as_array().unwrap();
+        let is_moved =
+            |client: &Value| client["way"] == "notice" && client["state"] == "moved" && client["mirror"].is_string();
+        assert!(clients.len() == 2 && clients.iter().all(is_moved), "{report}");
+        assert_eq!(status(&pair.scratch, from)["clients"], json!([]), "somebody is left");
+        eventually("both there", || [&one, &two].iter().all(|mirror| current(&pair.scratch, mirror) == to));
+        readers.iter().for_each(|reader| reader.go_on(5));
+    }
+    for reader in readers {
+        assert!(reader.end() < SOON);
+    }
+}
+
+#[test]
+fn a_mirror_is_never_sent_to_itself() {
+    let pair = Pair::new();
+    let mirror = mirror(&pair.scratch, "mirror", pair.first.uri());
+    await_listeners(&pair.scratch, &pair.first, 1);
+    let reader = pair.reader(2);
+    let complaint = ends_with(1, &mut pair.command(mirror.uri(), &[]));
+    assert!(complaint.contains("still cost this server"), "{complaint}");
+    let report = pair.redirect(mirror.uri(), &["--force"], 0);
+    assert_eq!(report["counts"]["total"], 1, "{report}");
+    assert_eq!((&report["clients"][0]["way"], &report["clients"][0]["mirror"]), (&json!("relay"), &Value::Null));
+    reader.go_on(20);
+    assert_eq!(current(&pair.scratch, &mirror), pair.first.uri());
+    reader.end();
+}
+
+#[test]
+fn a_drain_moves_mirrors_and_waits_for_everybody_else() {
+    let pair = Pair::new();
+    let mirror = mirror(&pair.scratch, "mirror", pair.first.uri());
+    await_listeners(&pair.scratch, &pair.first, 1);
+    let mut client = Client::open(pair.first.uri());
+    // Without the name of an export.
+    let to = pair.second.uri().replace("/image?", "/?");
+    let drain = spawn(&mut order(&pair.scratch, &pair.first, &["drain", "--to", &to]));
+    eventually("the mirror there", || current(&pair.scratch, &mirror) == pair.second.uri());
+    eventually("the client alone", || pair.clients().len() == 1);
+    assert!(client.read(0, 4096) == pair.bytes[..4096]);
+    drop(client);
+    let output = drain.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn an_order_to_a_mirror_goes_on_after_a_crash() {
+    let pair = Pair::new();
+    let mirror = mirror(&pair.scratch, "mirror", pair.first.uri());
+    await_listeners(&pair.scratch, &pair.first, 1);
+    // It hears nothing while the order is given.
+    mirror.signal("STOP");
+    let _client = Client::open(pair.first.uri());
+    let said = run(&mut pair.command(pair.second.uri(), &["--json"]));
+    let taken: Value = serde_json::from_str(&said).unwrap();
+    let id = taken["order"].as_u64().unwrap();
+    let Pair { scratch, image, first, second, .. } = pair;
+    first.kill();
+    let first = serve(&scratch, "first", &image, &["--read-only"]);
+    let socket = socket_of(&scratch, &first);
+    let report = || ask(&socket, &format!("GET /v1/redirects/{id}"), "").1;
+    assert_eq!(report()["state"], "active");
+    let is_lost = |client: &Value| client["way"] == "relay" && client["state"] != "waiting";
+    assert!(report()["clients"].as_array().unwrap().iter().any(is_lost), "{}", report());
+    mirror.signal("CONT");
+    eventually("its end", || report()["state"] == "done");
+    let told = report()["clients"].as_array().unwrap().iter().find(|client| client["way"] == "notice").unwrap().clone();
+    assert_eq!(told["state"], "moved", "{told}");
+    assert_eq!(current(&scratch, &mirror), second.uri());
+}

@@ -86,7 +86,7 @@ fn uri(target: &Target, status: &Status, image: &str) -> Option<Uri> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::status::{MirrorStatus, Role};
+    use crate::control::status::{DrainStatus, MirrorStatus, Role};
 
     fn status(images: Vec<ImageStatus>) -> Status {
         let listen = vec!["nbd+unix:///?socket=/run/s".to_owned()];
@@ -100,6 +100,8 @@ mod tests {
             cache: None,
             link: None,
             orders: Vec::new(),
+            redirects: Vec::new(),
+            draining: DrainStatus::default(),
             listen,
         }
     }

@@ -11,6 +11,7 @@ const EXAMPLES: &str = "\
 Examples: at the server that the clients are to leave, on the host of a virtual machine, and on that of a device:
   headwater redirect debian12 --to nbd://second/debian12 --fraction 50%
   headwater redirect debian12 --to nbd://second/debian12 --clients 3,7 --way relay --wait
+  headwater redirect debian12 --to nbd://first/debian12   (at the first: relayed clients are served from there again)
   headwater redirect --qmp /run/vm1.qmp --to nbd://second/debian12
   headwater redirect --device /dev/nbd0 --to nbd://second/debian12
   headwater redirect --list
@@ -46,12 +47,13 @@ pub(in crate::cli) struct Redirect {
     #[arg(long)]
     pub(super) all: bool,
     /// How. By itself: mirrors are told (notice), everybody else is served from the new server over this one (relay).
+    /// qmp and kernel are ordered on the client's own host, with --qmp and --device.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) way: Way,
     /// Also when the other server does not say what it holds, or would lose something: the refusal says what.
     #[arg(long)]
     pub(super) force: bool,
-    /// Wait until it is done, and tell what came of each client.
+    /// Wait until it is done, and tell what came of each client. Ctrl-C ends the waiting, not the order.
     #[arg(long)]
     pub(super) wait: bool,
     /// The monitor of a virtual machine on this host, or a directory of such sockets (repeatable).

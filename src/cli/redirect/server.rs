@@ -38,8 +38,7 @@ pub(super) fn run(arguments: Redirect) -> anyhow::Result<ExitCode> {
 }
 
 async fn list(arguments: Redirect) -> anyhow::Result<ExitCode> {
-    let mut list = reach(arguments.server).await?.redirects().await?;
-    list.redirects.retain(|order| arguments.export.as_ref().is_none_or(|export| order.export == *export));
+    let list = reach(arguments.server).await?.redirects().await?;
     output::print(&match (arguments.json, list.redirects.is_empty()) {
         (true, _) => format!("{}\n", serde_json::to_string_pretty(&list)?),
         (false, true) => "no orders\n".to_owned(),

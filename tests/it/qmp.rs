@@ -456,14 +456,14 @@ fn short_lived(scratch: &Scratch, connections: usize, target: PathBuf) -> String
 fn a_server_that_dies_in_the_middle_changes_nothing() {
     let ground = Ground::new();
     let machine = plain(&ground);
-    // One connection is ours, to compare; the second one is qemu's.
-    for (connections, why) in [(0, "cannot connect"), (1, "blockdev-add"), (2, "it went away again")] {
+    // Two connections are ours, to compare; the third one is qemu's.
+    for (connections, why) in [(0, "cannot connect"), (2, "blockdev-add"), (3, "it went away again")] {
         let _ = std::fs::remove_file(ground.scratch.path("short.sock"));
         let short = short_lived(&ground.scratch, connections, ground.scratch.path("b.sock"));
         stays(&ground, &machine, &["--to", &short], "failed", why);
     }
     let _ = std::fs::remove_file(ground.scratch.path("short.sock"));
-    let short = short_lived(&ground.scratch, 2, ground.scratch.path("b.sock"));
+    let short = short_lived(&ground.scratch, 3, ground.scratch.path("b.sock"));
     let both = format!("{short},{}", ground.uri(1));
     let disks = ground.redirect(&["--qmp", machine.socket(), "--to", &both]).disks(0);
     assert_eq!(disks[0]["to"].as_str(), Some(ground.uri(1)), "{disks:#?}");

@@ -30,6 +30,7 @@ use super::compare::{InUse, Offer, compare};
 use super::graph::{Graph, Hold, Holder, Node};
 use super::monitor::{Monitor, MonitorError};
 use crate::clock;
+use crate::export::Export;
 use crate::nbd::Uri;
 use crate::upstream::{self, Expectation, Remote, Settings};
 

@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -619,6 +620,6 @@ fn a_running_machine_notices_nothing() {
         assert!(disks.len() == 2 && disks.iter().all(|disk| disk["errors"] == 0), "{disks:#?}");
     }
     wait_for("guest: pass");
-    std::fs::write(control, "stop").unwrap();
+    File::options().write(true).open(control).unwrap().write_all_at(b"stop", 0).unwrap();
     wait_for("guest: ended with 0");
 }

@@ -2,7 +2,9 @@
 //!
 //! Most machines here never run: qemu itself reads their disks, through all nodes, when its monitor is told to.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -15,9 +17,8 @@ use crate::support::peers::Peer;
 use crate::support::{Daemon, Scratch, eventually, headwater, noise, run};
 
 const SIZE: usize = 4 << 20;
-const PATTERN: &str = "read -P 0x5a 1M 64k";
 
-/// Two servers of one image, which has [`PATTERN`], and a directory for what else there is.
+/// Two servers of one image, which has a pattern at 1 MiB, and a directory for what else there is.
 struct Ground {
     scratch: Scratch,
     servers: [Daemon; 2],
@@ -117,16 +118,24 @@ impl Told {
 struct Machine {
     child: Child,
     socket: PathBuf,
+    said: PathBuf,
 }
 
 impl Machine {
     fn start(scratch: &Scratch, name: &str, arguments: &[&str]) -> Self {
-        let socket = scratch.path(&format!("{name}.qmp"));
-        let mut command = Command::new("qemu-system-x86_64");
-        command.args(["-accel", "tcg", "-m", "64", "-display", "none", "-nodefaults", "-S", "-qmp"]);
-        command.arg(format!("unix:{},server=on,wait=off", socket.display())).args(arguments);
+        // Whatever qemu-io says of what it does goes to the standard output, at once when it is told so.
+        let said = scratch.path(&format!("{name}.out"));
+        let output = File::create(&said).unwrap();
+        Self::spawn(scratch, name, &[&["-m", "64", "-S"], arguments].concat(), output.into())
+    }
+
+    fn spawn(scratch: &Scratch, name: &str, arguments: &[&str], output: Stdio) -> Self {
+        let (socket, said) = (scratch.path(&format!("{name}.qmp")), scratch.path(&format!("{name}.out")));
+        let mut command = Command::new("stdbuf");
+        command.args(["-oL", "qemu-system-x86_64", "-accel", "tcg", "-display", "none", "-nodefaults", "-qmp"]);
+        command.arg(format!("unix:{},server=on,wait=off", socket.display())).args(arguments).stdout(output);
         let child = command.spawn().expect("qemu is installed by tools/test");
-        let mut machine = Self { child, socket };
+        let mut machine = Self { child, socket, said };
         eventually("monitor", || {
             assert!(machine.child.try_wait().unwrap().is_none(), "qemu has ended: {arguments:?}");
             UnixStream::connect(&machine.socket).is_ok()
@@ -147,16 +156,23 @@ impl Machine {
         monitor
     }
 
-    /// What qemu-io says of a disk or a node; nothing when all is well.
+    /// Has qemu-io do something with a disk or a node, and gives back what it said of it.
     fn qemu_io(&self, disk: &str, command: &str) -> String {
+        let before = std::fs::read(&self.said).unwrap().len();
         let line = format!("qemu-io {disk} \"{command}\"");
-        let said = self.monitor().call("human-monitor-command", json!({ "command-line": line }));
-        said.as_str().unwrap().to_owned()
+        let complaint = self.monitor().call("human-monitor-command", json!({ "command-line": line }));
+        assert_eq!(complaint.as_str(), Some(""), "{disk}: {command}");
+        String::from_utf8_lossy(&std::fs::read(&self.said).unwrap()[before..]).into_owned()
+    }
+
+    /// That these bytes are read.
+    fn assert_finds(&self, disk: &str, pattern: &str, place: &str) {
+        let said = self.qemu_io(disk, &format!("read -P {pattern} {place}"));
+        assert!(said.starts_with("read 65536/65536"), "{disk}: {said}");
     }
 
     fn assert_reads(&self, disk: &str) {
-        let said = self.qemu_io(disk, PATTERN);
-        assert!(said.contains("read 65536/65536") && !said.contains("fail"), "{disk}: {said}");
+        self.assert_finds(disk, "0x5a", "1M 64k");
     }
 
     /// The nodes, with the server of each nbd node.
@@ -226,7 +242,7 @@ fn every_shape_moves_back_and_forth_and_leaves_nothing() {
         "-blockdev",
         &ground.nbd("n4"),
         "-blockdev",
-        "raw,node-name=part,file=n4,offset=1M,size=64k,read-only=on",
+        "raw,node-name=part,file=n4,offset=1048576,size=65536,read-only=on",
         "-device",
         "virtio-blk-pci,drive=part,id=v4",
         "-object",
@@ -252,7 +268,7 @@ fn every_shape_moves_back_and_forth_and_leaves_nothing() {
         "-object",
         "throttle-group,id=slow",
         "-blockdev",
-        "throttle,node-name=throttled,throttle-group=slow,file=n8",
+        "throttle,node-name=throttled,throttle-group=slow,file=n8,read-only=on",
         "-device",
         "virtio-blk-pci,drive=throttled,id=v8",
     ]);
@@ -266,19 +282,17 @@ fn every_shape_moves_back_and_forth_and_leaves_nothing() {
         assert!(disks.iter().all(|disk| disk["errors"] == 0 && disk.get("why").is_none()), "{disks:#?}");
         let socket = ground.scratch.path(["a.sock", "b.sock"][to]);
         assert_eq!(machine.assert_clients_of(&socket), nodes, "{:#?}", machine.nodes());
-        for disk in ["plain", "temporary", "chain", "overlay", "n6", "n7", "throttled"] {
-            // Whole disks are called as their nodes are, and those have other names now.
-            if !disk.starts_with('n') {
-                machine.assert_reads(disk);
-            }
+        for disk in ["plain", "temporary", "chain", "overlay", "throttled"] {
+            machine.assert_reads(disk);
         }
+        // Whole disks are called as their nodes are, and those have other names now.
         for device in ["/machine/peripheral/v7", "/machine/peripheral/v6"] {
             let said = machine.monitor().call("qom-get", json!({ "path": device, "property": "drive" }));
             machine.assert_reads(said.as_str().unwrap());
         }
         // An offset that is not told again is kept all the same.
-        assert!(machine.qemu_io("part", "read -P 0x5a 0 64k").contains("read 65536/65536"));
-        assert!(machine.qemu_io("chain", "read -P 1 0 64k").contains("read 65536/65536"));
+        machine.assert_finds("part", "0x5a", "0 64k");
+        machine.assert_finds("chain", "1", "0 64k");
         let again = ground.redirect(&["--qmp", machine.socket(), "--to", ground.uri(to)]).disks(0);
         assert!(again.iter().all(|disk| disk["state"] == "already"), "{again:#?}");
     }
@@ -456,14 +470,14 @@ fn short_lived(scratch: &Scratch, connections: usize, target: PathBuf) -> String
 fn a_server_that_dies_in_the_middle_changes_nothing() {
     let ground = Ground::new();
     let machine = plain(&ground);
-    // One connection is ours, to compare; the second one is qemu's.
-    for (connections, why) in [(0, "cannot connect"), (1, "blockdev-add"), (2, "it went away again")] {
+    // Two connections are ours, to compare; the third one is qemu's.
+    for (connections, why) in [(0, "cannot connect"), (2, "blockdev-add"), (3, "it went away again")] {
         let _ = std::fs::remove_file(ground.scratch.path("short.sock"));
         let short = short_lived(&ground.scratch, connections, ground.scratch.path("b.sock"));
         stays(&ground, &machine, &["--to", &short], "failed", why);
     }
     let _ = std::fs::remove_file(ground.scratch.path("short.sock"));
-    let short = short_lived(&ground.scratch, 2, ground.scratch.path("b.sock"));
+    let short = short_lived(&ground.scratch, 3, ground.scratch.path("b.sock"));
     let both = format!("{short},{}", ground.uri(1));
     let disks = ground.redirect(&["--qmp", machine.socket(), "--to", &both]).disks(0);
     assert_eq!(disks[0]["to"].as_str(), Some(ground.uri(1)), "{disks:#?}");
@@ -543,4 +557,69 @@ fn all_machines_of_a_directory_move() {
         machine.assert_reads("d0");
         machine.assert_clients_of(&ground.scratch.path("b.sock"));
     }
+}
+
+/// Debian's kernel, and an initial file system that runs this script with the driver of the disks loaded.
+fn guest(scratch: &Scratch, script: &str) -> [String; 2] {
+    let parts = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest");
+    run(Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/guest/make")).arg(&parts));
+    let root = scratch.path("root");
+    std::fs::create_dir(&root).unwrap();
+    std::fs::write(root.join("script"), format!("insmod /virtio_blk.ko\n{script}")).unwrap();
+    let driver = run(Command::new("find").arg(parts.join("kernel/lib/modules")).args(["-name", "virtio_blk.ko"]));
+    std::fs::copy(driver.trim(), root.join("virtio_blk.ko")).unwrap();
+    // The kernel unpacks one archive behind another, and looks for the next one at multiples of four.
+    let pack = "cp \"$1/initrd\" \"$2.initrd\"; truncate -s %4 \"$2.initrd\"; cd \"$2\"; \
+                find . | busybox cpio -o -H newc >>\"$2.initrd\"";
+    run(Command::new("sh").args(["-euc", pack, "sh"]).arg(&parts).arg(&root));
+    [parts.join("vmlinuz"), scratch.path("root.initrd")].map(|path| path.display().to_string())
+}
+
+/// Reads the second disk and compares its sum, writes to the first one and reads that again, until the third one says
+/// stop. All of it past the guest's own cache.
+const CHECK: &str = "
+sum() { dd if=/dev/vdb bs=64k iflag=direct 2>/dev/null | md5sum | cut -c -32; }
+at=0
+until dd if=/dev/vdc bs=512 count=1 iflag=direct 2>/dev/null | grep -q stop; do
+    [ \"$(sum)\" = SUM ] || echo 'guest: wrong bytes in the base'
+    dd if=/dev/urandom of=/data bs=64k count=16 2>/dev/null
+    dd if=/data of=/dev/vda bs=64k seek=$at oflag=direct conv=notrunc 2>/dev/null || echo 'guest: wrong write'
+    dd if=/dev/vda bs=64k skip=$at count=16 iflag=direct 2>/dev/null | cmp - /data || echo 'guest: wrong bytes written'
+    at=$(((at + 16) % 48))
+    echo 'guest: pass'
+done
+dmesg | grep -i 'i/o error' && echo 'guest: wrong requests'
+true
+";
+
+#[test]
+fn a_running_machine_notices_nothing() {
+    let ground = Ground::new();
+    let sum = run(Command::new("md5sum").arg(ground.scratch.path("a.raw")));
+    let [kernel, initrd] = guest(&ground.scratch, &CHECK.replace("SUM", &sum[..32]));
+    let overlay = format!("file={},format=qcow2,if=virtio", ground.overlay("overlay", "raw", ground.uri(0)));
+    let base = format!("file={},format=raw,if=virtio,readonly=on", ground.uri(0));
+    let control = ground.scratch.file("control", &[b'\n'; 4096]);
+    let drive = format!("file={},format=raw,if=virtio", control.display());
+    let mut words = vec!["-m", "256", "-no-reboot", "-serial", "stdio", "-kernel", &kernel, "-initrd", &initrd];
+    words.extend(["-append", "console=ttyS0 quiet panic=-1"]);
+    words.extend(["-drive", &overlay, "-drive", &base, "-drive", &drive]);
+    let mut machine = Machine::spawn(&ground.scratch, "vm", &words, Stdio::piped());
+    let mut serial = BufReader::new(machine.child.stdout.take().unwrap());
+    let mut said = String::new();
+    let mut wait_for = |text: &str| {
+        let before = said.len();
+        while !said[before..].contains(text) {
+            assert_ne!(serial.read_line(&mut said).unwrap(), 0, "the machine has ended:\n{said}");
+        }
+        assert!(!said.contains("guest: wrong"), "{said}");
+    };
+    for time in 1..=10 {
+        wait_for("guest: pass");
+        let disks = ground.move_all(&machine, ground.uri(time % 2));
+        assert!(disks.len() == 2 && disks.iter().all(|disk| disk["errors"] == 0), "{disks:#?}");
+    }
+    wait_for("guest: pass");
+    File::options().write(true).open(control).unwrap().write_all_at(b"stop", 0).unwrap();
+    wait_for("guest: ended with 0");
 }

@@ -5,7 +5,6 @@
 use thiserror::Error;
 
 use crate::export::ImageId;
-use crate::export::facts::NAMESPACE;
 use crate::nbd::handshake::client::Agreed;
 use crate::nbd::wire::TransmissionFlags;
 use crate::units::ByteSize;
@@ -24,14 +23,9 @@ pub struct Offer {
 }
 
 impl Offer {
-    pub(super) fn of(agreed: &Agreed) -> Self {
-        let said = |name: &String| name.strip_prefix(NAMESPACE)?.strip_prefix("image=")?.parse().ok();
-        Self {
-            size: agreed.size,
-            flags: agreed.flags,
-            minimum_block: agreed.block_sizes.minimum,
-            image: agreed.listed.iter().find_map(said),
-        }
+    /// What a server said, and what its image holds if that was found out.
+    pub(super) fn of(agreed: &Agreed, image: Option<ImageId>) -> Self {
+        Self { size: agreed.size, flags: agreed.flags, minimum_block: agreed.block_sizes.minimum, image }
     }
 }
 

@@ -30,8 +30,9 @@ use super::compare::{InUse, Offer, compare};
 use super::graph::{Graph, Hold, Holder, Node};
 use super::monitor::{Monitor, MonitorError};
 use crate::clock;
+use crate::export::Export;
 use crate::nbd::Uri;
-use crate::upstream;
+use crate::upstream::{self, Expectation, Remote, Settings};
 
 /// How long a server may take to say what it holds.
 const ASKING: Duration = Duration::from_secs(5);
@@ -271,8 +272,7 @@ impl Mover<'_> {
         if let Some(known) = self.offers.get(server) {
             return known.clone();
         }
-        let offer = upstream::inspect(server, ASKING).await;
-        let offer = offer.as_ref().map(Offer::of).map_err(ToString::to_string);
+        let offer = ask(server).await;
         self.offers.insert(server.clone(), offer.clone());
         offer
     }
@@ -472,6 +472,21 @@ impl Mover<'_> {
         };
         stats.as_array().into_iter().flatten().filter(is_meant).map(failed).sum()
     }
+}
+
+/// Asks a server what it is, and a Headwater what its image holds.
+async fn ask(server: &Uri) -> Result<Offer, String> {
+    let agreed = upstream::inspect(server, ASKING).await.map_err(|failure| failure.to_string())?;
+    let settings = Settings {
+        connections: 1,
+        connect_timeout: ASKING,
+        stall_timeout: ASKING,
+        patience: ASKING,
+        ..Settings::default()
+    };
+    let remote = Remote::open(vec![server.clone()], Expectation::default(), settings).await;
+    let remote = remote.map_err(|error| error.to_string())?;
+    Ok(Offer::of(&agreed, remote.facts().identity))
 }
 
 /// Whether a server that qemu has just opened is still there. qemu would not notice before the guest waits for it.

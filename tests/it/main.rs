@@ -18,6 +18,7 @@
 //! | `roles` | our client against our server: the conformance suite over a socket |
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
 //! | `kernel` | the kernel's client, in a virtual machine |
+//! | `attach` | `headwater attach`, `redirect --device`, `detach`, in a virtual machine |
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
@@ -36,6 +37,7 @@
 )]
 
 mod admin;
+mod attach;
 mod bound;
 mod command_line;
 mod crash;

@@ -100,8 +100,8 @@ pub fn detach(directory: &Path, index: u32) -> Result<(), Error> {
     let exclusive = OpenOptions::new().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(&path);
     match exclusive {
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => return Err(Error::Busy(index)),
-        // Nothing can be read from it (all its servers are dead): all the more reason.
-        _ => {}
+        // Open, it would keep the kernel from letting go. If nothing can be read from it, all the more reason.
+        other => drop(other),
     }
     netlink.ask(&Request::Disconnect { index })?;
     lock.remove()?;

@@ -20,7 +20,7 @@ pub(super) struct Device {
     pub(super) block_size: u64,
     /// What the kernel believes that the server can do, as far as it shows.
     pub(super) flags: TransmissionFlags,
-    /// Its connections, dead ones too: it has a queue for each.
+    /// Its queues: one for each connection, dead ones too, but not more than there can be processors.
     pub(super) connections: usize,
     /// After this a request is sent again.
     pub(super) timeout: Duration,
@@ -79,6 +79,14 @@ impl Device {
             bound_by: u32::try_from(bound_by).map_err(io::Error::other)?,
         })
     }
+}
+
+/// Processors that this system may have.
+pub(super) fn possible_processors() -> io::Result<usize> {
+    let text = fs::read_to_string("/sys/devices/system/cpu/possible")?;
+    // The ranges go up, as in `0-3`: the last number is what counts.
+    let last = text.trim().rsplit(['-', ',']).next().and_then(|number| number.parse::<usize>().ok());
+    last.map(|last| last + 1).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no processors"))
 }
 
 /// Requests of the device that are under way.

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use super::Error;
 use super::attach::connection;
-use super::device::{Device, SYSTEM, in_flight};
+use super::device::{self, Device, SYSTEM, in_flight};
 use super::dial::{self, Offer, Opened};
 use super::handover::{Given, give, ordinary};
 use super::keeper::{note, replace_dead};
@@ -45,6 +45,8 @@ const CALM: Duration = Duration::from_millis(300);
 /// How long a server may take to close a connection that it was asked to close.
 const CLOSING: Duration = Duration::from_secs(5);
 const GLANCE: Duration = Duration::from_millis(1);
+/// Connections that are moved beyond those that were there: replacements that die at once are no reason to go on for ever.
+const SPARE: usize = 8;
 /// How long readers of a device that another program attached wait for a server. The kernel does not tell what it was.
 const DEAD_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -130,6 +132,17 @@ impl Old {
     }
 }
 
+/// What came of an attempt at one connection.
+#[derive(Debug)]
+enum Exchanged {
+    /// The kernel has a new one.
+    Done,
+    /// There is no old one any more.
+    NoneLeft,
+    /// The old one has ended, when it did, and why there is no new one.
+    Lost(Instant, Error),
+}
+
 /// All that a move needs.
 #[derive(Debug)]
 struct Mover<'a> {
@@ -148,6 +161,7 @@ pub fn redirect(directory: &Path, order: &Order) -> Result<Report, Error> {
     let mut netlink = Netlink::open()?;
     let lock = Lock::take(directory, index)?;
     let device = Device::read(Path::new(SYSTEM), index)?.ok_or(Error::NotAttached(index))?;
+    check_that_it_can_be_changed(&mut netlink, index, &device)?;
     let known = lock.load(&device)?;
     let mut notes = Vec::new();
     let (record, old) = match known {
@@ -159,13 +173,12 @@ pub fn redirect(directory: &Path, order: &Order) -> Result<Report, Error> {
     };
     let (to, offer) = first_that_fits(&record, order)?;
     let listener = netlink.listen()?;
-    if record.connections.len().max(device.connections) < 2 {
+    if old.len().max(device.connections) < 2 {
         notes.push("it has one connection: readers waited while that was changed".into());
     }
-    let mut mover = Mover { netlink, listener, lock, index, record, to, offer };
-    mover.check_that_it_can_be_changed()?;
+    let mover = Mover { netlink, listener, lock, index, record, to, offer };
     mover.flush();
-    mover.run(old, device.connections, notes)
+    mover.run(old, notes)
 }
 
 fn first_that_fits<'a>(record: &Record, order: &'a Order) -> Result<(&'a Uri, Offer), Error> {
@@ -199,7 +212,12 @@ fn adopt(
     candidates.retain(|socket| !known.contains(&socket.inode));
     let others = foreign_devices(netlink, directory, order.index)?;
     let from = order.from.as_ref().map(dial::addresses).transpose().map_err(failed())?;
-    let found = choose(candidates, device.connections, from.as_deref(), others, dial::is_nbd_server);
+    let count = if device.connections < device::possible_processors().map_err(failed())? {
+        Count::Exactly(device.connections)
+    } else {
+        Count::AtLeast(device.connections)
+    };
+    let found = choose(candidates, count, from.as_deref(), others, dial::is_nbd_server);
     let found = found.map_err(|reason| immovable(reason.into()))?;
     let mut record = Record::of(order.index, device);
     record.dead_timeout_seconds = DEAD_TIMEOUT.as_secs();
@@ -221,11 +239,35 @@ fn foreign_devices(netlink: &mut Netlink, directory: &Path, index: u32) -> Resul
     Ok(count)
 }
 
-/// Which of the kernel's TCP connections are those of a device with `count` of them. `from`: the addresses of its server,
+/// How many connections a device has. The system shows its queues: one for each, but not more than it has processors.
+#[derive(Debug, Clone, Copy)]
+enum Count {
+    Exactly(usize),
+    AtLeast(usize),
+}
+
+impl Count {
+    const fn allows(self, number: usize) -> bool {
+        match self {
+            Self::Exactly(count) => number == count,
+            Self::AtLeast(count) => number >= count,
+        }
+    }
+
+    /// Whether some of them may have died.
+    const fn allows_with_dead(self, number: usize) -> bool {
+        match self {
+            Self::Exactly(count) => number <= count,
+            Self::AtLeast(_) => true,
+        }
+    }
+}
+
+/// Which of the kernel's TCP connections are those of a device with so many of them. `from`: the addresses of its server,
 /// if the operator said which it is. `others`: how many other devices they could belong to.
 fn choose(
     mut candidates: Vec<Tcp>,
-    count: usize,
+    count: Count,
     from: Option<&[std::net::SocketAddr]>,
     others: usize,
     is_nbd_server: impl Fn(std::net::SocketAddr) -> bool,
@@ -246,10 +288,10 @@ fn choose(
     remotes.dedup();
     let of = |remote| candidates.iter().filter(move |socket| socket.remote == remote).count();
     // The kernel has connections of other kinds too: of file systems, of other block devices.
-    remotes.retain(|remote| from.is_some() || (of(*remote) == count && is_nbd_server(*remote)));
+    remotes.retain(|remote| from.is_some() || (count.allows(of(*remote)) && is_nbd_server(*remote)));
     match remotes[..] {
         [] => Err(NONE),
-        [remote] if of(remote) <= count => {
+        [remote] if (others == 0 || count.allows(of(remote))) && count.allows_with_dead(of(remote)) => {
             candidates.retain(|socket| socket.remote == remote);
             Ok(candidates)
         }
@@ -257,21 +299,21 @@ fn choose(
     }
 }
 
-impl Mover<'_> {
-    /// Sets the ordinary time-outs: what was attached by ioctl refuses that, and then nothing has been touched.
-    fn check_that_it_can_be_changed(&mut self) -> Result<(), Error> {
-        let change = ordinary(&self.record);
-        match self.netlink.ask(&Request::Reconfigure { index: self.index, change }) {
-            Err(Error::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => Err(Error::Immovable {
-                index: self.index,
-                reason: "it was attached by ioctl (nbd-client -nonetlink, or an old one), which the kernel binds to \
-                         the process that did it"
-                    .into(),
-            }),
-            result => result.map(drop),
+/// Sets the time-out that it has. What was attached by ioctl refuses that.
+fn check_that_it_can_be_changed(netlink: &mut Netlink, index: u32, device: &Device) -> Result<(), Error> {
+    const BY_IOCTL: &str = "it was attached by ioctl (nbd-client -nonetlink, or an old one), and the kernel binds it to \
+                            the process that did that";
+    let timeout = Some(device.timeout.as_secs().max(1));
+    let change = Change { timeout, backend: device.backend.clone(), ..Change::default() };
+    match netlink.ask(&Request::Reconfigure { index, change }) {
+        Err(Error::Kernel { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
+            Err(Error::Immovable { index, reason: BY_IOCTL.into() })
         }
+        result => result.map(drop),
     }
+}
 
+impl Mover<'_> {
     /// What was written before the move is at the old server's storage.
     fn flush(&self) {
         if TransmissionFlags::from_bits_truncate(self.record.flags).contains(TransmissionFlags::READ_ONLY) {
@@ -281,21 +323,22 @@ impl Mover<'_> {
         let _ = std::fs::File::open(format!("/dev/nbd{}", self.index)).and_then(|device| device.sync_all());
     }
 
-    fn run(mut self, old: Vec<Old>, count: usize, mut notes: Vec<String>) -> Result<Report, Error> {
+    fn run(mut self, mut left: Vec<Old>, mut notes: Vec<String>) -> Result<Report, Error> {
         let from = self.record.uris.clone();
         // Whoever keeps the device after a crash in the middle goes on with the new server.
         self.record.uris = std::iter::once(self.to.to_string()).chain(from.iter().cloned()).collect();
         self.record.uris.dedup();
         let mut moved: Vec<Moved> = Vec::new();
-        let mut left = old.clone();
-        while moved.len() < count {
-            let (one, goes_on) = self.move_one(&mut left);
+        for _ in 0..left.len() + SPARE {
+            let Some(one) = self.move_one(&mut left) else { break };
+            let goes_on = one.to.is_some();
             moved.push(one);
             if !goes_on {
                 break;
             }
         }
         let done = moved.iter().filter(|one| one.to.is_some()).count();
+        let count = moved.len();
         if done == count {
             self.record.uris = vec![self.to.to_string()];
             self.record.identity = self.record.identity.take().or(self.offer.identity.map(|id| id.to_string()));
@@ -319,18 +362,19 @@ impl Mover<'_> {
         Ok(Report { device, from, to: self.to.to_string(), outcome, connections: moved, notes })
     }
 
-    /// Moves one connection. Says too whether it makes sense to go on with the next.
-    fn move_one(&mut self, left: &mut Vec<Old>) -> (Moved, bool) {
+    /// Moves one connection; `None` if there is none left. One without `to` ends the move.
+    fn move_one(&mut self, left: &mut Vec<Old>) -> Option<Moved> {
         let mut moved = Moved { from: String::new(), to: None, way: "", pause_ms: 0.0, error: None };
         let began = match self.exchange(left, &mut moved) {
-            Ok(None) => return (moved, true),
-            Ok(Some((began, error))) => {
+            Ok(Exchanged::NoneLeft) => return None,
+            Ok(Exchanged::Done) => return Some(moved),
+            Ok(Exchanged::Lost(began, error)) => {
                 moved.error = Some(error.to_string());
                 began
             }
             Err(error) => {
                 moved.error = Some(error.to_string());
-                return (moved, false);
+                return Some(moved);
             }
         };
         // It has ended, and the new server does not take its place: anyone who can shall.
@@ -343,13 +387,12 @@ impl Mover<'_> {
                 Err(error) => moved.error = Some(error.to_string()),
             }
         }
-        moved.pause_ms = milliseconds(began.elapsed());
-        let goes_on = moved.to.is_some();
-        (moved, goes_on)
+        moved.pause_ms = milliseconds(clock::now().saturating_duration_since(began));
+        Some(moved)
     }
 
-    /// Ends an old connection and gives the kernel a new one. `Some`: the old one has ended, and that failed.
-    fn exchange(&mut self, left: &mut Vec<Old>, moved: &mut Moved) -> Result<Option<(Instant, Error)>, Error> {
+    /// Ends an old connection and gives the kernel a new one; or, if one was dead already, gives it a new one only.
+    fn exchange(&mut self, left: &mut Vec<Old>, moved: &mut Moved) -> Result<Exchanged, Error> {
         let failed = |source| Error::Server { uri: self.to.clone(), source };
         let opened = dial::open(self.to, &self.offer).map_err(failed)?;
         let new = connection(self.to, &opened);
@@ -357,11 +400,11 @@ impl Mover<'_> {
             Given::Taken => {
                 self.taken(new, moved)?;
                 moved.way = "dead";
-                return Ok(None);
+                return Ok(Exchanged::Done);
             }
             Given::NoneDead(opened) => opened,
         };
-        let old = next_alive(left)?;
+        let Some(old) = next_alive(left)? else { return Ok(Exchanged::NoneLeft) };
         moved.from = old.server();
         let began = clock::now();
         moved.way = match self.end(&old) {
@@ -372,13 +415,13 @@ impl Mover<'_> {
             }
         };
         let given = self.give_until_taken(opened, &new);
-        moved.pause_ms = milliseconds(began.elapsed());
+        moved.pause_ms = milliseconds(clock::now().saturating_duration_since(began));
         match given {
             Ok(()) => {
                 self.taken(new, moved)?;
-                Ok(None)
+                Ok(Exchanged::Done)
             }
-            Err(error) => Ok(Some((began, error))),
+            Err(error) => Ok(Exchanged::Lost(began, error)),
         }
     }
 
@@ -462,14 +505,14 @@ impl Mover<'_> {
 }
 
 /// The next of the old connections that is alive.
-fn next_alive(left: &mut Vec<Old>) -> Result<Old, Error> {
+fn next_alive(left: &mut Vec<Old>) -> Result<Option<Old>, Error> {
     while !left.is_empty() {
         let old = left.remove(0);
         if sockets::is_there(old.inode()).map_err(Error::system("/proc/net"))? {
-            return Ok(old);
+            return Ok(Some(old));
         }
     }
-    Err(Error::WouldNotEnd("nothing is dead, and its other connections cannot be found".into()))
+    Ok(None)
 }
 
 fn milliseconds(duration: Duration) -> f64 {
@@ -478,6 +521,7 @@ fn milliseconds(duration: Duration) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::Count::{AtLeast, Exactly};
     use super::*;
     use std::net::SocketAddr;
 
@@ -501,23 +545,23 @@ mod tests {
     #[test]
     fn the_connections_of_a_foreign_device_are_those_of_one_nbd_server() {
         let mixed = sockets(&[NFS, "10.0.0.2:10809", NFS, "10.0.0.2:10809"]);
-        assert_eq!(inodes(choose(mixed.clone(), 2, None, 0, is_nbd)), Some(vec![2, 4]));
-        assert!(choose(mixed.clone(), 4, None, 0, is_nbd).is_err(), "it has another number of them");
-        assert!(choose(mixed, 2, None, 1, is_nbd).is_err(), "they may be those of another device");
-        assert!(choose(sockets(&[NFS]), 1, None, 0, is_nbd).is_err());
-        assert!(choose(Vec::new(), 1, None, 0, is_nbd).unwrap_err().contains("unix"));
+        assert_eq!(inodes(choose(mixed.clone(), Exactly(2), None, 0, is_nbd)), Some(vec![2, 4]));
+        assert!(choose(mixed.clone(), Exactly(4), None, 0, is_nbd).is_err(), "it has another number of them");
+        assert!(choose(mixed, AtLeast(1), None, 1, is_nbd).is_err(), "they may be those of another device");
+        assert!(choose(sockets(&[NFS]), AtLeast(1), None, 0, is_nbd).is_err());
+        assert!(choose(Vec::new(), Exactly(1), None, 0, is_nbd).unwrap_err().contains("unix"));
     }
 
     #[test]
     fn where_it_is_not_certain_the_operator_has_to_say() {
         let two = sockets(&["10.0.0.2:10809", "10.0.0.3:10809"]);
-        assert!(choose(two.clone(), 1, None, 0, is_nbd).is_err());
+        assert!(choose(two.clone(), AtLeast(1), None, 0, is_nbd).is_err());
         let from: [SocketAddr; 1] = ["10.0.0.3:10809".parse().unwrap()];
-        assert_eq!(inodes(choose(two, 1, Some(&from), 1, is_nbd)), Some(vec![2]));
+        assert_eq!(inodes(choose(two, Exactly(1), Some(&from), 1, is_nbd)), Some(vec![2]));
         // A connection is dead already.
         let one = sockets(&["10.0.0.3:10809", NFS]);
-        assert_eq!(inodes(choose(one, 2, Some(&from), 0, is_nbd)), Some(vec![1]));
+        assert_eq!(inodes(choose(one, Exactly(2), Some(&from), 0, is_nbd)), Some(vec![1]));
         let both = sockets(&["10.0.0.3:10809", "10.0.0.3:10809"]);
-        assert!(choose(both, 1, Some(&from), 1, is_nbd).is_err(), "two devices are at this server");
+        assert!(choose(both, Exactly(1), Some(&from), 1, is_nbd).is_err(), "two devices are at this server");
     }
 }

@@ -15,7 +15,7 @@ pub(crate) const HOST: &str = "10.0.2.2";
 /// The script runs with `set -eu`; it must end well.
 pub(crate) fn run_in_guest(scratch: &Scratch, script: &str) -> String {
     fs::create_dir(scratch.path("guest")).unwrap();
-    boot(scratch, script)
+    boot(scratch, script, &[])
 }
 
 /// The same, with the program under test in the guest as `headwater`.
@@ -30,15 +30,17 @@ pub(crate) fn run_with_headwater(scratch: &Scratch, script: &str) -> String {
         fs::create_dir_all(copy.parent().unwrap()).unwrap();
         fs::copy(library, copy).unwrap();
     }
-    boot(scratch, script)
+    // The kernel's client has no more queues than there are processors.
+    boot(scratch, script, &["-smp", "2"])
 }
 
-fn boot(scratch: &Scratch, script: &str) -> String {
+fn boot(scratch: &Scratch, script: &str, arguments: &[&str]) -> String {
     let guest = parts();
     let initrd = with_script(scratch, &guest.join("initrd"), script);
     // KVM is not there on many machines, and where it is inside a VM it is not to be trusted.
     let mut machine = Command::new("qemu-system-x86_64");
     machine.args(["-accel", "tcg", "-m", "512", "-nographic", "-nodefaults", "-no-reboot", "-serial", "stdio"]);
+    machine.args(arguments);
     machine.args(["-nic", "user,model=virtio-net-pci", "-append", "console=ttyS0 quiet panic=-1"]);
     machine.arg("-kernel").arg(guest.join("vmlinuz")).arg("-initrd").arg(initrd);
     let printed = run(&mut machine).replace('\r', "");

@@ -19,6 +19,7 @@
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
 //! | `orders` | connections under orders: switched, told, closed, sent away |
 //! | `kernel` | the kernel's client, in a virtual machine |
+//! | `attach` | `headwater attach`, `redirect --device`, `detach`, in a virtual machine |
 //! | `qmp` | disks of real qemu, moved by its monitor |
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
@@ -41,6 +42,7 @@
 )]
 
 mod admin;
+mod attach;
 mod bound;
 mod command_line;
 mod crash;

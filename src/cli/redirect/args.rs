@@ -62,6 +62,9 @@ pub(in crate::cli) struct Redirect {
     /// With --qmp the disks with these names; without it, a device of the kernel on this host, as /dev/nbd0.
     #[arg(long, value_name = "ID|/dev/nbdN", conflicts_with_all = ["clients", "fraction", "count", "all"])]
     pub(super) device: Vec<String>,
+    /// With --device: the server that it is at, if another program than headwater attached it.
+    #[arg(long, value_name = "URI", requires = "device", conflicts_with = "qmp")]
+    pub(super) from: Option<Uri>,
     /// Show the orders of a server: those at work and the last that ended.
     #[arg(long, conflicts_with_all = ["to", "cancel", "wait"])]
     pub(super) list: bool,

@@ -137,6 +137,8 @@ pub struct ClientHandshake {
     no_zeroes: bool,
     /// The most capable form of replies that is asked for.
     at_most: ReplyMode,
+    /// Contexts are listed also without structured replies.
+    lists_anyway: bool,
     replies: ReplyMode,
     contexts: Vec<(u32, String)>,
     listed: Vec<String>,
@@ -157,6 +159,7 @@ impl ClientHandshake {
             state: State::Greeting,
             no_zeroes: false,
             at_most: ReplyMode::Extended,
+            lists_anyway: false,
             replies: ReplyMode::Simple,
             contexts: Vec::new(),
             listed: Vec::new(),
@@ -173,6 +176,14 @@ impl ClientHandshake {
     #[must_use]
     pub const fn at_most(mut self, mode: ReplyMode) -> Self {
         self.at_most = mode;
+        self
+    }
+
+    /// Lists contexts also if replies are simple. The protocol discourages this and servers may refuse it, so it is for
+    /// those that are known to answer.
+    #[must_use]
+    pub const fn listing_anyway(mut self) -> Self {
+        self.lists_anyway = true;
         self
     }
 
@@ -343,7 +354,7 @@ impl ClientHandshake {
         put_string(&mut data, export);
         let after_headers = matches!(number, option::EXTENDED_HEADERS | option::STRUCTURED_REPLY);
         if after_headers
-            && self.replies.has_chunks()
+            && (self.replies.has_chunks() || self.lists_anyway)
             && let Some(queries) = list
         {
             put_queries(&mut data, queries);

@@ -260,6 +260,30 @@ fn a_writer_that_leaves_while_it_is_switched_ends_the_order() {
 }
 
 #[test]
+fn a_switch_that_waits_does_not_stand_in_the_way_of_the_end() {
+    let gate = Arc::new(Gate::new(Arc::new(Memory::holding(bytes()))));
+    served(vec![("x", Arc::clone(&gate) as _)], |uri, steering| {
+        let mut client = Client::open(uri);
+        client.send(command::READ, CommandFlags::empty(), 7, 50, 100, &[]);
+        wait(gate.arrived(1));
+        let handle = only(steering);
+        let result = wait(async {
+            let mut switch = Box::pin(handle.switch(Some((image(), "nbd://there/x".into()))));
+            assert!(futures_util::poll!(&mut switch).is_pending());
+            handle.close();
+            // It has no time for a switch any more, but it takes what has been asked.
+            assert_eq!(client.write(0, b"last words"), None);
+            switch.await
+        });
+        assert!(matches!(result, Err(SwitchError::Gone)), "{result:?}");
+        gate.open();
+        assert!(client.receive().bytes() == bytes()[50..150]);
+        assert!(client.socket.is_closed_by_peer());
+        wait(handle.gone());
+    });
+}
+
+#[test]
 fn contexts_that_were_promised_are_answered_also_where_there_are_none() {
     let here = Memory::holding(bytes()).read_only().with_facts(|facts| facts.contexts.push(Context::Residency));
     served(vec![("x", Arc::new(here))], |uri, steering| {

@@ -126,7 +126,7 @@ impl Desk {
 
     /// Waits for an order. For the one task that the connection is. A switch is left where it is if it is not `free`
     /// for one.
-    pub(super) fn poll_order(&self, context: &mut Context<'_>, free: bool) -> Poll<Order> {
+    pub(super) fn poll_order(&self, context: &Context<'_>, free: bool) -> Poll<Order> {
         self.waker.register(context.waker());
         if !self.is_laden.swap(false, Ordering::Acquire) {
             return Poll::Pending;

@@ -59,11 +59,11 @@ fn wait<T>(work: impl Future<Output = T>) -> T {
     runtime.block_on(async { tokio::time::timeout(crate::support::SOON, work).await.expect("it takes too long") })
 }
 
-/// The one client of an export.
+/// The one client of the export, who may know before the server that it is let in.
 fn only(steering: &Steering) -> ClientHandle {
-    let clients = steering.clients.of_export("x");
-    assert_eq!(clients.len(), 1);
-    clients[0].clone()
+    let clients = || steering.clients.of_export("x");
+    eventually("single client", || clients().len() == 1);
+    clients().remove(0)
 }
 
 fn bytes() -> Vec<u8> {
@@ -93,8 +93,8 @@ fn ask_notice(client: &mut Client, cookie: u64) {
 fn a_reader_is_switched_back_and_forth_between_its_requests() {
     let [here, there] = [0; 2].map(|_| Arc::new(Record::new(image())));
     served(vec![("x", Arc::clone(&here) as _)], |uri, steering| {
-        for mut client in [Client::open(uri), Client::open_structured(uri), Client::open_simple(uri)] {
-            eventually("single client", || steering.clients.list().len() == 1);
+        for open in [Client::open, Client::open_structured, Client::open_simple] {
+            let mut client = open(uri);
             let handle = only(steering);
             for turn in 0..20 {
                 let relay = (turn % 2 == 0).then(|| (Arc::clone(&there) as SharedExport, "nbd://there/x".to_owned()));
@@ -260,6 +260,30 @@ fn a_writer_that_leaves_while_it_is_switched_ends_the_order() {
 }
 
 #[test]
+fn a_switch_that_waits_does_not_stand_in_the_way_of_the_end() {
+    let gate = Arc::new(Gate::new(Arc::new(Memory::holding(bytes()))));
+    served(vec![("x", Arc::clone(&gate) as _)], |uri, steering| {
+        let mut client = Client::open(uri);
+        client.send(command::READ, CommandFlags::empty(), 7, 50, 100, &[]);
+        wait(gate.arrived(1));
+        let handle = only(steering);
+        let result = wait(async {
+            let mut switch = Box::pin(handle.switch(Some((image(), "nbd://there/x".into()))));
+            assert!(futures_util::poll!(&mut switch).is_pending());
+            handle.close();
+            // It has no time for a switch any more, but it takes what has been asked.
+            assert_eq!(client.write(0, b"last words"), None);
+            switch.await
+        });
+        assert!(matches!(result, Err(SwitchError::Gone)), "{result:?}");
+        gate.open();
+        assert!(client.receive().bytes() == bytes()[50..150]);
+        assert!(client.socket.is_closed_by_peer());
+        wait(handle.gone());
+    });
+}
+
+#[test]
 fn contexts_that_were_promised_are_answered_also_where_there_are_none() {
     let here = Memory::holding(bytes()).read_only().with_facts(|facts| facts.contexts.push(Context::Residency));
     served(vec![("x", Arc::new(here))], |uri, steering| {
@@ -296,7 +320,6 @@ fn idle_and_unfinished_clients_are_closed() {
         assert!(idle.socket.is_closed_by_peer());
         // Half a request, and the rest never comes: then the time is up at last.
         let mut lazy = Client::open_simple(uri);
-        eventually("single client", || steering.clients.list().len() == 1);
         lazy.socket.write_all(&wire::REQUEST_MAGIC.to_be_bytes()).unwrap();
         only(steering).close();
         assert!(lazy.socket.is_closed_by_peer());

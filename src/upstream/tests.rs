@@ -63,8 +63,8 @@ struct Fake {
     /// Those that are there now, and those that ended with a goodbye.
     open: Cell<usize>,
     farewells: Cell<usize>,
-    /// Whether it keeps its answers to itself until it is told otherwise.
-    is_held: Cell<bool>,
+    /// From which read on, counted from 1, it keeps its answers to itself until it is told otherwise.
+    held_from: Cell<usize>,
     released: tokio::sync::Notify,
     _directory: tempfile::TempDir,
 }
@@ -118,7 +118,7 @@ impl Fake {
             connections: Cell::new(0),
             open: Cell::new(0),
             farewells: Cell::new(0),
-            is_held: Cell::new(false),
+            held_from: Cell::new(usize::MAX),
             released: tokio::sync::Notify::new(),
             _directory: directory,
         });
@@ -143,6 +143,12 @@ impl Fake {
 
     fn plan(&self, acts: impl IntoIterator<Item = Act>) {
         self.acts.borrow_mut().extend(acts);
+    }
+
+    /// Gives all answers from now on.
+    fn release(&self) {
+        self.held_from.set(usize::MAX);
+        self.released.notify_waiters();
     }
 
     fn next_act(&self) -> Act {
@@ -196,7 +202,7 @@ impl Fake {
                     continue;
                 }
                 self.reads.borrow_mut().push(range);
-                while self.is_held.get() {
+                while self.reads.borrow().len() >= self.held_from.get() {
                     self.released.notified().await;
                 }
                 let mut data = contents[to_usize(range.start())..to_usize(range.end())].to_vec();

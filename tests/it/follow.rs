@@ -127,8 +127,9 @@ fn await_at(scratch: &Scratch, mirror: &Daemon, uri: &str) {
     eventually(&format!("mirror at {uri}: {}", mirror.log_text()), || upstreams(scratch, mirror).1 == uri);
 }
 
-/// Reads all over the image while `work` is done, and holds every byte against what it should be.
-fn while_reading(uri: &str, bytes: &[u8], work: impl FnOnce()) {
+/// Reads all over the image while `work` is done, and holds every byte against what it should be. What comes of the work
+/// lives longer than the readers.
+fn while_reading<T>(uri: &str, bytes: &[u8], work: impl FnOnce() -> T) -> T {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         for seed in 0..3 {
@@ -144,9 +145,10 @@ fn while_reading(uri: &str, bytes: &[u8], work: impl FnOnce()) {
         }
         // Readers end also if this panics.
         let ending = Ending(&done);
-        work();
+        let result = work();
         drop(ending);
-    });
+        result
+    })
 }
 
 struct Ending<'a>(&'a AtomicBool);
@@ -274,7 +276,7 @@ fn a_server_that_dies_on_either_side_of_the_way_costs_no_reader_anything() {
     let bytes = noise(SIZE, 1);
     let (a, b) = (Teller::start(&scratch, "a", &bytes), Teller::start(&scratch, "b", &bytes));
     let mirror = mirror(&scratch, &a.uri);
-    while_reading(mirror.uri(), &bytes, || {
+    let servers = while_reading(mirror.uri(), &bytes, || {
         // The old one dies as soon as it is left.
         let uri = a.uri.clone();
         a.send_to(&[&b.uri]);
@@ -296,7 +298,9 @@ fn a_server_that_dies_on_either_side_of_the_way_costs_no_reader_anything() {
         eventually("end of the old connections", || !a.has_clients());
         let before = b.reads();
         eventually("reads from the new server", || b.reads() > before + 20);
+        (a, b)
     });
+    drop(servers);
 }
 
 #[test]

@@ -134,11 +134,14 @@ impl Visit {
                 sleep_until((last + EVERY).into()).await;
             }
             let Some(line) = &mut self.line else { continue };
-            self.last_question = Some(clock::now());
+            let asked = clock::now();
+            self.last_question = Some(asked);
             match line.wait().await {
                 Ok(is_news) => {
                     self.losses = 0;
-                    if is_news && !std::mem::take(&mut self.is_echo) {
+                    // What is there already is answered at once.
+                    let is_echo = std::mem::take(&mut self.is_echo) && clock::now().duration_since(asked) < EVERY;
+                    if is_news && !is_echo {
                         // Also if it is the same again.
                         self.old = None;
                         return;

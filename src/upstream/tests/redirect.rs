@@ -81,13 +81,12 @@ fn what_is_under_way_is_answered_where_it_is_or_asked_again() {
             let (first, second) = (start(), start());
             let settings = Settings { stall_timeout: Duration::from_secs(60), ..quick() };
             let remote = Remote::open(vec![first.uri()], Expectation::default(), settings).await.unwrap();
-            first.is_held.set(true);
+            first.held_from.set(1);
             first.plan([act]);
             let (reading, directing) = (read(&remote, 10, 9000), async {
                 assert!(soon(|| first.reads.borrow().len() == 1).await);
                 redirect(&remote, &[&second], &[]).await.unwrap();
-                first.is_held.set(false);
-                first.released.notify_waiters();
+                first.release();
             });
             let (result, ()) = tokio::join!(reading, directing);
             assert!(result.unwrap() == first.contents[10..9000], "{act:?}");
@@ -220,15 +219,14 @@ fn a_lie_of_a_server_that_was_left_is_held_against_no_other() {
     run(async {
         let (liar, second, third) = (start(), start(), start());
         let remote = open(&[&liar]).await;
-        liar.is_held.set(true);
+        liar.held_from.set(1);
         liar.plan([Act::Flip]);
         let right = sample_contents(SIZE, 1);
         let check = |pieces: &[Piece]| assemble(pieces) == right[..512];
         let (result, ()) = tokio::join!(remote.read_verified(ByteRange::between(0, 512), &check), async {
             assert!(soon(|| liar.reads.borrow().len() == 1).await);
             redirect(&remote, &[&second, &third], &[]).await.unwrap();
-            liar.is_held.set(false);
-            liar.released.notify_waiters();
+            liar.release();
         });
         assert!(assemble(&result.unwrap()) == right[..512]);
         assert!(remote.servers().iter().all(|server| server.wrong_replies == 0));
@@ -241,17 +239,15 @@ fn a_checked_read_goes_on_with_the_new_servers() {
     run(async {
         let (liar, honest) = (start(), start());
         liar.habit.set((1, Act::Flip));
+        liar.held_from.set(3);
         let remote = open(&[&liar]).await;
         let right = sample_contents(SIZE, 1);
         let check = |pieces: &[Piece]| assemble(pieces) == right[..512];
         let (result, ()) = tokio::join!(remote.read_verified(ByteRange::between(0, 512), &check), async {
-            // Its third try: it has lied twice, and may twice more.
-            assert!(soon(|| liar.reads.borrow().len() == 2).await);
-            liar.is_held.set(true);
+            // It has lied twice, and may twice more.
             assert!(soon(|| liar.reads.borrow().len() == 3).await);
             redirect(&remote, &[&honest], &[&liar]).await.unwrap();
-            liar.is_held.set(false);
-            liar.released.notify_waiters();
+            liar.release();
         });
         assert!(assemble(&result.unwrap()) == right[..512]);
         assert_eq!(reads(&[&liar, &honest]), [3, 1]);

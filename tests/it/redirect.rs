@@ -1,5 +1,6 @@
 //! `headwater redirect` and `headwater drain` at servers: running clients, moved between two of them while they read.
 
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -369,11 +370,14 @@ fn a_server_out_of_service_takes_nobody_and_is_waited_for() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("called the drain off"), "{output:?}");
     let another = Client::open(pair.first.uri());
-    let drain = spawn(&mut order(&pair.scratch, &pair.first, &["drain", "image"]));
-    eventually("the gate", || Client::try_open(pair.first.uri(), &[]).is_err());
+    let mut drain = spawn(&mut order(&pair.scratch, &pair.first, &["drain", "image"]));
+    let mut said = std::io::BufReader::new(drain.stdout.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert_eq!(line, "2 connections are left\n");
     drop((client, another));
     let output = drain.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
+    let said = std::io::read_to_string(said).unwrap();
     assert!(
         output.status.success() && said.contains("has to leave by itself") && said.contains("image is empty"),
         "{said}"

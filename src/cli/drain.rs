@@ -13,7 +13,7 @@ use super::redirect;
 use super::running::{block_on, find_image, reach};
 use super::table::{Table, printable};
 use crate::control::Client;
-use crate::control::status::{ClientStatus, DrainOrder, DrainStatus, RedirectStatus, Status};
+use crate::control::status::{ClientStatus, DrainOrder, DrainStatus, RedirectState, RedirectStatus, Status};
 use crate::nbd::Uri;
 
 const EXAMPLES: &str = "\
@@ -82,11 +82,11 @@ pub(super) fn run(arguments: Drain) -> anyhow::Result<ExitCode> {
         let mut told = None;
         let is_left = loop {
             let clients = of(&client, &status, export).await?;
-            if clients.is_empty() {
+            if clients.is_empty() && !is_moving(&client, &status).await? {
                 break false;
             }
             let text = left_over(&client, &clients, &status).await?;
-            if !arguments.json && told.as_ref() != Some(&text) {
+            if !arguments.json && !clients.is_empty() && told.as_ref() != Some(&text) {
                 output::print(&text)?;
                 told = Some(text);
             }
@@ -117,6 +117,12 @@ async fn of(client: &Client, status: &DrainStatus, export: Option<&str>) -> anyh
     let (_, Status { clients, .. }) = client.status().await?;
     let is_of = |name: &str| name.strip_prefix(export).is_some_and(|rest| rest.is_empty() || rest.starts_with('@'));
     Ok(clients.into_iter().filter(|client| is_of(&client.export)).map(|client| client.id).collect())
+}
+
+/// Whether an order of the drain is at work still: its report is not whole.
+async fn is_moving(client: &Client, drain: &DrainStatus) -> anyhow::Result<bool> {
+    let orders = client.redirects().await?.redirects;
+    Ok(orders.iter().any(|order| drain.orders.contains(&order.order) && order.state == RedirectState::Active))
 }
 
 /// Who is left, and what becomes of them.

@@ -7,7 +7,7 @@
 //! news are rare.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -76,6 +76,8 @@ struct Table {
     /// How many news there were.
     count: u64,
     news: BTreeMap<(String, NodeId), (u64, News)>,
+    /// Those of them that have been asked for since they were told.
+    asked: BTreeSet<(String, NodeId)>,
 }
 
 impl Default for Notices {
@@ -93,10 +95,11 @@ impl Notices {
         let mut table = self.lock();
         table.count += 1;
         let count = table.count;
+        table.asked.remove(&(export.to_owned(), node));
         table.news.insert((export.to_owned(), node), (count, news));
         if table.news.len() > MOST {
             let oldest = table.news.iter().min_by_key(|(_, (number, _))| *number).map(|(key, _)| key.clone());
-            oldest.map(|key| table.news.remove(&key));
+            oldest.map(|key| (table.asked.remove(&key), table.news.remove(&key)));
         }
         drop(table);
         self.0.last.send_replace(count);
@@ -104,22 +107,40 @@ impl Notices {
 
     /// There is nothing to be told any more.
     pub fn forget(&self, export: &str, node: NodeId) {
-        self.lock().news.remove(&(export.to_owned(), node));
+        let mut table = self.lock();
+        table.news.remove(&(export.to_owned(), node));
+        table.asked.remove(&(export.to_owned(), node));
+    }
+
+    /// Whether a mirror has asked for what it is to be told, since that was told.
+    pub fn is_asked(&self, export: &str, node: NodeId) -> bool {
+        self.lock().asked.contains(&(export.to_owned(), node))
     }
 
     /// What a mirror that asks about the export of this full name is told, as names of contexts.
     pub(super) fn strings(&self, export: &str, node: NodeId) -> Vec<String> {
-        self.find(export, node).and_then(|(_, news)| news.to_text()).into_iter().collect()
+        let mut table = self.lock();
+        let Some(key) = table.key(export, node) else { return Vec::new() };
+        let text = table.news.get(&key).and_then(|(_, news)| news.to_text());
+        table.asked.insert(key);
+        text.into_iter().collect()
     }
 
     fn find(&self, export: &str, node: NodeId) -> Option<(u64, News)> {
         let table = self.lock();
-        let names = [export, split_content_name(export).0];
-        names.iter().find_map(|name| table.news.get(&((*name).to_owned(), node))).cloned()
+        table.news.get(&table.key(export, node)?).cloned()
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    /// Where the news for a mirror are that asks about the export of this full name.
+    fn key(&self, export: &str, node: NodeId) -> Option<(String, NodeId)> {
+        let keys = [export, split_content_name(export).0].map(|name| (name.to_owned(), node));
+        keys.into_iter().find(|key| self.news.contains_key(key))
     }
 }
 

@@ -122,8 +122,7 @@ impl Redirects {
     /// with this number.
     pub async fn cancel(&self, id: u64) -> Option<RedirectStatus> {
         let order = self.0.table.get(id)?;
-        order.end(RedirectState::Cancelled, None, wall());
-        self.0.table.write_down().await;
+        self.0.table.end(&order, RedirectState::Cancelled, None).await;
         Some(order.status())
     }
 
@@ -271,7 +270,8 @@ impl Redirects {
             let moves = runner::after_restart(&order);
             let Some((targets, old)) = self.targets_after_restart(&order).filter(|_| moves.iter().any(Move::is_open))
             else {
-                order.end(RedirectState::Failed, Some("interrupted by a restart".to_owned()), wall());
+                let why = "interrupted by a restart".to_owned();
+                self.0.table.end(&order, RedirectState::Failed, Some(why)).await;
                 continue;
             };
             self.0.claims.take(order.id, moves.iter().map(|each| each.subject), &self.0.steering.clients);

@@ -20,7 +20,7 @@ use super::claims::Subject;
 use super::order::{ClientState, RedirectState, Way};
 use super::relay::Relay;
 use super::select::Group;
-use super::table::{Order, milliseconds, wall};
+use super::table::{Order, milliseconds};
 use super::targets::{Targets, can_serve, open_relay};
 use super::{Plan, Redirects};
 use crate::clock;
@@ -158,9 +158,8 @@ impl Redirects {
         } else {
             (RedirectState::Done, None)
         };
-        order.end(state, error, wall());
         self.0.claims.release(order.id);
-        self.0.table.write_down().await;
+        self.0.table.end(&order, state, error).await;
         let counts = order.status().counts;
         tracing::info!(order = order.id, moved = counts.moved, of = counts.total, "an order to redirect has ended");
         if let Some(relay) = relay {
@@ -291,7 +290,12 @@ impl Run<'_> {
                 return true;
             }
             if handles.is_empty() {
+                // It may have come and gone between two looks: then it has asked.
+                let has_asked = self.redirects.0.steering.notices.is_asked(export, node);
                 tokio::time::sleep(LOOK).await;
+                if has_asked && self.of_node(export, node).is_empty() {
+                    return true;
+                }
                 continue;
             }
             seen = true;

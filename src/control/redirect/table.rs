@@ -31,6 +31,8 @@ pub(super) struct Order {
 
 #[derive(Debug)]
 struct Inner {
+    /// Whether it has ended, and that is not written down yet: nobody is told before.
+    is_ending: bool,
     /// Without clients, which are in `rows`.
     status: RedirectStatus,
     rows: Vec<Row>,
@@ -85,12 +87,21 @@ impl Row {
 impl Order {
     fn new(id: u64, status: RedirectStatus, rows: Vec<Row>) -> Self {
         let is_over = status.state != RedirectState::Active;
-        let inner = Inner { status: RedirectStatus { order: id, ..status }, rows };
+        let inner = Inner { is_ending: false, status: RedirectStatus { order: id, ..status }, rows };
         Self { id, inner: Mutex::new(inner), ended: watch::Sender::new(is_over) }
     }
 
-    /// As it is now.
+    /// As it is now, for whoever asks.
     pub(super) fn status(&self) -> RedirectStatus {
+        let status = self.kept();
+        if !self.lock().is_ending {
+            return status;
+        }
+        RedirectStatus { state: RedirectState::Active, error: None, ended: None, ..status }
+    }
+
+    /// As it is to be written down.
+    fn kept(&self) -> RedirectStatus {
         let mut inner = self.lock();
         let is_active = inner.status.state == RedirectState::Active;
         inner.rows.iter_mut().for_each(Row::look);
@@ -126,10 +137,11 @@ impl Order {
         look(&mut self.lock().rows[index])
     }
 
-    /// Ends it, unless it has ended. Clients whose turn has not come stay.
-    pub(super) fn end(&self, state: RedirectState, error: Option<String>, now: SystemTime) {
+    /// Ends it, unless it has ended; to be settled when that is written down. Clients whose turn has not come stay.
+    fn end(&self, state: RedirectState, error: Option<String>, now: SystemTime) {
         let mut inner = self.lock();
         if inner.status.state == RedirectState::Active {
+            inner.is_ending = true;
             inner.status.state = state;
             inner.status.error = error.or_else(|| inner.status.error.take());
             inner.status.ended = Some(seconds(now));
@@ -143,6 +155,10 @@ impl Order {
         }
         drop(inner);
         self.ended.send_replace(true);
+    }
+
+    fn settle(&self) {
+        self.lock().is_ending = false;
     }
 
     fn set_durable(&self, durable: Result<(), &FileError>) {
@@ -225,6 +241,13 @@ impl Table {
         self.lock().all.values().cloned().collect()
     }
 
+    /// Ends an order, unless it has ended. It is told to have ended when that is written down, if it can be.
+    pub(super) async fn end(&self, order: &Order, state: RedirectState, error: Option<String>) {
+        order.end(state, error, wall());
+        self.write_down().await;
+        order.settle();
+    }
+
     /// Has what is at work written down soon.
     pub(super) fn note(&self) {
         self.changed.notify_one();
@@ -266,7 +289,7 @@ impl Table {
             let orders = self.lock();
             (orders.last, orders.all.values().cloned().collect::<Vec<_>>())
         };
-        Kept::new(last, orders.iter().map(|order| order.status()).collect())
+        Kept::new(last, orders.iter().map(|order| order.kept()).collect())
     }
 
     fn lock(&self) -> MutexGuard<'_, Orders> {
@@ -327,8 +350,7 @@ mod tests {
         let second = table.add(spec(), rows(1)).await.unwrap();
         assert!(first.status().durable);
         first.row(0, |row| row.report.state = ClientState::Moved);
-        first.end(RedirectState::Cancelled, None, wall());
-        table.write_down().await;
+        table.end(&first, RedirectState::Cancelled, None).await;
         let listed: Vec<_> = table.list().iter().map(|order| order.status()).collect();
         assert_eq!(listed[0].counts, Counts { total: 2, moved: 1, stayed: 1, ..Counts::default() });
         assert_eq!(listed[0].clients[1].why.as_deref(), Some("the order was called off"));
@@ -345,7 +367,8 @@ mod tests {
         let order = table.add(spec(), Vec::new()).await.unwrap();
         assert!(!*order.ended().borrow());
         order.end(RedirectState::Failed, Some("no".into()), wall());
-        order.end(RedirectState::Done, None, wall());
+        assert_eq!(order.status().state, RedirectState::Active, "it is not written down yet");
+        table.end(&order, RedirectState::Done, None).await;
         assert!(*order.ended().borrow());
         assert_eq!((order.status().state, order.status().error.as_deref()), (RedirectState::Failed, Some("no")));
     }

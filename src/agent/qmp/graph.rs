@@ -170,6 +170,12 @@ impl Graph {
         self.holds(node).contains(hold)
     }
 
+    /// A job that is at work somewhere in the machine, if there is one.
+    pub(super) fn job(&self) -> Option<&str> {
+        let mut holders = self.holds.values().flatten().map(|hold| &hold.holder);
+        holders.find_map(|holder| if let Holder::Other(name) = holder { Some(name.as_str()) } else { None })
+    }
+
     /// The disks of which a node is a part, by their places in [`Graph::disks`].
     pub(super) fn disks_over(&self, node: &str) -> Vec<usize> {
         let (mut above, mut next) = (BTreeSet::from([node.to_owned()]), vec![node.to_owned()]);
@@ -336,6 +342,16 @@ pub(super) mod tests {
         let graph = Graph::new(json!([]), json!({ "nodes": [], "edges": [] }), disks).unwrap();
         assert_eq!(graph.disks.len(), 1);
         assert_eq!((graph.disks[0].name.as_str(), graph.disks[0].device.as_deref()), ("d", None));
+    }
+
+    #[test]
+    fn a_job_anywhere_is_found() {
+        let nodes =
+            json!([{ "id": 1, "name": "n", "type": "block-driver" }, { "id": 2, "name": "j", "type": "block-job" }]);
+        let edges = json!([{ "parent": 2, "child": 1, "name": "main node" }]);
+        let graph = Graph::new(json!([]), json!({ "nodes": nodes, "edges": edges }), json!([])).unwrap();
+        assert_eq!(graph.job(), Some("block-job j"));
+        assert_eq!(Graph::default().job(), None);
     }
 
     proptest! {

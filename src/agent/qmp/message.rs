@@ -96,6 +96,11 @@ impl Lines {
         self.received.extend_from_slice(bytes);
     }
 
+    /// Whether nothing is left of what was received.
+    pub fn is_empty(&self) -> bool {
+        self.received.is_empty()
+    }
+
     /// The next whole line, if there is one.
     ///
     /// # Errors

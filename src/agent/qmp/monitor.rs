@@ -101,7 +101,9 @@ impl Monitor {
             Ok(Ok(Message::Greeting)) => {}
             Ok(Ok(_)) => return Err(Malformed::Unknown.into()),
             Ok(Err(error)) => return Err(error),
-            Err(_) => return Err(MonitorError::Busy),
+            // Who says something else, as the greeting of an NBD server, which has no line end, is no monitor.
+            Err(_) if monitor.lines.is_empty() => return Err(MonitorError::Busy),
+            Err(_) => return Err(Malformed::Unknown.into()),
         }
         monitor.call("qmp_capabilities", json!({})).await?;
         Ok(monitor)
@@ -207,9 +209,12 @@ mod tests {
 
     #[tokio::test]
     async fn an_nbd_server_is_no_monitor() {
-        for first in ["NBDMAGICIHAVEOPT\0\x03\n", READY] {
-            let result = played(first, &[], async |stream| Monitor::greeted(stream, GREETING).await).await;
-            assert!(matches!(result, Err(MonitorError::Malformed(_))), "{first}");
-        }
+        let result = played(READY, &[], async |stream| Monitor::greeted(stream, GREETING).await).await;
+        assert!(matches!(result, Err(MonitorError::Malformed(_))));
+        // Its greeting has no line end, and it waits for ours.
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"NBDMAGICIHAVEOPT\0\x03").await.unwrap();
+        let result = Monitor::greeted(ours, Duration::from_millis(1)).await;
+        assert!(matches!(result, Err(MonitorError::Malformed(_))));
     }
 }

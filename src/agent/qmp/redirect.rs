@@ -189,6 +189,11 @@ impl Switch {
 
 /// What has to be switched for a node to be nobody's any more.
 fn plan(graph: &Graph, node: &str) -> Result<Vec<Switch>, String> {
+    // To switch, qemu first brings all that is under way to a rest. A job with a limited rate was seen to keep it, its
+    // monitor and with them the guest waiting for good (qemu 10.0.2, blockdev-backup).
+    if let Some(job) = graph.job() {
+        return Err(format!("a {job} is at work in the machine: try again when it has ended"));
+    }
     let mut switches = Vec::new();
     let mut backends = 0;
     for hold in graph.holds(node) {
@@ -201,7 +206,7 @@ fn plan(graph: &Graph, node: &str) -> Result<Vec<Switch>, String> {
             Holder::Node(parent) => {
                 return Err(format!("the node {parent} has it as {}, which qemu cannot change", hold.role));
             }
-            Holder::Other(what) => return Err(format!("a {what} is at work on it: try again when it has ended")),
+            Holder::Other(what) => return Err(format!("a {what} is at work on it")),
         }
     }
     let disks = graph.disks.iter().filter(|disk| disk.root == node);

@@ -76,6 +76,8 @@ pub fn attach(directory: &Path, wishes: &Wishes) -> Result<Attached, Error> {
     uris.extend(wishes.uris.iter().filter(|other| **other != uri).map(Uri::to_string));
     let record = Record {
         uris,
+        // As the server has it: another one must have the same, to the byte.
+        size: offer.size,
         flags: flags(wishes, &offer).bits(),
         identity: offer.identity.map(|identity| identity.to_string()),
         timeout_seconds: seconds(wishes.timeout),

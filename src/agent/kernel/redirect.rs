@@ -153,6 +153,7 @@ struct Mover<'a> {
     record: Record,
     to: &'a Uri,
     offer: Offer,
+    force: bool,
 }
 
 /// Moves a device.
@@ -176,7 +177,7 @@ pub fn redirect(directory: &Path, order: &Order) -> Result<Report, Error> {
     if old.len().max(device.connections) < 2 {
         notes.push("it has one connection: readers waited while that was changed".into());
     }
-    let mover = Mover { netlink, listener, lock, index, record, to, offer };
+    let mover = Mover { netlink, listener, lock, index, record, to, offer, force: order.force };
     mover.flush();
     mover.run(old, notes)
 }
@@ -328,6 +329,8 @@ impl Mover<'_> {
         // Whoever keeps the device after a crash in the middle goes on with the new server.
         self.record.uris = std::iter::once(self.to.to_string()).chain(from.iter().cloned()).collect();
         self.record.uris.dedup();
+        let was_forced = self.record.forced;
+        self.record.forced |= self.force;
         let mut moved: Vec<Moved> = Vec::new();
         for _ in 0..left.len() + SPARE {
             let Some(one) = self.move_one(&mut left) else { break };
@@ -341,9 +344,11 @@ impl Mover<'_> {
         let count = moved.len();
         if done == count {
             self.record.uris = vec![self.to.to_string()];
+            self.record.forced &= self.offer.identity.is_none();
             self.record.identity = self.record.identity.take().or(self.offer.identity.map(|id| id.to_string()));
         } else if done == 0 {
             self.record.uris.clone_from(&from);
+            self.record.forced = was_forced;
         }
         // A failure to set them back is told, and is no failure of the move.
         let change = ordinary(&self.record);

@@ -411,9 +411,11 @@ impl Mover<'_> {
         };
         let Some(old) = next_alive(left)? else { return Ok(Exchanged::NoneLeft) };
         moved.from = old.server();
-        let began = clock::now();
-        moved.way = match self.end(&old) {
-            Ok(way) => way,
+        let began = match self.end(&old) {
+            Ok((way, began)) => {
+                moved.way = way;
+                began
+            }
             Err(error) => {
                 self.calm_down();
                 return Err(error);
@@ -446,15 +448,17 @@ impl Mover<'_> {
         }
     }
 
-    /// Ends an old connection, so that the kernel knows that it is dead. Says how.
-    fn end(&mut self, old: &Old) -> Result<&'static str, Error> {
+    /// Ends an old connection, so that the kernel knows that it is dead. Says how, and since when it is of no use.
+    fn end(&mut self, old: &Old) -> Result<(&'static str, Instant), Error> {
         self.listener.clear();
         self.hurry()?;
         let mut reason = "its server is none of ours".to_owned();
         if let Old::Known(Connection { uri, token: Some(token), .. }) = old {
             let asked = uri.parse::<Uri>().map_err(|error| error.to_string());
             match asked.and_then(|uri| dial::ask_to_close(&uri, token).map_err(|error| error.to_string())) {
-                Ok(()) if self.listener.wait_for(self.index, clock::now() + CLOSING)? => return Ok("drained"),
+                Ok(()) if self.listener.wait_for(self.index, clock::now() + CLOSING)? => {
+                    return Ok(("drained", clock::now()));
+                }
                 Ok(()) => reason = "its server does not close it".into(),
                 Err(error) => reason = error,
             }
@@ -462,15 +466,16 @@ impl Mover<'_> {
         self.cut(old, &reason)
     }
 
-    fn cut(&self, old: &Old, reason: &str) -> Result<&'static str, Error> {
+    fn cut(&self, old: &Old, reason: &str) -> Result<(&'static str, Instant), Error> {
         let sockets = sockets::established().map_err(Error::system("/proc/net"))?;
         let Some(socket) = sockets.into_iter().find(|socket| socket.inode == old.inode()) else {
             if !sockets::is_there(old.inode()).map_err(Error::system("/proc/net"))? {
-                return Ok("dead");
+                return Ok(("dead", clock::now()));
             }
             return Err(Error::WouldNotEnd(format!("{reason}, and a unix socket cannot be ended from outside")));
         };
         self.wait_for_calm();
+        let began = clock::now();
         match destroy(socket.local, socket.remote) {
             Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
                 return Err(Error::WouldNotEnd(format!(
@@ -480,7 +485,7 @@ impl Mover<'_> {
             _ => {}
         }
         if self.listener.wait_for(self.index, clock::now() + CLOSING)? {
-            Ok("cut")
+            Ok(("cut", began))
         } else {
             Err(Error::WouldNotEnd(format!("{reason}; it was ended from this side, and belonged to another device")))
         }

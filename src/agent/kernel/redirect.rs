@@ -190,9 +190,9 @@ fn first_that_fits<'a>(record: &Record, order: &'a Order) -> Result<(&'a Uri, Of
             Ok(offer) => match check(&record.wanted(), &offer, strictness) {
                 Ok(()) => return Ok((uri, offer)),
                 // Another image is a mistake in the order, and no reason to look at the next.
-                Err(reason) => return Err(Error::Unfit { uri: uri.clone(), reason }),
+                Err(reason) => return Err(Error::Unfit { uri: Box::new(uri.clone()), reason }),
             },
-            Err(source) => failure = Some(Error::Server { uri: uri.clone(), source }),
+            Err(source) => failure = Some(Error::Server { uri: Box::new(uri.clone()), source }),
         }
     }
     Err(failure.unwrap_or(Error::Answer("there is no server to go to")))
@@ -398,7 +398,7 @@ impl Mover<'_> {
 
     /// Ends an old connection and gives the kernel a new one; or, if one was dead already, gives it a new one only.
     fn exchange(&mut self, left: &mut Vec<Old>, moved: &mut Moved) -> Result<Exchanged, Error> {
-        let failed = |source| Error::Server { uri: self.to.clone(), source };
+        let failed = |source| Error::Server { uri: Box::new(self.to.clone()), source };
         let opened = dial::open(self.to, &self.offer).map_err(failed)?;
         let new = connection(self.to, &opened);
         let opened = match give(&mut self.netlink, self.index, &self.record, opened)? {

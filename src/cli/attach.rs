@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -15,6 +16,7 @@ use super::output;
 use super::prefetch::when::length_of_time;
 use crate::agent::kernel::{self, Attached, DIRECTORY, Wishes};
 use crate::nbd::Uri;
+use crate::nbd::uri::ParseUriError;
 
 /// Bind an export to a block device of the kernel.
 ///
@@ -23,8 +25,8 @@ use crate::nbd::Uri;
 #[derive(Debug, Clone, Args)]
 pub(super) struct Attach {
     /// What to attach. With several, the next is used when one fails.
-    #[arg(required_unless_present = "keeper", value_name = "URI", value_delimiter = ',', num_args = 1)]
-    pub(super) uris: Vec<Uri>,
+    #[arg(required_unless_present = "keeper", value_name = "URI,URI")]
+    pub(super) uris: Option<UriList>,
     /// The device, as /dev/nbd0. [default: the first that is free]
     #[arg(value_name = "DEVICE")]
     pub(super) device: Option<PathBuf>,
@@ -49,6 +51,18 @@ pub(super) struct Attach {
     /// Keep this device, which is attached: what the keeper is started with.
     #[arg(long, hide = true, value_name = "DEVICE", conflicts_with = "uris")]
     pub(super) keeper: Option<PathBuf>,
+}
+
+/// Servers with commas between them: one argument, as another follows.
+#[derive(Debug, Clone)]
+pub(super) struct UriList(Vec<Uri>);
+
+impl FromStr for UriList {
+    type Err = ParseUriError;
+
+    fn from_str(text: &str) -> Result<Self, ParseUriError> {
+        Uri::parse_list(text).map(Self)
+    }
 }
 
 /// Give a block device back.
@@ -78,7 +92,7 @@ pub(super) fn attach(arguments: Attach) -> anyhow::Result<()> {
     }
     let wishes = Wishes {
         index: arguments.device.as_deref().map(index_of).transpose()?,
-        uris: arguments.uris,
+        uris: arguments.uris.map(|UriList(uris)| uris).unwrap_or_default(),
         connections: usize::from(arguments.connections),
         timeout: arguments.timeout,
         dead_timeout: arguments.dead_timeout,
@@ -176,7 +190,8 @@ mod tests {
     fn the_device_comes_behind_the_list_of_servers() {
         let typed = Arguments::try_parse_from(["headwater", "attach", "nbd://a/x,nbd://b/x", "/dev/nbd1"]).unwrap();
         let Typed::Attach(attach) = typed.command else { panic!("another command") };
-        assert_eq!((attach.uris.len(), attach.device.as_deref()), (2, Some(Path::new("/dev/nbd1"))));
+        let uris = attach.uris.map_or(0, |UriList(uris)| uris.len());
+        assert_eq!((uris, attach.device.as_deref()), (2, Some(Path::new("/dev/nbd1"))));
         assert!(Arguments::try_parse_from(["headwater", "attach"]).is_err());
     }
 }

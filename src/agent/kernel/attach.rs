@@ -76,6 +76,8 @@ pub fn attach(directory: &Path, wishes: &Wishes) -> Result<Attached, Error> {
     uris.extend(wishes.uris.iter().filter(|other| **other != uri).map(Uri::to_string));
     let record = Record {
         uris,
+        // As the server has it: another one must have the same, to the byte.
+        size: offer.size,
         flags: flags(wishes, &offer).bits(),
         identity: offer.identity.map(|identity| identity.to_string()),
         timeout_seconds: seconds(wishes.timeout),
@@ -127,11 +129,11 @@ fn seconds(duration: Duration) -> u64 {
 fn first_that_works(wishes: &Wishes) -> Result<(Uri, Offer, Vec<Opened>), Error> {
     let mut failure = None;
     for uri in &wishes.uris {
-        let failed = |source| Error::Server { uri: uri.clone(), source };
+        let failed = |source| Error::Server { uri: Box::new(uri.clone()), source };
         match open_all(uri, wishes.connections) {
             Ok((offer, opened)) => match block_size(&offer) {
                 Ok(_) => return Ok((uri.clone(), offer, opened)),
-                Err(reason) => failure = Some(Error::Unfit { uri: uri.clone(), reason }),
+                Err(reason) => failure = Some(Error::Unfit { uri: Box::new(uri.clone()), reason }),
             },
             Err(source) => failure = Some(failed(source)),
         }

@@ -132,10 +132,11 @@ pub(super) fn replace_dead(
     record: &mut Record,
     uri: &Uri,
 ) -> Result<u64, Error> {
-    let failed = |source| Error::Server { uri: uri.clone(), source };
+    let failed = |source| Error::Server { uri: Box::new(uri.clone()), source };
     let offer = dial::look(uri).map_err(failed)?;
-    let fit = check(&record.wanted(), &offer, Strictness::Again);
-    fit.map_err(|reason| Error::Unfit { uri: uri.clone(), reason })?;
+    let strictness = if record.forced { Strictness::Forced } else { Strictness::Again };
+    let fit = check(&record.wanted(), &offer, strictness);
+    fit.map_err(|reason| Error::Unfit { uri: Box::new(uri.clone()), reason })?;
     // One more than there are, as the last one is not taken.
     for replaced in 0..=crate::units::to_u64(record.connections.len()) {
         let opened = dial::open(uri, &offer).map_err(failed)?;

@@ -94,7 +94,7 @@ pub enum Error {
     #[error("{uri}: {source}")]
     Server {
         /// Which.
-        uri: Uri,
+        uri: Box<Uri>,
         /// Why.
         source: DialError,
     },
@@ -102,7 +102,7 @@ pub enum Error {
     #[error("{uri}: {reason}")]
     Unfit {
         /// Which.
-        uri: Uri,
+        uri: Box<Uri>,
         /// Why.
         reason: Unfit,
     },

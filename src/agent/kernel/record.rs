@@ -59,6 +59,9 @@ pub struct Record {
     pub dead_timeout_seconds: u64,
     /// The connections, dead ones too until they are replaced.
     pub connections: Vec<Connection>,
+    /// An operator said that its servers hold the same, where that cannot be known.
+    #[serde(default)]
+    pub forced: bool,
     /// The process that bound the device, as `/sys/block/nbdN/pid` has it.
     pub bound_by: u32,
     /// The process that connects anew what is lost.
@@ -105,6 +108,7 @@ impl Record {
             timeout_seconds: device.timeout.as_secs().max(1),
             dead_timeout_seconds: 0,
             connections: Vec::new(),
+            forced: false,
             bound_by: device.bound_by,
             keeper: None,
             reconnected: 0,

@@ -153,6 +153,7 @@ struct Mover<'a> {
     record: Record,
     to: &'a Uri,
     offer: Offer,
+    force: bool,
 }
 
 /// Moves a device.
@@ -176,7 +177,7 @@ pub fn redirect(directory: &Path, order: &Order) -> Result<Report, Error> {
     if old.len().max(device.connections) < 2 {
         notes.push("it has one connection: readers waited while that was changed".into());
     }
-    let mover = Mover { netlink, listener, lock, index, record, to, offer };
+    let mover = Mover { netlink, listener, lock, index, record, to, offer, force: order.force };
     mover.flush();
     mover.run(old, notes)
 }
@@ -189,9 +190,9 @@ fn first_that_fits<'a>(record: &Record, order: &'a Order) -> Result<(&'a Uri, Of
             Ok(offer) => match check(&record.wanted(), &offer, strictness) {
                 Ok(()) => return Ok((uri, offer)),
                 // Another image is a mistake in the order, and no reason to look at the next.
-                Err(reason) => return Err(Error::Unfit { uri: uri.clone(), reason }),
+                Err(reason) => return Err(Error::Unfit { uri: Box::new(uri.clone()), reason }),
             },
-            Err(source) => failure = Some(Error::Server { uri: uri.clone(), source }),
+            Err(source) => failure = Some(Error::Server { uri: Box::new(uri.clone()), source }),
         }
     }
     Err(failure.unwrap_or(Error::Answer("there is no server to go to")))
@@ -328,6 +329,8 @@ impl Mover<'_> {
         // Whoever keeps the device after a crash in the middle goes on with the new server.
         self.record.uris = std::iter::once(self.to.to_string()).chain(from.iter().cloned()).collect();
         self.record.uris.dedup();
+        let was_forced = self.record.forced;
+        self.record.forced |= self.force;
         let mut moved: Vec<Moved> = Vec::new();
         for _ in 0..left.len() + SPARE {
             let Some(one) = self.move_one(&mut left) else { break };
@@ -341,9 +344,11 @@ impl Mover<'_> {
         let count = moved.len();
         if done == count {
             self.record.uris = vec![self.to.to_string()];
+            self.record.forced &= self.offer.identity.is_none();
             self.record.identity = self.record.identity.take().or(self.offer.identity.map(|id| id.to_string()));
         } else if done == 0 {
             self.record.uris.clone_from(&from);
+            self.record.forced = was_forced;
         }
         // A failure to set them back is told, and is no failure of the move.
         let change = ordinary(&self.record);
@@ -393,7 +398,7 @@ impl Mover<'_> {
 
     /// Ends an old connection and gives the kernel a new one; or, if one was dead already, gives it a new one only.
     fn exchange(&mut self, left: &mut Vec<Old>, moved: &mut Moved) -> Result<Exchanged, Error> {
-        let failed = |source| Error::Server { uri: self.to.clone(), source };
+        let failed = |source| Error::Server { uri: Box::new(self.to.clone()), source };
         let opened = dial::open(self.to, &self.offer).map_err(failed)?;
         let new = connection(self.to, &opened);
         let opened = match give(&mut self.netlink, self.index, &self.record, opened)? {
@@ -406,9 +411,11 @@ impl Mover<'_> {
         };
         let Some(old) = next_alive(left)? else { return Ok(Exchanged::NoneLeft) };
         moved.from = old.server();
-        let began = clock::now();
-        moved.way = match self.end(&old) {
-            Ok(way) => way,
+        let began = match self.end(&old) {
+            Ok((way, began)) => {
+                moved.way = way;
+                began
+            }
             Err(error) => {
                 self.calm_down();
                 return Err(error);
@@ -441,15 +448,17 @@ impl Mover<'_> {
         }
     }
 
-    /// Ends an old connection, so that the kernel knows that it is dead. Says how.
-    fn end(&mut self, old: &Old) -> Result<&'static str, Error> {
+    /// Ends an old connection, so that the kernel knows that it is dead. Says how, and since when it is of no use.
+    fn end(&mut self, old: &Old) -> Result<(&'static str, Instant), Error> {
         self.listener.clear();
         self.hurry()?;
         let mut reason = "its server is none of ours".to_owned();
         if let Old::Known(Connection { uri, token: Some(token), .. }) = old {
             let asked = uri.parse::<Uri>().map_err(|error| error.to_string());
             match asked.and_then(|uri| dial::ask_to_close(&uri, token).map_err(|error| error.to_string())) {
-                Ok(()) if self.listener.wait_for(self.index, clock::now() + CLOSING)? => return Ok("drained"),
+                Ok(()) if self.listener.wait_for(self.index, clock::now() + CLOSING)? => {
+                    return Ok(("drained", clock::now()));
+                }
                 Ok(()) => reason = "its server does not close it".into(),
                 Err(error) => reason = error,
             }
@@ -457,15 +466,16 @@ impl Mover<'_> {
         self.cut(old, &reason)
     }
 
-    fn cut(&self, old: &Old, reason: &str) -> Result<&'static str, Error> {
+    fn cut(&self, old: &Old, reason: &str) -> Result<(&'static str, Instant), Error> {
         let sockets = sockets::established().map_err(Error::system("/proc/net"))?;
         let Some(socket) = sockets.into_iter().find(|socket| socket.inode == old.inode()) else {
             if !sockets::is_there(old.inode()).map_err(Error::system("/proc/net"))? {
-                return Ok("dead");
+                return Ok(("dead", clock::now()));
             }
             return Err(Error::WouldNotEnd(format!("{reason}, and a unix socket cannot be ended from outside")));
         };
         self.wait_for_calm();
+        let began = clock::now();
         match destroy(socket.local, socket.remote) {
             Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
                 return Err(Error::WouldNotEnd(format!(
@@ -475,7 +485,7 @@ impl Mover<'_> {
             _ => {}
         }
         if self.listener.wait_for(self.index, clock::now() + CLOSING)? {
-            Ok("cut")
+            Ok(("cut", began))
         } else {
             Err(Error::WouldNotEnd(format!("{reason}; it was ended from this side, and belonged to another device")))
         }

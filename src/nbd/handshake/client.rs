@@ -604,6 +604,15 @@ mod tests {
     }
 
     #[test]
+    fn a_server_that_lists_nothing_without_structured_replies_opens_all_the_same() {
+        let client = ClientHandshake::new(open("debian12")).at_most(ReplyMode::Simple).listing_anyway();
+        let server = Server { unknown: vec![option::LIST_META_CONTEXT] };
+        let Outcome::Opened(agreed) = negotiate_as(client, &server).unwrap() else { panic!("it was not opened") };
+        assert_eq!((agreed.replies, agreed.listed, agreed.contexts), (ReplyMode::Simple, vec![], vec![]));
+        assert_eq!(agreed.size, 12345);
+    }
+
+    #[test]
     fn an_unknown_export_is_named_in_the_refusal() {
         let refusal = negotiate(open("debian13"), &Server { unknown: vec![] }).unwrap_err();
         assert_eq!(refusal.to_string(), "the server has no export \"debian13\" (no such export)");

@@ -33,6 +33,8 @@ pub struct Facts {
     /// The mirrors that the bytes pass through on their way here, this one first. Empty for a real image; whoever asks
     /// a server about one is told that server.
     pub path: Vec<NodeId>,
+    /// The server that holds the real image at the end of that path, if it says so. Drawn anew at each of its starts.
+    pub origin: Option<NodeId>,
 }
 
 impl Facts {
@@ -49,6 +51,7 @@ impl Facts {
             description: description.into(),
             identity: None,
             path: Vec::new(),
+            origin: None,
         }
     }
 }
@@ -136,7 +139,15 @@ impl Facts {
             let path: Vec<_> = self.path.iter().take(MAX_PATH).map(NodeId::to_string).collect();
             strings.push(format!("{NAMESPACE}path={}", path.join(",")));
         }
+        if let Some(origin) = self.origin {
+            strings.push(format!("{NAMESPACE}origin={origin}"));
+        }
         strings
+    }
+
+    /// The servers that the bytes pass through on their way here, this one first.
+    pub fn way(&self) -> impl Iterator<Item = NodeId> {
+        self.path.iter().copied().chain(self.origin)
     }
 
     /// Takes over what a server said with [`Facts::to_strings`]. What is not understood is left out.
@@ -144,6 +155,7 @@ impl Facts {
         for fact in strings.iter().filter_map(|text| text.strip_prefix(NAMESPACE)) {
             match fact.split_once('=') {
                 Some(("image", id)) => self.identity = id.parse().ok(),
+                Some(("origin", id)) => self.origin = id.parse().ok(),
                 Some(("path", path)) => self.path = path.split(',').filter_map(|id| id.parse().ok()).collect(),
                 _ => {}
             }
@@ -163,6 +175,7 @@ mod tests {
         let mut facts = Facts::read_only(1, "");
         facts.identity = Some(ImageId([0xab; 32]));
         facts.path = vec![NodeId([1; 16]), NodeId([0xfe; 16])];
+        facts.origin = Some(NodeId([7; 16]));
         let strings = facts.to_strings();
         assert_eq!(strings[0], format!("x-headwater:image=blake3-{}", "ab".repeat(32)));
         let mut learned = Facts::read_only(1, "");

@@ -522,6 +522,7 @@ impl Export for Mirror {
         facts.contexts.push(Context::Residency);
         facts.identity = self.image();
         facts.path = std::iter::once(self.node()).chain(lower.path).collect();
+        facts.origin = lower.origin;
         facts
     }
 

@@ -39,7 +39,7 @@ impl Directory for Exports<'_> {
         let (name, export) = self.registry.find(name)?;
         let mut facts = export.facts();
         if facts.path.is_empty() {
-            facts.path.push(self.steering.node);
+            facts.origin = Some(self.steering.node);
         }
         let offered: Vec<_> = facts.contexts.iter().copied().map(Offered::Export).chain([Offered::Notice]).collect();
         let listing = listing(name, &facts, &offered);

@@ -122,7 +122,10 @@ fn info_tells_people_and_programs() {
     let mirror = Daemon::mirror(&scratch, server.uri(), &[]);
     let text = run(program().args(["info", server.uri()]));
     assert!(text.contains("size         2G (2147483648 bytes)"), "{text}");
-    assert!(text.contains("access       read-only") && text.contains("contexts     base:allocation\n"), "{text}");
+    assert!(
+        text.contains("access       read-only") && text.contains("contexts     base:allocation, x-headwater:notice\n"),
+        "{text}"
+    );
     run(Command::new("qemu-io").args(["-r", "-f", "raw", "-c", "read 0 512k", mirror.uri()]));
     crate::support::eventually("half of the data", || {
         let text = run(program().args(["info", mirror.uri()]));

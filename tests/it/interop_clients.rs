@@ -255,7 +255,10 @@ h.opt_abort()
         )
     };
     let printed = run(crate::support::nbdsh_command().args(["-c", &script(mirror.uri())]));
-    assert_eq!(printed, "['image']\n['x-headwater:residency', 'x-headwater:path']\n");
+    assert_eq!(
+        printed,
+        "['image']\n['x-headwater:residency', 'x-headwater:notice', 'x-headwater:path', 'x-headwater:origin']\n"
+    );
     let (host, port) = mirror.uri()["nbd://".len()..].split('/').next().unwrap().split_once(':').unwrap();
     let list = run(Command::new("nbd-client").args(["-l", host, port]));
     assert!(list.contains("image: mirror of image.raw"), "{list}");

@@ -535,14 +535,14 @@ fn a_monitor_that_is_taken_or_is_none_is_told() {
 fn all_machines_of_a_directory_move() {
     let ground = Ground::new();
     let drive = format!("id=d0,file={},format=raw,if=virtio,readonly=on", ground.uri(0));
-    std::fs::create_dir(ground.scratch.path("run")).unwrap();
-    let machines = ["run/1", "run/2", "run/3"].map(|name| {
-        let words: &[&str] = if name == "run/3" { &[] } else { &["-drive", &drive] };
+    std::fs::create_dir_all(ground.scratch.path("machines")).unwrap();
+    let machines = ["machines/1", "machines/2", "machines/3"].map(|name| {
+        let words: &[&str] = if name == "machines/3" { &[] } else { &["-drive", &drive] };
         Machine::start(&ground.scratch, name, words)
     });
     // Sockets of others are let alone.
-    let _other = UnixListener::bind(ground.scratch.path("run/4")).map(drop);
-    let told = ground.redirect(&["--qmp", ground.scratch.path("run").to_str().unwrap(), "--to", ground.uri(1)]);
+    let _other = UnixListener::bind(ground.scratch.path("machines/4")).map(drop);
+    let told = ground.redirect(&["--qmp", ground.scratch.path("machines").to_str().unwrap(), "--to", ground.uri(1)]);
     let told = told.machines(0);
     let counts: Vec<_> = told.iter().map(|machine| machine["disks"].as_array().unwrap().len()).collect();
     assert_eq!(counts, [1, 1, 0], "{told:#?}");

@@ -345,7 +345,7 @@ impl Mover<'_> {
         if done == count {
             self.record.uris = vec![self.to.to_string()];
             self.record.forced &= self.offer.identity.is_none();
-            self.record.identity = self.record.identity.take().or(self.offer.identity.map(|id| id.to_string()));
+            self.record.identity = self.record.identity.take().or_else(|| self.offer.identity.map(|id| id.to_string()));
         } else if done == 0 {
             self.record.uris.clone_from(&from);
             self.record.forced = was_forced;

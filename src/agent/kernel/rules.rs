@@ -115,11 +115,9 @@ pub(super) fn check(wanted: &Wanted, offer: &Offer, strictness: Strictness) -> R
     match (known, offer.identity) {
         (Some(here), Some(there)) if here != there.to_string() => return Err(Unfit::Identity { here, there }),
         (Some(_), Some(_)) => {}
-        (known, offered) if strictness == Strictness::Sure => {
-            // What can be written to has no identity.
-            if wanted.flags.contains(TransmissionFlags::READ_ONLY) {
-                return Err(Unfit::Unknown { device: known.is_some(), server: offered.is_some() });
-            }
+        // What can be written to has no identity.
+        (known, offered) if strictness == Strictness::Sure && wanted.flags.contains(TransmissionFlags::READ_ONLY) => {
+            return Err(Unfit::Unknown { device: known.is_some(), server: offered.is_some() });
         }
         (Some(_), None) if strictness == Strictness::Again => {
             return Err(Unfit::Unknown { device: true, server: false });

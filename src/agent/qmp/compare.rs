@@ -107,7 +107,7 @@ pub fn compare(disk: &InUse, target: &Offer, force: bool) -> Result<(), Unfit> {
     // qemu counts sectors, servers count bytes.
     let in_sectors = |bytes: u64| bytes.div_ceil(u64::from(SECTOR));
     let exact = disk.server.map(|server| server.size).filter(|size| in_sectors(*size) == in_sectors(disk.size));
-    if exact.map_or(in_sectors(target.size) != in_sectors(disk.size), |exact| exact != target.size) {
+    if exact.map_or_else(|| in_sectors(target.size) != in_sectors(disk.size), |exact| exact != target.size) {
         return Err(Unfit::Size { there: target.size, here: exact.unwrap_or(disk.size) });
     }
     let here = disk.server.and_then(|server| server.image);

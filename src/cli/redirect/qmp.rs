@@ -207,8 +207,7 @@ fn text(machines: &[Machine]) -> String {
 fn verdict(machines: &[Machine], is_anyone_meant: bool) -> anyhow::Result<ExitCode> {
     let disks = || machines.iter().flat_map(|machine| &machine.disks);
     let done = disks().filter(|disk| matches!(disk.state, "moved" | "already")).count();
-    let is_left =
-        |disk: &&Disk| !matches!(disk.state, "moved" | "already") && !(is_anyone_meant && disk.state == OTHER);
+    let is_left = |disk: &&Disk| !(matches!(disk.state, "moved" | "already") || is_anyone_meant && disk.state == OTHER);
     let left = disks().filter(is_left).count() + machines.iter().filter(|machine| machine.error.is_some()).count();
     ensure!(done > 0, "no disk was moved");
     Ok(if left == 0 { ExitCode::SUCCESS } else { ExitCode::from(SOME_LEFT) })

@@ -73,11 +73,11 @@ const MADE_UP: TransmissionFlags = TransmissionFlags::SEND_CACHE
 pub(super) fn compare(ours: &Ours, theirs: &Theirs, wanted: Wanted) -> Result<Fit, Refusal> {
     let uri = &theirs.uri;
     let mut judge = Judge { uri, force: wanted.force, warnings: Vec::new() };
-    if let Some(first) = theirs.facts.path.first()
-        && ours.nodes.contains(first)
+    if let Some(first) = theirs.facts.way().next()
+        && ours.nodes.contains(&first)
     {
         // Mirrors have a name for each image; the names of real images are those of the server.
-        if *first == ours.node && theirs.has_our_name {
+        if first == ours.node && theirs.has_our_name {
             return Ok(Fit::Here);
         }
         return judge.refuse("it is this very server, with another image");
@@ -89,7 +89,7 @@ pub(super) fn compare(ours: &Ours, theirs: &Theirs, wanted: Wanted) -> Result<Fi
     compare_identity(&mut judge, ours, theirs)?;
     compare_access(&mut judge, ours, theirs)?;
     compare_abilities(&mut judge, ours, theirs, wanted.directly)?;
-    if theirs.facts.path.iter().any(|node| ours.nodes.contains(node)) {
+    if theirs.facts.way().any(|node| ours.nodes.contains(&node)) {
         judge.only_by_force(
             "it gets its bytes from this server: clients that it takes would still cost this server all that it lacks",
         )?;

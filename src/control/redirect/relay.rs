@@ -309,7 +309,8 @@ mod tests {
         target_fails.store(true, Ordering::Relaxed);
         old_fails.store(false, Ordering::Relaxed);
         assert_eq!(first_byte(&relay).await.unwrap(), 2);
-        (old_fails.store(true, Ordering::Relaxed), target_fails.store(false, Ordering::Relaxed));
+        old_fails.store(true, Ordering::Relaxed);
+        target_fails.store(false, Ordering::Relaxed);
         assert_eq!(first_byte(&relay).await.unwrap(), 1, "the old one has died since");
     }
 

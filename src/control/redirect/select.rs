@@ -116,7 +116,7 @@ fn part_of(count: usize, part: f64) -> usize {
 }
 
 fn to_f64(number: usize) -> f64 {
-    u32::try_from(number).map_or(f64::from(u32::MAX), f64::from)
+    f64::from(u32::try_from(number).unwrap_or(u32::MAX))
 }
 
 #[cfg(test)]

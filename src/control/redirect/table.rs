@@ -161,10 +161,10 @@ impl Order {
         self.lock().is_ending = false;
     }
 
-    fn set_durable(&self, durable: Result<(), &FileError>) {
+    fn set_durable(&self, error: Option<&FileError>) {
         let mut inner = self.lock();
-        inner.status.durable = durable.is_ok();
-        if let Err(error) = durable {
+        inner.status.durable = error.is_none();
+        if let Some(error) = error {
             inner.status.warnings.push(format!("a restart forgets this order: it cannot be written down: {error}"));
         }
     }
@@ -227,7 +227,7 @@ impl Table {
             order
         };
         let written = self.write().await;
-        order.set_durable(written.as_ref().map(|()| ()));
+        order.set_durable(written.as_ref().err());
         Ok(order)
     }
 

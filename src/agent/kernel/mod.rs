@@ -3,8 +3,8 @@
 //! What the kernel does was read in `drivers/block/nbd.c` and `include/uapi/linux/nbd-netlink.h`, and tried on Linux 6.1
 //! (`tests/it/attach.rs`). It takes sockets on which the negotiation is over, speaks simple replies on them, and:
 //!
-//! - replaces a socket only when one is dead. When none is, it reports success and drops the new one ([`handover`] checks);
-//! - compares neither size nor flags of another server ([`rules`] does), only the backend identifier;
+//! - replaces a socket only when one is dead. When none is, it reports success and drops the new one (`handover` checks);
+//! - compares neither size nor flags of another server (`rules` does), only the backend identifier;
 //! - sends on another connection what one has lost, once the request's time-out is over; what finds none alive waits for
 //!   the dead-connection time-out;
 //! - turns every error that a server answers into EIO, so a server must close, never answer an error;

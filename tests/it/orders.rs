@@ -288,7 +288,7 @@ fn contexts_that_were_promised_are_answered_also_where_there_are_none() {
     let here = Memory::holding(bytes()).read_only().with_facts(|facts| facts.contexts.push(Context::Residency));
     served(vec![("x", Arc::new(here))], |uri, steering| {
         let mut client = Client::open_asking(uri, &[Context::Residency.name()], &["x-headwater:"]);
-        assert!(client.agreed.listed.contains(&format!("x-headwater:path={}", steering.node)));
+        assert!(client.agreed.listed.contains(&format!("x-headwater:origin={}", steering.node)));
         assert_eq!(client.ask(command::BLOCK_STATUS, 0, 4096).error, Some(ErrorKind::Invalid), "as memory has it");
         wait(only(steering).switch(Some((image(), "nbd://there/x".into())))).unwrap();
         assert_eq!(status(&client.ask(command::BLOCK_STATUS, 0, 4096)), [(4096, 0)]);

@@ -85,7 +85,8 @@ serve b 1002
 serve c 1003
 serve d 1004
 serve writable 1005
-says attached headwater attach nbd://127.0.0.1:1001/x /dev/nbd0
+# What is lost with a server that is killed is asked for again after this time.
+says attached headwater attach nbd://127.0.0.1:1001/x /dev/nbd0 --timeout 5s
 echo "size: $(blockdev --getsize64 /dev/nbd0) read-only $(blockdev --getro /dev/nbd0) $(cat /sys/block/nbd0/backend)"
 says mode stat -c %a /run/headwater/nbd0.json
 says again headwater attach nbd://127.0.0.1:1001/x /dev/nbd0
@@ -119,7 +120,7 @@ says nobody headwater redirect --device /dev/nbd0 --to nbd://127.0.0.1:1999/x
 says not-attached headwater redirect --device /dev/nbd3 --to nbd://127.0.0.1:1002/x
 says second-choice headwater redirect --device /dev/nbd0 --to nbd://127.0.0.1:1999/x,nbd://127.0.0.1:1002/x
 grep -q 127.0.0.1:1002 /run/headwater/nbd0.json && echo "record: has the new server"
-[ "$(cat /sys/block/nbd0/queue/io_timeout)" = 30000 ] && echo "time-out: set back"
+[ "$(cat /sys/block/nbd0/queue/io_timeout)" = 5000 ] && echo "time-out: set back"
 
 # Its server dies and comes back: the keeper connects anew.
 read_on /dev/nbd0 killed

@@ -16,6 +16,7 @@
 //! | 1 | [`nbd`] | the protocol without I/O, both roles |
 //! | 1 | [`disk`] | files by io_uring; nearly all unsafe code |
 //! | 1 | [`manifest`] | what an image holds: digests, identity |
+//! | 1 | [`sealed`] | small files of JSON that say whether they are whole |
 //! | 1 | [`telemetry`] | logs and counters |
 //! | 2 | [`net`] | sockets |
 //! | 2 | [`worker`] | one thread per core |
@@ -43,6 +44,7 @@ pub mod mirror;
 pub mod nbd;
 pub mod net;
 pub mod ranges;
+pub mod sealed;
 pub mod server;
 pub mod telemetry;
 pub mod units;

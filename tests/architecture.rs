@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The rooms and their levels. A room may import rooms of lower levels only.
-const LEVELS: [(&str, u32); 19] = [
+const LEVELS: [(&str, u32); 20] = [
     ("units", 0),
     ("ranges", 0),
     ("clock", 0),
@@ -16,6 +16,7 @@ const LEVELS: [(&str, u32); 19] = [
     ("nbd", 1),
     ("disk", 1),
     ("manifest", 1),
+    ("sealed", 1),
     ("telemetry", 1),
     ("net", 2),
     ("worker", 2),

@@ -12,9 +12,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::chunks::{Chunk, State, checksum};
+use super::chunks::{Chunk, State};
 use super::{Inner, Mirror};
 use crate::ranges::{ByteRange, merged};
+use crate::sealed::{seal, unseal};
 use crate::units::ByteSize;
 
 const NAME: &str = "pins";
@@ -225,17 +226,12 @@ pub(super) fn difference(ranges: &[ByteRange], less: &[ByteRange]) -> Vec<ByteRa
 
 fn encode(ranges: &[ByteRange]) -> Vec<u8> {
     let ranges = ranges.iter().map(|range| (range.start(), range.end())).collect();
-    let mut text = serde_json::to_string(&Form { version: 1, ranges }).expect("numbers can be written");
-    text.push_str(&format!("\n{:08x}\n", checksum(text.as_bytes())));
-    text.into_bytes()
+    seal(serde_json::to_string(&Form { version: 1, ranges }).expect("numbers can be written"))
 }
 
 fn decode(bytes: &[u8], image_size: u64) -> Option<Vec<ByteRange>> {
-    let text = std::str::from_utf8(bytes).ok()?;
-    let (json, sum) = text.strip_suffix('\n')?.split_once('\n')?;
-    let form: Form = serde_json::from_str(json).ok()?;
+    let form: Form = serde_json::from_str(unseal(bytes)?).ok()?;
     let is_sound = form.version == 1
-        && format!("{:08x}", checksum(json.as_bytes())) == sum
         && form.ranges.len() <= MOST
         && form.ranges.iter().all(|(start, end)| start < end && *end <= image_size);
     let ranges: Vec<_> =

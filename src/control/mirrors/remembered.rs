@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::mirror::Space;
 use crate::nbd::Uri;
+use crate::sealed::{seal, unseal};
 use crate::units::to_u64;
 
 const NAME: &str = "upstream";
@@ -47,26 +48,15 @@ struct Memory {
 fn encode(memory: &Memory) -> Vec<u8> {
     let texts = |uris: &[Uri]| uris.iter().map(Uri::to_string).collect();
     let form = Form { version: 1, configured: texts(&memory.configured), servers: texts(&memory.servers) };
-    let mut text = serde_json::to_string(&form).expect("texts can be written");
-    text.push_str(&format!("\n{:08x}\n", checksum(text.as_bytes())));
-    text.into_bytes()
+    seal(serde_json::to_string(&form).expect("texts can be written"))
 }
 
 fn decode(bytes: &[u8]) -> Option<Memory> {
-    let text = std::str::from_utf8(bytes).ok().filter(|text| to_u64(text.len()) <= MOST_BYTES)?;
-    let (json, sum) = text.strip_suffix('\n')?.split_once('\n')?;
-    if format!("{:08x}", checksum(json.as_bytes())) != sum {
-        return None;
-    }
+    let json = Some(bytes).filter(|bytes| to_u64(bytes.len()) <= MOST_BYTES).and_then(unseal)?;
     let form: Form = serde_json::from_str(json).ok().filter(|form: &Form| form.version == 1)?;
     let uris = |texts: Vec<String>| texts.into_iter().map(|text| text.parse().ok()).collect::<Option<Vec<Uri>>>();
     let memory = Memory { configured: uris(form.configured)?, servers: uris(form.servers)? };
     Some(memory).filter(|memory| !memory.servers.is_empty())
-}
-
-/// CRC-32C.
-fn checksum(bytes: &[u8]) -> u64 {
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes)
 }
 
 /// At most one byte more than there may be.
@@ -209,8 +199,7 @@ const fn cost(length: u64) -> u64 {
 /// Takes arbitrary bytes as a file of this kind: as they are, and as the JSON of one whose checksum is right.
 #[doc(hidden)]
 pub fn fuzz(data: &[u8]) {
-    let mut sealed = data.to_vec();
-    sealed.extend_from_slice(format!("\n{:08x}\n", checksum(data)).as_bytes());
+    let sealed = seal(data);
     for bytes in [data, &sealed] {
         if let Some(memory) = decode(bytes) {
             let again = encode(&memory);
@@ -296,8 +285,8 @@ mod tests {
             r#"{"version":1,"configured":[],"servers":["http://a/"]}"#,
             r#"{"version":1,"configured":[],"servers":["nbd://a/"],"more":1}"#,
         ] {
-            let sealed = format!("{json}\n{:08x}\n", checksum(json.as_bytes()));
-            assert_eq!(decode(sealed.as_bytes()), None, "{json}");
+            let sealed = seal(json);
+            assert_eq!(decode(&sealed), None, "{json}");
         }
     }
 }

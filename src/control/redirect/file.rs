@@ -18,6 +18,7 @@ use thiserror::Error;
 use super::order::{RedirectState, RedirectStatus, Way};
 use crate::mirror::Space;
 use crate::nbd::Uri;
+use crate::sealed::{checksum, seal, unseal};
 use crate::telemetry::crash_point;
 use crate::units::{to_u64, to_usize};
 
@@ -237,21 +238,15 @@ pub(super) fn shorten(order: &mut RedirectStatus, most: usize) {
 }
 
 fn encode(kept: &Kept) -> Vec<u8> {
-    let mut text =
-        serde_json::to_string(&Kept { version: VERSION, ..kept.clone() }).expect("texts and numbers can be written");
-    text.push_str(&format!("\n{:08x}\n", checksum(text.as_bytes())));
-    text.into_bytes()
+    let kept = Kept { version: VERSION, ..kept.clone() };
+    seal(serde_json::to_string(&kept).expect("texts and numbers can be written"))
 }
 
 fn decode(bytes: &[u8]) -> Option<Kept> {
     if bytes.len() > MOST_BYTES {
         return None;
     }
-    let text = std::str::from_utf8(bytes).ok()?;
-    let (json, sum) = text.strip_suffix('\n')?.split_once('\n')?;
-    if format!("{:08x}", checksum(json.as_bytes())) != sum {
-        return None;
-    }
+    let json = unseal(bytes)?;
     let kept: Kept = serde_json::from_str(json).ok().filter(|kept: &Kept| kept.version == VERSION)?;
     let numbers = kept.orders.windows(2).all(|pair| pair[0].order < pair[1].order);
     let is_sound = numbers && kept.orders.iter().all(|order| order.order <= kept.last && is_sound(order));
@@ -271,16 +266,10 @@ fn is_sound(order: &RedirectStatus) -> bool {
         && to_usize(order.counts.total) >= order.clients.len()
 }
 
-/// CRC-32C (RFC 3720, B.4).
-fn checksum(bytes: &[u8]) -> u64 {
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes)
-}
-
 /// Takes arbitrary bytes as a file of orders: as they are, and as the JSON of one whose checksum is right.
 #[doc(hidden)]
 pub fn fuzz(data: &[u8]) {
-    let mut sealed = data.to_vec();
-    sealed.extend_from_slice(format!("\n{:08x}\n", checksum(data)).as_bytes());
+    let sealed = seal(data);
     for bytes in [data, &sealed] {
         if let Some(kept) = decode(bytes) {
             let again = encode(&kept);

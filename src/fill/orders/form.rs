@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Deadline, MOST_ACTIVE, MOST_BYTES, MOST_ENDED, MOST_RANGES, Order, State, Table, What, merged};
 use crate::ranges::ByteRange;
+use crate::sealed::{seal, unseal};
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -58,20 +59,14 @@ enum StateForm {
 pub(super) fn encode(table: &Table) -> Vec<u8> {
     let orders = table.orders.values().map(|order| write(order)).collect();
     let form = Form { version: 1, last: table.last, orders };
-    let mut text = serde_json::to_string(&form).expect("texts and numbers can be written");
-    text.push_str(&format!("\n{:08x}\n", checksum(text.as_bytes())));
-    text.into_bytes()
+    seal(serde_json::to_string(&form).expect("texts and numbers can be written"))
 }
 
 pub(super) fn decode(bytes: &[u8]) -> Option<Table> {
     if bytes.len() > MOST_BYTES {
         return None;
     }
-    let text = std::str::from_utf8(bytes).ok()?;
-    let (json, sum) = text.strip_suffix('\n')?.split_once('\n')?;
-    if format!("{:08x}", checksum(json.as_bytes())) != sum {
-        return None;
-    }
+    let json = unseal(bytes)?;
     let form: Form = serde_json::from_str(json).ok().filter(|form: &Form| form.version == 1)?;
     let mut orders = BTreeMap::new();
     for order in form.orders {
@@ -164,16 +159,10 @@ fn time(milliseconds: u64) -> Option<SystemTime> {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(milliseconds))
 }
 
-/// CRC-32C (RFC 3720, B.4).
-fn checksum(bytes: &[u8]) -> u64 {
-    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, bytes)
-}
-
 /// Takes arbitrary bytes as a file of orders: as they are, and as the JSON of one whose checksum is right.
 #[doc(hidden)]
 pub fn fuzz(data: &[u8]) {
-    let mut sealed = data.to_vec();
-    sealed.extend_from_slice(format!("\n{:08x}\n", checksum(data)).as_bytes());
+    let sealed = seal(data);
     for bytes in [data, &sealed] {
         if let Some(table) = decode(bytes) {
             let again = encode(&table);
@@ -224,7 +213,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_damage() {
-        let sealed = |json: &str| format!("{json}\n{:08x}\n", checksum(json.as_bytes())).into_bytes();
+        let sealed = |json: &str| seal(json);
         let text = String::from_utf8(encode(&table())).unwrap();
         let json = text.lines().next().unwrap();
         assert!(decode(&sealed(json)).is_some());

@@ -21,16 +21,19 @@
 //! | 2 | [`net`] | sockets |
 //! | 2 | [`worker`] | one thread per core |
 //! | 2 | [`export`] | what every tier is; wrappers; the conformance suite |
+//! | 2 | [`cast`] | one sending that fills many mirrors: the protocol without I/O |
 //! | 3 | [`image`] | real images: raw, block devices, qcow2 |
 //! | 3 | [`upstream`] | an export of another server |
 //! | 3 | [`mirror`] | a cache of the tier below |
 //! | 3 | [`server`] | serves exports to clients |
 //! | 4 | [`agent`] | the client's end of a redirect: qemu by QMP, the kernel's device by netlink |
 //! | 4 | [`fill`] | what is fetched ahead of demand |
+//! | 4 | [`multicast`] | sending an image to a group, and filling mirrors with what is heard |
 //! | 5 | [`control`] | the admin API |
 //! | 6 | [`cli`] | the command line |
 
 pub mod agent;
+pub mod cast;
 pub mod cli;
 pub mod clock;
 pub mod control;
@@ -41,6 +44,7 @@ pub mod fill;
 pub mod image;
 pub mod manifest;
 pub mod mirror;
+pub mod multicast;
 pub mod nbd;
 pub mod net;
 pub mod ranges;

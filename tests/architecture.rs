@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The rooms and their levels. A room may import rooms of lower levels only.
-const LEVELS: [(&str, u32); 20] = [
+const LEVELS: [(&str, u32); 22] = [
     ("units", 0),
     ("ranges", 0),
     ("clock", 0),
@@ -21,12 +21,14 @@ const LEVELS: [(&str, u32); 20] = [
     ("net", 2),
     ("worker", 2),
     ("export", 2),
+    ("cast", 2),
     ("image", 3),
     ("upstream", 3),
     ("mirror", 3),
     ("server", 3),
     ("agent", 4),
     ("fill", 4),
+    ("multicast", 4),
     ("control", 5),
     ("cli", 6),
 ];

@@ -4,6 +4,7 @@
 //! that is said over them.
 
 mod listen;
+pub mod multicast;
 mod socket;
 mod stream;
 

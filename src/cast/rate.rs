@@ -1,0 +1,3 @@
+//! How fast, for receivers of different strength.
+//!
+//! STUB

@@ -290,12 +290,6 @@ impl Session {
     pub(super) const fn figures(&self) -> &HeardSession {
         &self.figures
     }
-
-    /// Bytes of memory for blocks that have come in part.
-    #[cfg(test)]
-    pub(super) fn memory(&self) -> u64 {
-        self.part.as_ref().map_or(0, |part| part.assembly.bytes())
-    }
 }
 
 impl Drop for Session {

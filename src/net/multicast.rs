@@ -53,8 +53,10 @@ const CALLS: usize = 4;
 
 /// How long one datagram that cannot leave is tried.
 const PATIENCE: Duration = Duration::from_millis(200);
-/// Between attempts while the network is down or has no memory.
+/// Between attempts while the system has no memory.
 const PAUSE: Duration = Duration::from_millis(20);
+/// So long a batch is held while the network is down: what is sent then is lost, so little is to be sent.
+const PAUSE_DOWN: Duration = Duration::from_millis(100);
 /// The network may be down for so long.
 const LONGEST_OUTAGE: Duration = Duration::from_secs(60);
 /// Between looks at what the system threw away.
@@ -196,12 +198,12 @@ impl Outlet {
                 }
                 Ok(()) => {
                     if let Some(since) = self.down_since.take() {
-                        tracing::info!(target = %self.target, seconds = since.elapsed().as_secs(), "datagrams leave again");
+                        tracing::info!(group = %self.target, seconds = since.elapsed().as_secs(), "datagrams leave again");
                     }
                     return Ok(());
                 }
                 Err(error) => {
-                    tokio::time::sleep(PAUSE).await;
+                    tokio::time::sleep(if is_outage(&error) { PAUSE_DOWN } else { PAUSE }).await;
                     return Err(error);
                 }
             }
@@ -215,7 +217,7 @@ impl Outlet {
         }
         let now = clock::now();
         let Some(since) = self.down_since.get() else {
-            tracing::warn!(target = %self.target, %error, "datagrams cannot leave: they are lost");
+            tracing::warn!(group = %self.target, %error, "datagrams cannot leave: they are lost");
             self.down_since.set(Some(now));
             return Ok(());
         };

@@ -14,7 +14,7 @@ pub(super) const MOST_GROUPS: usize = 16;
 /// A group in which nothing was heard for so long is left, though it is named: it does not reach us.
 const DEAF: Duration = Duration::from_secs(30);
 /// One that nobody names any more is left so long after its last session.
-const IDLE: Duration = Duration::from_secs(60);
+const IDLE: Duration = Duration::from_secs(10);
 /// After one could not be joined.
 const RETRY: Duration = Duration::from_secs(10);
 
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_servers_name_is_left_a_minute_after_its_last_session() {
+    fn what_servers_name_is_left_some_time_after_its_last_session() {
         let (mut groups, now) = (Groups::default(), crate::clock::now());
         groups.named(group(1));
         groups.named(group(1));

@@ -145,10 +145,10 @@ mod tests {
         assert!(!mend(&mut data, &[(4, &[0; 100])]), "there are four");
         assert!(!mend(&mut data, &[(0, &[0; 98])]));
         assert!(!mend(&mut data, &[]));
-        assert_eq!(parity(&data, 0, 4), []);
-        assert_eq!(parity(&data, 101, 4), []);
-        assert_eq!(parity(&data, 100, 0), []);
-        assert_eq!(parity(&[], 100, 4), []);
+        assert!(parity(&data, 0, 4).is_empty());
+        assert!(parity(&data, 101, 4).is_empty());
+        assert!(parity(&data, 100, 0).is_empty());
+        assert!(parity(&[], 100, 4).is_empty());
     }
 
     /// Both ends have to compute the same bytes, whatever version they are of.

@@ -29,7 +29,7 @@ use clap::{Args, Parser, Subcommand};
 use load::children::Stop;
 
 use bed::{Bed, Link, Rate};
-use scenarios::{background, boot, chain, link, reads, redirect, vm};
+use scenarios::{background, boot, cast, chain, link, reads, redirect, vm};
 use table::Table;
 
 /// Measures mirrors over links that have a rate and a latency.
@@ -92,6 +92,8 @@ enum What {
     Redirect(redirect::Options),
     /// One image to many mirrors: what the origin sends.
     Chain(chain::Options),
+    /// One sending that fills many mirrors, by loss, against one unicast copy.
+    Cast(cast::Options),
     /// Records what a virtual machine reads while it boots, as a trace for replay.
     Record(machine::Record),
     /// The proxy that makes a link long; the bed runs it.
@@ -125,6 +127,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         What::Vm(options) => vm::run(&lab, options)?,
         What::Redirect(options) => redirect::run(&lab, options)?,
         What::Chain(options) => chain::run(&lab, options)?,
+        What::Cast(options) => cast::run(&lab, options)?,
         What::Record(options) => return machine::record(&lab, options),
         What::Delay(_) => Table::default(),
     };

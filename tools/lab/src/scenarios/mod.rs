@@ -2,6 +2,8 @@
 
 pub(crate) mod background;
 pub(crate) mod boot;
+pub(crate) mod cast;
+mod cast_reader;
 pub(crate) mod chain;
 pub(crate) mod link;
 pub(crate) mod reads;

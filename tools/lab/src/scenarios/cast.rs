@@ -153,11 +153,15 @@ fn words(rate: u64, options: &Options) -> Vec<String> {
     words
 }
 
+/// The words for a mirror that fetches nothing by itself, and hears the group.
+pub(super) fn joins() -> [String; 3] {
+    ["--fill=none".into(), format!("--join={GROUP}"), format!("--interface={CABLE}")]
+}
+
 /// A mirror on each host, with nothing in it, that has joined.
 pub(super) fn receivers(lab: &Lab, bed: &Bed, origin: &Origin) -> anyhow::Result<Vec<Mirror>> {
-    let join = format!("--join={GROUP}");
-    let interface = format!("--interface={CABLE}");
-    let words = ["--fill=none", join.as_str(), interface.as_str()];
+    let joins = joins();
+    let words: Vec<&str> = joins.iter().map(String::as_str).collect();
     bed.mirrors.iter().map(|host| Mirror::start(lab, host, &origin.uri, &words)).collect()
 }
 

@@ -41,7 +41,8 @@ pub(crate) struct Options {
     #[arg(long, default_value = "256M")]
     pub(super) size: ByteSize,
     /// Per cent of the session's datagrams that each mirror loses, at random.
-    #[arg(long, value_delimiter = ',', value_name = "PERCENT", default_value = "0,1,5")]
+    /// Without a value: none of these.
+    #[arg(long, value_delimiter = ',', value_name = "PERCENT", num_args = 0.., default_value = "0,1,5")]
     loss: Vec<f64>,
     /// Also with such a loss on everything that comes in, at mirrors and at the origin: TCP, reports, announcements.
     #[arg(long, value_delimiter = ',', value_name = "PERCENT")]

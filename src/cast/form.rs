@@ -130,6 +130,8 @@ pub struct Report {
     pub lost: u32,
     /// Of these, those that its own host threw away because it was too slow.
     pub overflowed: u32,
+    /// The number of the last datagram that it had heard: what was sent later is not in `needs`.
+    pub heard: u32,
     /// What it lacks of what has been sent.
     pub needs: Vec<Need>,
 }

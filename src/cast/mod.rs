@@ -10,6 +10,7 @@
 //! | [`receiver`] | what has come, what is lacking, and when to say so |
 //! | `rate` | how fast, for receivers of different strength |
 //! | `repair` | the needs of all receivers together |
+//! | `chance` | random numbers that repeat |
 //!
 //! A *session* is one sending of one image to one group. What is sent is a stream: the chunks of a profile first, in its
 //! order, then the rest of the image in its own, chunks that are all zero left out. The stream is cut into *blocks*, a
@@ -25,6 +26,7 @@
 //! receiving and storing (`multicast`), orders (`control`).
 
 pub mod assembly;
+mod chance;
 pub mod code;
 pub mod form;
 pub mod layout;

@@ -100,6 +100,7 @@ pub(super) enum Command {
     Verify(Verify),
     Profile(super::profile::Profile),
     Prefetch(Box<Prefetch>),
+    Cast(Box<super::cast::args::Cast>),
     Redirect(Box<super::redirect::args::Redirect>),
     Drain(super::drain::Drain),
     Attach(super::attach::Attach),
@@ -181,6 +182,8 @@ pub(super) struct Mirror {
     pub(super) fill: Fill,
     #[command(flatten)]
     pub(super) profile: super::profile::Recorded,
+    #[command(flatten)]
+    pub(super) receive: super::cast::args::Receive,
     #[command(flatten)]
     pub(super) daemon: Daemon,
 }

@@ -10,6 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::args::{AdminChoice, Daemon};
 use super::output;
+use crate::control::casts::Casts;
 use crate::control::place::Surroundings;
 use crate::control::redirect::{Redirects, StatePlace};
 use crate::control::{Admin, AdminListener, Operated};
@@ -71,13 +72,21 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
     let state = exports.state(&listeners);
     let server = Server::start(Arc::clone(&registry), listeners, Arc::clone(&workers), settings);
     let redirects = Redirects::start(server.steering(), Arc::clone(&registry), &workers, state).await;
-    let admin = admin.zip(exports.operated());
-    let admin = admin.map(|(listener, operated)| Admin::start(listener, operated, redirects, listen));
+    let casts = exports.operated().map(|operated| {
+        let casts = Casts::start(server.steering(), Arc::clone(&registry), Arc::clone(&operated), &workers);
+        (operated, casts)
+    });
+    let admin = admin.zip(casts.clone());
+    let admin = admin.map(|(listener, (operated, casts))| Admin::start(listener, operated, redirects, casts, listen));
     output::print(&greeting)?;
     notify_manager(&sd_notify::NotifyState::Ready);
     signals.next().await;
     notify_manager(&sd_notify::NotifyState::Stopping);
     tracing::info!("shutting down");
+    if let Some((_, casts)) = &casts {
+        // Receivers are told, so that they need not find out by the silence.
+        casts.close().await;
+    }
     let is_clean = tokio::select! {
         clean = server.drain() => {
             if !clean {
@@ -90,7 +99,7 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
             false
         }
     };
-    drop(admin);
+    drop((admin, casts));
     tokio::time::timeout(SETTLE, exports.settle(&registry, &workers))
         .await
         .context("making things durable took too long")??;

@@ -30,7 +30,8 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         role: Role::Mirror,
         ..defaults
     };
-    let args::Mirror { images, cache, chunk_size, cache_size, reserve, policy, profile, daemon, .. } = arguments;
+    let args::Mirror { images, cache, chunk_size, cache_size, reserve, policy, profile, receive, daemon, .. } =
+        arguments;
     let plan = Plan {
         images: images.into_iter().map(plan).collect::<anyhow::Result<_>>()?,
         cache,
@@ -39,6 +40,7 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         upstream,
         fill,
         profile: profile.into(),
+        hear: receive.into(),
     };
     daemon::run(daemon, Images { plan: Some(plan), mirrors: None })
 }

@@ -6,6 +6,7 @@
 //! | `daemon` | what `serve` and `mirror` have in common: listening, serving, ending |
 //! | `serve`, `mirror`, `index`, `info`, `status`, `pin`, `verify`, `profile` | one command each; `pin` has `unpin` too |
 //! | `prefetch` | ordering, waiting, deploying to many mirrors |
+//! | `cast` | sending an image to a group |
 //! | `redirect` | moving clients: at a server, at a virtual machine, at a device of the kernel |
 //! | `drain` | taking a server out of service |
 //! | `attach` | binding an export to a device of the kernel, and giving it back |
@@ -15,10 +16,12 @@
 //! | `table` | columns for people |
 //! | `output` | the standard output stream |
 //!
-//! Exit status: 0 when all went well, 1 on a failure, 2 when the command line makes no sense; `verify` and `prefetch` have more.
+//! Exit status: 0 when all went well, 1 on a failure, 2 when the command line makes no sense; `verify`, `prefetch`, `redirect` and `cast`
+//! have more.
 
 mod args;
 mod attach;
+mod cast;
 mod daemon;
 mod drain;
 mod index;
@@ -58,6 +61,7 @@ pub fn run() -> ExitCode {
         Command::Verify(arguments) => verify::run(arguments),
         Command::Profile(arguments) => profile::run(arguments).map(|()| ExitCode::SUCCESS),
         Command::Prefetch(arguments) => prefetch::run(*arguments),
+        Command::Cast(arguments) => cast::run(*arguments),
         Command::Redirect(arguments) => redirect::run(*arguments),
         Command::Drain(arguments) => drain::run(arguments),
         Command::Attach(arguments) => attach::attach(arguments).map(|()| ExitCode::SUCCESS),

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::args;
+use super::cast;
 use super::output;
 use super::prefetch;
 use super::redirect;
@@ -27,7 +28,20 @@ pub(super) fn run(arguments: args::Status) -> anyhow::Result<()> {
 
 fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
     let Status {
-        version, pid, role, uptime_seconds, images, clients, cache, link, orders, redirects, draining, ..
+        version,
+        pid,
+        role,
+        uptime_seconds,
+        images,
+        clients,
+        cache,
+        link,
+        orders,
+        redirects,
+        casts,
+        receptions,
+        draining,
+        ..
     } = status;
     let mut text = format!("headwater {version} {role}, process {pid}, up {}, at {address}\n", ago(*uptime_seconds));
     write!(text, "\nimages\n{}", of_images(images))?;
@@ -49,6 +63,12 @@ fn describe(address: &AdminAddress, status: &Status) -> anyhow::Result<String> {
     }
     if !redirects.is_empty() {
         write!(text, "\norders to move clients\n{}", redirect::table(redirects))?;
+    }
+    if !casts.is_empty() {
+        write!(text, "\ncasts\n{}", cast::table(casts))?;
+    }
+    if !receptions.is_empty() {
+        write!(text, "\ngroups that are heard\n{}", cast::of_receptions(receptions))?;
     }
     if draining.all {
         writeln!(text, "\nOUT OF SERVICE: newcomers are sent away; {} connections are left", draining.clients.len())?;

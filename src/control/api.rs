@@ -13,7 +13,7 @@
 //! | `GET /v1/orders` | | [`OrderList`] |
 //! | `GET /v1/orders/ID`, `DELETE /v1/orders/ID` | | [`OrderStatus`] |
 //!
-//! `redirect::routes` has those that move clients.
+//! `redirect::routes` has those that move clients, `casts::routes` those that send images to groups.
 //!
 //! `NAME` is percent-encoded, its slashes too. An empty body stands for `{}`. What cannot be done is answered with a
 //! [`Complaint`]: 400 it makes no sense, 403 a browser, 404 no such thing, 409 not as things are, 413 too long a body,
@@ -37,6 +37,7 @@ use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
 
+use super::casts::{self, Casts};
 use super::operated::{Operated, Refusal};
 use super::prefetch::{OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::redirect::{Redirects, order::RedirectState, routes};
@@ -64,6 +65,7 @@ pub(super) enum Reach {
 pub(super) struct Api {
     operated: Arc<dyn Operated>,
     redirects: Redirects,
+    casts: Casts,
     /// Where clients connect to, as URIs without the name of an export.
     listen: Vec<String>,
     started: Instant,
@@ -76,8 +78,8 @@ pub(super) type Name = Result<Path<HashMap<String, String>>, PathRejection>;
 pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
-    pub(super) fn new(operated: Arc<dyn Operated>, redirects: Redirects, listen: Vec<String>) -> Self {
-        Self { operated, redirects, listen, started: clock::now(), gathering: Arc::default() }
+    pub(super) fn new(operated: Arc<dyn Operated>, redirects: Redirects, casts: Casts, listen: Vec<String>) -> Self {
+        Self { operated, redirects, casts, listen, started: clock::now(), gathering: Arc::default() }
     }
 
     pub(super) fn router(self, reach: Reach) -> Router {
@@ -99,6 +101,7 @@ impl Api {
             .route("/v1/orders", get(orders))
             .route("/v1/orders/{id}", get(order).delete(cancel_order))
             .merge(routes::router())
+            .merge(casts::routes::router())
             .fallback(nowhere)
             .method_not_allowed_fallback(not_so)
             .with_state(Arc::new(self));
@@ -116,6 +119,10 @@ impl Api {
         &self.redirects
     }
 
+    pub(super) const fn casts(&self) -> &Casts {
+        &self.casts
+    }
+
     /// Blocks.
     fn status(&self) -> Status {
         let clients = self.redirects.clients().list();
@@ -127,6 +134,8 @@ impl Api {
         orders.retain(|order| order.state == OrderState::Active);
         let mut redirects = self.redirects.list();
         redirects.retain(|order| order.state == RedirectState::Active);
+        let mut casts = self.casts.list();
+        casts.retain(|cast| !cast.is_over());
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -138,6 +147,8 @@ impl Api {
             link: self.operated.link(),
             orders,
             redirects,
+            casts,
+            receptions: self.operated.receptions(),
             draining: self.redirects.drain_status(),
             listen: self.listen.clone(),
         }

@@ -16,6 +16,7 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
+use super::casts::order::{CastList, CastOrder, CastStatus, CastTaken};
 use super::place::AdminAddress;
 use super::prefetch::{OrderList, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::redirect::order::{DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectStatus, RedirectTaken};
@@ -209,6 +210,29 @@ impl Client {
     /// Calls one of them off.
     pub async fn cancel_redirect(&self, id: u64) -> Result<RedirectStatus, CallError> {
         let json = self.send(Method::DELETE, &format!("/v1/redirects/{id}"), Bytes::new(), ORDER_PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// Has an image sent to a group.
+    pub async fn cast(&self, image: &str, order: &CastOrder) -> Result<CastTaken, CallError> {
+        self.order(&of_image(image, "cast"), order).await
+    }
+
+    /// The casts of a server: those at work and the last that ended.
+    pub async fn casts(&self) -> Result<CastList, CallError> {
+        let json = self.send(Method::GET, "/v1/casts", Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// How far one of them is.
+    pub async fn cast_status(&self, id: u64) -> Result<CastStatus, CallError> {
+        let json = self.send(Method::GET, &format!("/v1/casts/{id}"), Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    /// Calls one of them off.
+    pub async fn cancel_cast(&self, id: u64) -> Result<CastStatus, CallError> {
+        let json = self.send(Method::DELETE, &format!("/v1/casts/{id}"), Bytes::new(), ORDER_PATIENCE).await?;
         self.decode(&json)
     }
 

@@ -7,6 +7,7 @@
 //! | [`mirrors`] | the mirrors of a server: opened, watched, replaced, operated |
 //! | [`real`] | the real images of a server, operated |
 //! | [`redirect`] | orders to move clients: taken, carried out, reported |
+//! | [`casts`] | sending images to groups |
 //! | [`prefetch`] | what is said of orders to prefetch |
 //! | `operated` | [`Operated`]: what a server must be able to do to be operated |
 //! | `jobs` | orders that take long: their progress, and calling them off |
@@ -26,6 +27,7 @@
 //! thread of its own, one at a time.
 
 mod api;
+pub mod casts;
 mod client;
 mod jobs;
 mod listen;
@@ -48,6 +50,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 
 use api::{Api, Reach};
+use casts::Casts;
 pub use client::{CallError, Client};
 pub use jobs::{Jobs, Outcome, RunningJob};
 use listen::Socket;
@@ -74,16 +77,17 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Serves `operated` and `redirects`, and tells that clients connect to `listen`, which are URIs without the name of
+    /// Serves `operated`, `redirects` and `casts`, and tells that clients connect to `listen`, which are URIs without the name of
     /// an export. Call within the `LocalRuntime` that the listener belongs to.
     pub fn start(
         listener: AdminListener,
         operated: Arc<dyn Operated>,
         redirects: Redirects,
+        casts: Casts,
         listen: Vec<String>,
     ) -> Self {
         let reach = if listener.is_tcp() { Reach::Machine } else { Reach::Owner };
-        let service = TowerToHyperService::new(Api::new(operated, redirects, listen).router(reach));
+        let service = TowerToHyperService::new(Api::new(operated, redirects, casts, listen).router(reach));
         let mut serving = JoinSet::new();
         serving.spawn_local(accept(listener, service));
         Self { _serving: serving }

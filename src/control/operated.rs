@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use super::casts::Words;
+use super::casts::order::ReceptionStatus;
 use super::jobs::Jobs;
 use super::prefetch::{OrderStatus, PrefetchOrder, PrefetchReport};
 use super::status::{CacheStatus, ImageStatus, LinkStatus, PinReport, Role, VerifyOrder};
@@ -65,6 +67,16 @@ pub trait Operated: Send + Sync + std::fmt::Debug {
     /// One of them. May block.
     fn order(&self, id: u64) -> Option<OrderStatus> {
         self.orders().into_iter().find(|order| order.order == id)
+    }
+
+    /// The groups that its mirrors hear. May block.
+    fn receptions(&self) -> Vec<ReceptionStatus> {
+        Vec::new()
+    }
+
+    /// Where it says to which groups its images are sent, as far as it was told by others.
+    fn words(&self) -> Words {
+        Words::default()
     }
 
     /// Calls an order off; `None` if there is none with this number.

@@ -80,8 +80,10 @@ pub struct OrderStatus {
     pub image: String,
     /// What the image held when it was ordered.
     pub identity: Option<String>,
-    /// `all`, `ranges` or `profile TAG`.
+    /// `all`, `ranges`, `profile TAG` or `cast SESSION`.
     pub what: String,
+    /// Whether it waits because a cast brings what it is for.
+    pub held: bool,
     /// Whether it is still to be carried out.
     pub state: OrderState,
     /// Why it failed.
@@ -147,7 +149,9 @@ impl OrderStatus {
                 What::All => "all".to_owned(),
                 What::Profile(tag) => format!("profile {tag}"),
                 What::Ranges => "ranges".to_owned(),
+                What::Cast(session) => format!("cast {session}"),
             },
+            held: false,
             state,
             error,
             total_bytes: here.total,

@@ -9,6 +9,9 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::casts::order::{
+    CastList, CastOrder, CastState, CastStatus, CastTaken, HeardStatus, ReceiverState, ReceiverStatus, ReceptionStatus,
+};
 pub use super::prefetch::{Late, OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
 pub use super::redirect::order::{
     ClientReport, ClientState, Counts, DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectState,
@@ -42,6 +45,12 @@ pub struct Status {
     /// The active orders to move clients, oldest first.
     #[serde(default)]
     pub redirects: Vec<RedirectStatus>,
+    /// The casts at work, oldest first.
+    #[serde(default)]
+    pub casts: Vec<CastStatus>,
+    /// The groups that mirrors hear.
+    #[serde(default)]
+    pub receptions: Vec<ReceptionStatus>,
     /// What is out of service.
     #[serde(default)]
     pub draining: DrainStatus,
@@ -137,7 +146,7 @@ pub struct MirrorStatus {
     pub unstored_chunks: u64,
     /// Bytes that came from upstreams.
     pub upstream_bytes: u64,
-    /// What came of what was brought, by why it was: `demand`, `readahead`, `profile`, `prefetch`, `background`.
+    /// What came of what was brought, by why it was: `demand`, `readahead`, `profile`, `prefetch`, `background`, `multicast`.
     pub fill: BTreeMap<String, CauseStatus>,
     /// Where they come from, in order of preference.
     pub upstreams: Vec<UpstreamStatus>,

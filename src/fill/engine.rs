@@ -182,10 +182,19 @@ impl Engine {
         self.0.images.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Carries out an order for `image`, whose bytes come from `source` if that has them.
-    pub fn carry_out(&self, order: Arc<Order>, image: Arc<Image>, source: Option<SharedExport>) {
-        self.0.tasks().add(order, image, source);
+    /// Carries out an order for `image`, whose bytes come from `source` if that has them. `is_held`: as told to
+    /// [`Self::hold`].
+    pub fn carry_out(&self, order: Arc<Order>, image: Arc<Image>, source: Option<SharedExport>, is_held: bool) {
+        self.0.tasks().add(order, image, source, is_held);
         self.0.wake.notify_one();
+    }
+
+    /// Holds those orders for which `is_held` says so, because somebody else brings what they are for, and lets the
+    /// others go on. One with a deadline is held only as long as it can still be met without.
+    pub fn hold(&self, is_held: impl Fn(&Order) -> bool) {
+        if self.0.tasks().hold(is_held) {
+            self.0.wake.notify_one();
+        }
     }
 
     /// Whether an order is being carried out.

@@ -47,6 +47,8 @@ pub struct Image {
     is_asking: AtomicBool,
     /// Whether the upstream has another image by now, so that this one is not completed any more.
     is_retired: AtomicBool,
+    /// Whether a session of multicast brings it, so that it is not completed meanwhile.
+    is_held: AtomicBool,
     /// Whether all of it was here when somebody looked last, and how many chunks had been evicted by then.
     is_complete: AtomicBool,
     evicted: AtomicU64,
@@ -118,6 +120,7 @@ impl Image {
             exchange,
             is_asking: AtomicBool::new(false),
             is_retired: AtomicBool::new(false),
+            is_held: AtomicBool::new(false),
             is_complete: AtomicBool::new(false),
             evicted: AtomicU64::new(0),
             plan: Mutex::new(plan),
@@ -164,6 +167,12 @@ impl Image {
     /// The upstream has another image now, or has this one again.
     pub fn retire(&self, is_retired: bool) {
         self.is_retired.store(is_retired, Ordering::Relaxed);
+    }
+
+    /// A session of multicast brings it now, or does not any more. What clients are expected to read is fetched in any
+    /// case.
+    pub fn hold(&self, is_held: bool) {
+        self.is_held.store(is_held, Ordering::Relaxed);
     }
 
     /// Whether it is being completed.
@@ -280,7 +289,7 @@ impl Image {
 
     /// The next bytes of the image as a whole, at most `most`; when there is something again, if not now.
     pub fn next_of_background(&self, now: Instant, most: u64) -> (Option<ByteRange>, Option<Instant>) {
-        if !self.has_background() {
+        if !self.has_background() || self.is_held.load(Ordering::Relaxed) {
             return (None, None);
         }
         let mut plan = self.plan();

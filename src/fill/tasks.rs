@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::budget::{Budget, time_for};
 use super::deadline::{self, Choice};
 use super::image::Image;
-use super::orders::{Expected, Order};
+use super::orders::{Expected, Order, What};
 use crate::clock::Moment;
 use crate::export::SharedExport;
 use crate::ranges::ByteRange;
@@ -27,6 +27,13 @@ const CHOICE_HOLDS: Duration = Duration::from_millis(20);
 const DURABLE_SOON: Duration = Duration::from_millis(250);
 /// After a pass that brought nothing, doubled each time.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// A held order begins as if the link brought so much, as long as nobody knows what it brings.
+const CAUTIOUS_RATE: f64 = 8.0 * 1024.0 * 1024.0;
+/// And so much earlier than it must, for what may get in its way.
+const EARLY: Duration = Duration::from_secs(2);
+/// Orders of casts are seen as ordered so much later than they were: others without a deadline go first.
+const LAST: Duration = Duration::from_secs(1 << 40);
 
 /// Less than this is in time: times are computed in fractions.
 const NO_DELAY: Duration = Duration::from_millis(1);
@@ -56,6 +63,8 @@ struct Task {
     rests: Option<Instant>,
     fruitless: u32,
     is_started: bool,
+    /// Somebody else brings it.
+    is_held: bool,
 }
 
 impl Drop for Task {
@@ -111,7 +120,7 @@ pub(super) fn earlier(one: Option<Instant>, other: Option<Instant>) -> Option<In
 
 impl Tasks {
     /// Carries an order out, unless that is being done.
-    pub(super) fn add(&mut self, order: Arc<Order>, image: Arc<Image>, source: Option<SharedExport>) {
+    pub(super) fn add(&mut self, order: Arc<Order>, image: Arc<Image>, source: Option<SharedExport>, is_held: bool) {
         if self.has(order.id) {
             return;
         }
@@ -132,8 +141,31 @@ impl Tasks {
             rests: None,
             fruitless: 0,
             is_started: false,
+            is_held,
         });
         self.chosen = None;
+    }
+
+    /// Holds those for which `is_held` says so, and tells whether there are some that are not held any more. What has
+    /// come meanwhile of those that are held is counted anew.
+    pub(super) fn hold(&mut self, is_held: impl Fn(&Order) -> bool) -> bool {
+        let (mut is_freed, mut is_changed) = (false, false);
+        for task in &mut self.tasks {
+            let held = is_held(&task.order);
+            // Counting looks at every chunk.
+            if task.is_held && !held || held && task.order.deadline.is_some() {
+                let here = task.image.mirror.here(&task.order.ranges);
+                task.remaining = here.total - here.done();
+                task.least = task.remaining;
+            }
+            is_freed |= task.is_held && !held;
+            is_changed |= task.is_held != held;
+            task.is_held = held;
+        }
+        if is_changed {
+            self.chosen = None;
+        }
+        is_freed
     }
 
     pub(super) const fn is_empty(&self) -> bool {
@@ -153,9 +185,11 @@ impl Tasks {
     /// When orders will be done at `rate` bytes per second of all together (0: unknown), as far as anything is known.
     /// Orders for one image share its rate in the order in which they end otherwise.
     pub(super) fn forecast(&self, now: Moment, rate: f64) -> Vec<Expected> {
-        let seen: Vec<_> = self.tasks.iter().map(|task| task.seen(now)).collect();
+        // Nobody here knows when those that are held will go on, and whether they will have to.
+        let tasks = || self.tasks.iter().filter(|task| !task.is_held);
+        let seen: Vec<_> = tasks().map(|task| task.seen(now)).collect();
         let forecast = deadline::forecast(Duration::ZERO, &seen, rate);
-        let mut ends: Vec<_> = self.tasks.iter().zip(&seen).zip(forecast).collect();
+        let mut ends: Vec<_> = tasks().zip(&seen).zip(forecast).collect();
         ends.sort_by_key(|(_, forecast)| forecast.ends);
         let mut of_images: HashMap<*const Image, u64> = HashMap::new();
         let expected = |((task, seen), forecast): ((&Task, &deadline::Task), deadline::Forecast)| {
@@ -186,8 +220,8 @@ impl Tasks {
             let (id, is_urgent) = match choice {
                 Choice::Fetch { id, is_urgent } if is_urgent || !urgent_only => (id, is_urgent),
                 Choice::Fetch { .. } => return Wish::Later(None),
-                Choice::WaitUntil(at) => return Wish::Later(earlier(self.wake(now), now.steady.checked_add(at))),
-                Choice::Nothing => return Wish::Later(self.wake(now)),
+                Choice::WaitUntil(at) => return Wish::Later(earlier(self.wake(now, rate), now.steady.checked_add(at))),
+                Choice::Nothing => return Wish::Later(self.wake(now, rate)),
             };
             let Some(task) = self.tasks.iter_mut().find(|task| task.order.id == id) else {
                 self.chosen = None;
@@ -200,7 +234,7 @@ impl Tasks {
             self.chosen = None;
             self.tasks.retain(|task| !done.contains(&task.order.id));
         }
-        Wish::Later(self.wake(now))
+        Wish::Later(self.wake(now, rate))
     }
 
     /// Which order is next, of those that do not rest. Times are from now on.
@@ -211,7 +245,7 @@ impl Tasks {
         {
             return choice;
         }
-        let ready = self.tasks.iter().filter(|task| task.wait(now.steady).is_none());
+        let ready = self.tasks.iter().filter(|task| !task.is_held_at(now, rate) && task.wait(now.steady).is_none());
         let ready: Vec<_> = ready.map(|task| task.pressed(now, rate)).collect();
         let choice = deadline::choose(Duration::ZERO, &ready, rate);
         self.chosen = match choice {
@@ -229,8 +263,9 @@ impl Tasks {
     }
 
     /// When the first of those that rest goes on.
-    fn wake(&self, now: Moment) -> Option<Instant> {
-        self.tasks.iter().filter_map(|task| task.wait(now.steady)).min()
+    fn wake(&self, now: Moment, rate: f64) -> Option<Instant> {
+        let going = self.tasks.iter().filter(|task| !task.is_held_at(now, rate));
+        going.filter_map(|task| task.wait(now.steady)).min()
     }
 }
 
@@ -244,7 +279,10 @@ impl Task {
             remaining: self.remaining.max(1),
             deadline: self.order.deadline.map(|deadline| deadline.left(now)),
             strategy: self.order.strategy,
-            ordered: Duration::from_nanos(self.order.id),
+            ordered: match self.order.what {
+                What::Cast(_) => LAST + Duration::from_nanos(self.order.id),
+                _ => Duration::from_nanos(self.order.id),
+            },
             is_started: self.is_started,
         }
     }
@@ -258,6 +296,15 @@ impl Task {
         let on_link = Duration::try_from_secs_f64(seen.remaining as f64 / rate).unwrap_or(Duration::ZERO);
         let lost = time_for(seen.remaining, limit).saturating_sub(on_link);
         deadline::Task { deadline: seen.deadline.map(|deadline| deadline.saturating_sub(lost)), ..seen }
+    }
+
+    /// Whether it is left to somebody else for now: until it must begin to be done in time, if it has a deadline. That
+    /// is looked at from time to time, and so nothing wakes up for it.
+    fn is_held_at(&self, now: Moment, rate: f64) -> bool {
+        let Some(deadline) = self.order.deadline.filter(|_| self.is_held) else { return self.is_held };
+        let rate = if rate > 0.0 { rate } else { CAUTIOUS_RATE };
+        let takes = Duration::try_from_secs_f64(self.remaining as f64 / rate).unwrap_or(Duration::MAX);
+        deadline.left(now) > takes.saturating_add(takes / 10).saturating_add(EARLY)
     }
 
     /// When something may be asked for, if not now.
@@ -314,6 +361,7 @@ impl Task {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cast::SessionId;
     use crate::clock;
     use crate::fill::deadline::Strategy;
     use crate::fill::image::{Filling, tests::image};
@@ -348,7 +396,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let image = image(directory.path(), MIB, Filling::default(), None);
         let mut tasks = Tasks::default();
-        tasks.add(order(1, Some(64 * KIB), None, Strategy::Hybrid), image, None);
+        tasks.add(order(1, Some(64 * KIB), None, Strategy::Hybrid), image, None, false);
         let (now, mut done) = (clock::moment(), Vec::new());
         assert!(matches!(tasks.next(now, 0.0, 64 * KIB, false, &mut done), Wish::Fetch { .. }));
         let Wish::Later(Some(then)) = tasks.next(now, 0.0, 64 * KIB, false, &mut done) else {
@@ -365,10 +413,10 @@ mod tests {
         let (free, limited) = (image(&free, MIB, Filling::default(), None), image(&limited, MIB, filling, None));
         let mut tasks = Tasks::default();
         let deadline = Some(Duration::from_secs(10));
-        tasks.add(order(1, Some(64 * KIB), deadline, Strategy::Hybrid), Arc::clone(&free), None);
-        tasks.add(order(2, None, None, Strategy::Hybrid), free, None);
-        tasks.add(order(3, Some(64 * KIB), deadline, Strategy::Hybrid), Arc::clone(&limited), None);
-        tasks.add(order(4, None, None, Strategy::Hybrid), limited, None);
+        tasks.add(order(1, Some(64 * KIB), deadline, Strategy::Hybrid), Arc::clone(&free), None, false);
+        tasks.add(order(2, None, None, Strategy::Hybrid), free, None, false);
+        tasks.add(order(3, Some(64 * KIB), deadline, Strategy::Hybrid), Arc::clone(&limited), None, false);
+        tasks.add(order(4, None, None, Strategy::Hybrid), limited, None, false);
         let told = |rate| {
             let mut told = tasks.forecast(clock::moment(), rate);
             told.sort_by_key(|expected| expected.id);
@@ -390,10 +438,50 @@ mod tests {
         let mut tasks = Tasks::default();
         // 16 s at its own rate, on a link that would need none.
         let deadline = Some(Duration::from_secs(40));
-        tasks.add(order(1, Some(64 * KIB), deadline, Strategy::Jit), image, None);
+        tasks.add(order(1, Some(64 * KIB), deadline, Strategy::Jit), image, None, false);
         let (now, mut done) = (clock::moment(), Vec::new());
         let Wish::Later(Some(then)) = tasks.next(now, 1e9, 64 * KIB, false, &mut done) else { panic!("it has time") };
         let begins = then.saturating_duration_since(now.steady).as_secs();
         assert!((18..=24).contains(&begins), "it begins in {begins} s");
+    }
+
+    #[test]
+    fn an_order_that_somebody_else_brings_begins_when_it_must() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = image(directory.path(), MIB, Filling::default(), None);
+        let now = clock::moment();
+        let later = |seconds| Moment { steady: now.steady + seconds, wall: now.wall + seconds };
+        let fetches = |tasks: &mut Tasks, now, rate| {
+            matches!(tasks.next(now, rate, 64 * KIB, false, &mut Vec::new()), Wish::Fetch { .. })
+        };
+        let mut tasks = Tasks::default();
+        tasks.add(order(1, None, None, Strategy::Hybrid), Arc::clone(&image), None, true);
+        assert!(!fetches(&mut tasks, later(Duration::from_secs(1 << 20)), 0.0), "without a deadline it waits");
+        assert!(tasks.forecast(now, 1e6).is_empty());
+        assert!(!tasks.hold(|_| true), "nothing has changed");
+        assert!(tasks.hold(|_| false));
+        assert!(fetches(&mut tasks, now, 0.0));
+        let mut tasks = Tasks::default();
+        tasks.add(order(2, None, Some(Duration::from_secs(60)), Strategy::Jit), image, None, true);
+        // It takes 32 s at this rate, a tenth more to be sure, and 2 s.
+        let rate = 32.0 * 1024.0;
+        assert!(!fetches(&mut tasks, later(Duration::from_secs(22)), rate));
+        assert!(fetches(&mut tasks, later(Duration::from_secs(23)), rate));
+        assert!(!fetches(&mut tasks, later(Duration::from_secs(57)), 0.0), "a link that nobody knows is thought fast");
+        assert!(fetches(&mut tasks, later(Duration::from_secs(58)), 0.0));
+    }
+
+    #[test]
+    fn orders_of_casts_come_after_others_without_a_deadline() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = image(directory.path(), MIB, Filling::default(), None);
+        let cast = Order { what: What::Cast(SessionId(1)), ..Order::clone(&order(1, None, None, Strategy::Hybrid)) };
+        let mut tasks = Tasks::default();
+        tasks.add(Arc::new(cast), Arc::clone(&image), None, false);
+        tasks.add(order(2, None, None, Strategy::Hybrid), image, None, false);
+        let Wish::Fetch { task, .. } = tasks.next(clock::moment(), 0.0, 64 * KIB, false, &mut Vec::new()) else {
+            panic!("there is something to fetch")
+        };
+        assert_eq!(task.order, 2);
     }
 }

@@ -16,14 +16,17 @@ pub enum Cause {
     Prefetch = 3,
     /// The image is being completed.
     Background = 4,
+    /// It was sent to all who hear.
+    Multicast = 5,
 }
 
 impl Cause {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 5] = [Self::Demand, Self::Readahead, Self::Profile, Self::Prefetch, Self::Background];
+    pub const ALL: [Self; 6] =
+        [Self::Demand, Self::Readahead, Self::Profile, Self::Prefetch, Self::Background, Self::Multicast];
 
     /// All but demand.
-    pub const AHEAD: [Self; 4] = [Self::Readahead, Self::Profile, Self::Prefetch, Self::Background];
+    pub const AHEAD: [Self; 5] = [Self::Readahead, Self::Profile, Self::Prefetch, Self::Background, Self::Multicast];
 
     /// Its name in figures: lower case.
     pub const fn name(self) -> &'static str {
@@ -33,6 +36,7 @@ impl Cause {
             Self::Profile => "profile",
             Self::Prefetch => "prefetch",
             Self::Background => "background",
+            Self::Multicast => "multicast",
         }
     }
 }

@@ -160,6 +160,13 @@ impl Inner {
         }
     }
 
+    /// Waits for room in the budget for a run of so many chunks that is brought otherwise than by a fetch.
+    pub(super) async fn fetch_permit(&self, chunks: u64) -> Option<OwnedSemaphorePermit> {
+        let permits = (self.geometry.chunk_size() / PERMIT).max(1) * chunks;
+        let permits = u32::try_from(permits.min(BUDGET / PERMIT)).unwrap_or(u32::MAX);
+        Arc::clone(&self.queues.fetch.budget).acquire_many_owned(permits).await.ok()
+    }
+
     /// Waits until nothing is being fetched: what came over has been written to the data file or refused there.
     pub(super) async fn stored(&self) {
         let all = u32::try_from(BUDGET / PERMIT).unwrap_or(u32::MAX);

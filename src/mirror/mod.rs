@@ -10,6 +10,7 @@
 //! | `fetch` | from a claimed chunk to one that has arrived: joining, fetching, checking |
 //! | `landing` | from there to a stored one, or one that is let go of |
 //! | [`ahead`] | fetching what nobody waits for |
+//! | `offer` | taking what came without being asked for |
 //! | `origins` | why each chunk came, and whether it was read |
 //! | `arrival` | what came over, cut into chunks |
 //! | `truth` | what the bytes should be: the manifest |
@@ -44,6 +45,7 @@ mod flusher;
 mod here;
 mod landing;
 pub mod map;
+mod offer;
 mod origins;
 pub mod pins;
 pub mod policy;
@@ -81,6 +83,7 @@ use flight::Flights;
 use flusher::Pending;
 pub use here::{Here, NeverFits};
 pub use map::{CHUNK_SIZES, Header};
+pub use offer::Offered;
 use origins::Origins;
 pub use origins::Tally;
 use pins::Pins;

@@ -1,6 +1,7 @@
 //! Mirrors over exports in memory, on both disk engines. What reached the export below is what counts.
 
 mod ahead;
+mod offer;
 mod review;
 mod room;
 mod trusted;

@@ -18,7 +18,7 @@ use super::chunks::{Chunk, Geometry};
 use crate::disk::{Access, File};
 use crate::error::Error as RequestError;
 use crate::export::{Export, FileExport, SharedExport, assemble};
-use crate::manifest::{BLOCK, DIGEST, Digest, FormatError, Header, IdHasher, ImageId};
+use crate::manifest::{BLOCK, DIGEST, Digest, FormatError, Header, IdHasher, ImageId, Shape};
 use crate::ranges::ByteRange;
 use crate::units::{MIB, to_u64, to_usize};
 
@@ -164,6 +164,16 @@ impl Truth {
     /// What image it is of.
     pub const fn id(&self) -> ImageId {
         self.header.id
+    }
+
+    /// How it cuts the image.
+    pub const fn shape(&self) -> Shape {
+        self.header.shape
+    }
+
+    /// Whether its chunk `number` is all zero; `false` beyond the end.
+    pub(super) fn is_zero_there(&self, number: u64) -> bool {
+        self.digests.get(to_usize(number)).is_some_and(|digest| *digest == 0)
     }
 
     /// Bytes of its chunks.

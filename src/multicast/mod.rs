@@ -3,6 +3,7 @@
 //! | file | holds |
 //! | --- | --- |
 //! | [`send`] | a session as its sender: reading, encoding, pacing, listening to reports |
+//! | `pace` | when the next datagrams may leave |
 //! | [`receive`] | a group as its hearers: finding the mirror, putting blocks together, handing them over |
 //!
 //! Sending and hearing have a thread of their own each: encoding and decoding take milliseconds, for which no client of a
@@ -11,5 +12,6 @@
 //! Owns: threads, sockets and pacing of sessions. Does not own: the protocol (`cast`), who ordered a session and what
 //! becomes of what it did not bring (`control`).
 
+mod pace;
 pub mod receive;
 pub mod send;

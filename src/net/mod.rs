@@ -3,6 +3,7 @@
 //! Owns: socket options, listening, connecting, inherited sockets, what a peer is called. Does not own: anything
 //! that is said over them.
 
+mod interface;
 mod listen;
 pub mod multicast;
 mod socket;

@@ -51,7 +51,7 @@ use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
 pub use directory::flags as transmission_flags;
 use limits::SharedBudget;
-pub use notices::{News, Notices};
+pub use notices::{MOST_GROUPS, News, Notices};
 pub use orders::{SwitchError, Switched};
 pub use steering::{ClientHandle, Gate, Steering};
 

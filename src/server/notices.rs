@@ -18,7 +18,10 @@ use crate::export::facts::NAMESPACE;
 use crate::export::{NodeId, split_content_name};
 use crate::nbd::Uri;
 use crate::nbd::wire::MAX_STRING;
+use crate::net::multicast::Group;
 
+/// Groups that mirrors are told of one export.
+pub const MOST_GROUPS: usize = 4;
 /// News that are kept. The oldest give way: a mirror that has not asked for so long is gone.
 const MOST: usize = 4096;
 /// How long an answer is held back while there are no news.
@@ -78,6 +81,9 @@ struct Table {
     news: BTreeMap<(String, NodeId), (u64, News)>,
     /// Those of them that have been asked for since they were told.
     asked: BTreeSet<(String, NodeId)>,
+    /// Where an export is sent to many at once, for all mirrors, and the number of that. One for each export that ever
+    /// was: who was told of a group is told too when there is none any more.
+    casts: BTreeMap<String, (u64, Vec<Group>)>,
 }
 
 impl Default for Notices {
@@ -105,6 +111,26 @@ impl Notices {
         self.0.last.send_replace(count);
     }
 
+    /// Tells all mirrors that have (or will have) connections to `export`, or to `EXPORT@blake3-...`, that it is sent to
+    /// these groups now (`x-headwater:cast=GROUP:PORT` each, the first four), in place of what was told before.
+    pub fn cast(&self, export: &str, groups: &[Group]) {
+        let mut table = self.lock();
+        let groups = &groups[..groups.len().min(MOST_GROUPS)];
+        if table.casts.get(export).map_or(&[][..], |(_, groups)| groups) == groups {
+            return;
+        }
+        table.count += 1;
+        let count = table.count;
+        table.casts.insert(export.to_owned(), (count, groups.to_vec()));
+        drop(table);
+        self.0.last.send_replace(count);
+    }
+
+    /// The groups that mirrors are told of `export` now.
+    pub fn groups(&self, export: &str) -> Vec<Group> {
+        self.lock().casts_of(export).collect()
+    }
+
     /// There is nothing to be told any more.
     pub fn forget(&self, export: &str, node: NodeId) {
         let mut table = self.lock();
@@ -120,15 +146,20 @@ impl Notices {
     /// What a mirror that asks about the export of this full name is told, as names of contexts.
     pub(super) fn strings(&self, export: &str, node: NodeId) -> Vec<String> {
         let mut table = self.lock();
-        let Some(key) = table.key(export, node) else { return Vec::new() };
-        let text = table.news.get(&key).and_then(|(_, news)| news.to_text());
-        table.asked.insert(key);
-        text.into_iter().collect()
+        let mut texts: Vec<_> = table.casts_of(export).map(|group| format!("{NAMESPACE}cast={group}")).collect();
+        if let Some(key) = table.key(export, node) {
+            texts.extend(table.news.get(&key).and_then(|(_, news)| news.to_text()));
+            table.asked.insert(key);
+        }
+        texts
     }
 
-    fn find(&self, export: &str, node: NodeId) -> Option<(u64, News)> {
+    /// The number of the last that a mirror is to be told; 0 if there is nothing.
+    fn last(&self, export: &str, node: NodeId) -> u64 {
         let table = self.lock();
-        table.news.get(&table.key(export, node)?).cloned()
+        let news = table.key(export, node).and_then(|key| Some(table.news.get(&key)?.0));
+        let casts = names(export).into_iter().filter_map(|name| Some(table.casts.get(name)?.0));
+        casts.chain(news).max().unwrap_or(0)
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -139,9 +170,24 @@ impl Notices {
 impl Table {
     /// Where the news for a mirror are that asks about the export of this full name.
     fn key(&self, export: &str, node: NodeId) -> Option<(String, NodeId)> {
-        let keys = [export, split_content_name(export).0].map(|name| (name.to_owned(), node));
+        let keys = names(export).map(|name| (name.to_owned(), node));
         keys.into_iter().find(|key| self.news.contains_key(key))
     }
+
+    /// The groups that whoever asks about the export of this full name is told.
+    fn casts_of(&self, export: &str) -> impl Iterator<Item = Group> {
+        let groups: BTreeSet<_> = names(export)
+            .into_iter()
+            .filter_map(|name| self.casts.get(name))
+            .flat_map(|(_, groups)| groups.iter().copied())
+            .collect();
+        groups.into_iter().take(MOST_GROUPS)
+    }
+}
+
+/// The names under which there may be something for who asks about the export of this full name.
+fn names(export: &str) -> [&str; 2] {
+    [export, split_content_name(export).0]
 }
 
 /// The news as one connection hears them.
@@ -172,7 +218,7 @@ impl Ears {
             let mut changed = notices.0.last.subscribe();
             let news = async {
                 loop {
-                    let number = node.and_then(|node| notices.find(&export, node)).map_or(0, |(number, _)| number);
+                    let number = node.map_or(0, |node| notices.last(&export, node));
                     if number > heard.get() {
                         return heard.set(number);
                     }
@@ -222,6 +268,35 @@ mod tests {
         assert_eq!(notices.strings("a", NODE), ["x-headwater:moved=nbd://c/a"]);
         notices.forget("a", NODE);
         assert!(notices.strings("a", NODE).is_empty());
+    }
+
+    #[tokio::test]
+    async fn all_mirrors_hear_where_an_export_is_sent_to_and_that_it_is_not_any_more() {
+        let notices = Notices::default();
+        let group = |last: u8| format!("239.1.2.{last}:7000").parse::<Group>().unwrap();
+        let whole = format!("a@blake3-{}", "ab".repeat(32));
+        let ears = Ears::new(notices.clone(), "a".into(), Some(NODE));
+        let hears = async |ears: &Ears| futures_util::poll!(Box::pin(ears.listen())).is_ready();
+        notices.cast("a", &[]);
+        assert!(!hears(&ears).await, "there was nothing before");
+        notices.cast("a", &[group(1)]);
+        for (export, node) in [("a", NODE), ("a", NodeId([2; 16])), (whole.as_str(), NODE)] {
+            assert_eq!(notices.strings(export, node), ["x-headwater:cast=239.1.2.1:7000"], "{export}");
+        }
+        assert!(notices.strings("b", NODE).is_empty() && notices.strings("a@manifest", NODE).is_empty());
+        assert!(hears(&ears).await && !hears(&ears).await);
+        notices.cast("a", &[group(1)]);
+        assert!(!hears(&ears).await, "the same");
+        notices.tell("a", NODE, moved("nbd://b/a"));
+        let both = ["x-headwater:cast=239.1.2.1:7000", "x-headwater:moved=nbd://b/a"];
+        assert_eq!(notices.strings("a", NODE), both);
+        assert!(hears(&ears).await);
+        notices.cast("a", &[]);
+        assert!(hears(&ears).await);
+        assert_eq!(notices.strings("a", NODE), ["x-headwater:moved=nbd://b/a"]);
+        notices.cast("a", &[1, 2, 3, 4, 5].map(group));
+        assert_eq!(notices.strings("a", NodeId([2; 16])).len(), MOST_GROUPS);
+        assert!(!hears(&Ears::new(notices, "a".into(), None)).await, "a stranger");
     }
 
     #[test]

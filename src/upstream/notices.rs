@@ -3,7 +3,7 @@
 //! A server that offers the context `x-headwater:notice` holds back the answer to a BLOCK_STATUS on it until there is
 //! news for the mirror that asks, or a minute has passed. What the news are is then listed to a connection that says
 //! which mirror it is: `x-headwater:moved=URI,...` or `x-headwater:upstreams=URI,...`, with commas within a URI written as
-//! `%2C`.
+//! `%2C`; and `x-headwater:cast=GROUP:PORT` for each group to which the image is being sent.
 //!
 //! Owns: both questions, and what the answers may look like. Does not own: when to ask, and what is done about it
 //! (`control`).
@@ -25,10 +25,13 @@ use crate::nbd::uri::Address;
 use crate::nbd::wire::{CommandFlags, NOTICE, command};
 use crate::nbd::{Extent, Uri};
 use crate::net::Stream;
+use crate::net::multicast::Group;
 use crate::ranges::ByteRange;
 
 /// Servers that one piece of news may name; more are left out.
 pub const MOST_SERVERS: usize = 16;
+/// Groups that a server may name for one image; more are left out.
+pub const MOST_GROUPS: usize = 4;
 /// How long a server may hold back its answer: half as long again as ours do.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// How long a goodbye may take.
@@ -75,6 +78,30 @@ impl News {
             Self::Upstreams(uris) => Self::Upstreams(keep(uris)),
         };
         (!news.uris().is_empty()).then_some(news)
+    }
+}
+
+/// All that a server tells a mirror at one time.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Told {
+    /// Where else to go, if it says so.
+    pub news: Option<News>,
+    /// Groups to which the image is being sent, at most [`MOST_GROUPS`]. It is believed that they are groups, and
+    /// nothing else: what is heard there is held against the manifest.
+    pub groups: Vec<Group>,
+}
+
+impl Told {
+    /// What is of use in what a server has listed.
+    pub fn find(listed: &[String]) -> Self {
+        let mut groups = Vec::new();
+        let named = listed.iter().filter_map(|text| text.strip_prefix(NAMESPACE)?.strip_prefix("cast="));
+        for group in named.filter_map(|text| text.parse().ok()) {
+            if groups.len() < MOST_GROUPS && !groups.contains(&group) {
+                groups.push(group);
+            }
+        }
+        Self { news: News::find(listed), groups }
     }
 }
 
@@ -194,12 +221,15 @@ impl Remote {
         Line::open(uri, self.common.terms().role, self.pool().connect_timeout).await
     }
 
-    /// The news that the server at `uri` has for us now, asked over a connection of its own.
-    pub async fn news(&self, uri: &Uri) -> Result<Option<News>, OpenFailure> {
+    /// What the server at `uri` has to tell us now, asked over a connection of its own.
+    pub async fn news(&self, uri: &Uri) -> Result<Told, OpenFailure> {
         let ask = Ask::Contexts { export: uri.export.clone(), list: queries(self.common.terms().role) };
         match opening::open(uri, ask, self.pool().connect_timeout).await?.2 {
-            Outcome::Contexts(listed) => Ok(News::find(&listed).and_then(|news| news.told_by(uri))),
-            Outcome::Listed(_) | Outcome::Opened(_) => Ok(None),
+            Outcome::Contexts(listed) => {
+                let Told { news, groups } = Told::find(&listed);
+                Ok(Told { news: news.and_then(|news| news.told_by(uri)), groups })
+            }
+            Outcome::Listed(_) | Outcome::Opened(_) => Ok(Told::default()),
         }
     }
 
@@ -213,7 +243,11 @@ impl Remote {
 #[doc(hidden)]
 pub fn fuzz(data: &[u8]) {
     let listed: Vec<_> = String::from_utf8_lossy(data).lines().map(str::to_owned).collect();
-    let Some(news) = News::find(&listed) else { return };
+    let Told { news, groups } = Told::find(&listed);
+    assert!(groups.len() <= MOST_GROUPS, "too many groups");
+    let texts: Vec<_> = groups.iter().map(|group| format!("{NAMESPACE}cast={group}")).collect();
+    assert_eq!(Told::find(&texts), Told { news: None, groups }, "groups read back as something else");
+    let Some(news) = news else { return };
     assert!((1..=MOST_SERVERS).contains(&news.uris().len()), "no servers, or too many");
     let texts: Vec<_> = news.uris().iter().map(Uri::to_string).collect();
     assert!(texts.iter().all(|text| !text.contains(',')), "a comma in a URI would be taken for the end of it");
@@ -245,6 +279,22 @@ mod tests {
         assert_eq!(both, Some(News::Moved(uris(&["nbd://b/x"]))));
         let upstreams = find(&["x-headwater:upstreams=nbd://a/x,nbd://a/x,nbd://c/x"]);
         assert_eq!(upstreams, Some(News::Upstreams(uris(&["nbd://a/x", "nbd://c/x"]))));
+    }
+
+    #[test]
+    fn groups_are_believed_to_be_groups() {
+        let groups = |listed: &[&str]| -> Vec<String> {
+            let listed: Vec<_> = listed.iter().map(|text| format!("x-headwater:cast={text}")).collect();
+            Told::find(&listed).groups.iter().map(Group::to_string).collect()
+        };
+        assert_eq!(groups(&["239.1.2.3:7", "[ff15::7]:7", "239.1.2.3:7"]), ["239.1.2.3:7", "[ff15::7]:7"]);
+        for text in ["", "239.1.2.3", "239.1.2.3:0", "10.0.0.1:7", "[::1]:7", "all:7", "239.1.2.3:7,239.1.2.4:7"] {
+            assert!(groups(&[text]).is_empty(), "{text}");
+        }
+        let many: Vec<_> = (0..100).map(|last| format!("239.1.2.{last}:7")).collect();
+        assert_eq!(groups(&many.iter().map(String::as_str).collect::<Vec<_>>()).len(), MOST_GROUPS);
+        let both = ["x-headwater:cast=239.1.2.3:7", "x-headwater:moved=nbd://b/x"].map(str::to_owned);
+        assert!(matches!(Told::find(&both), Told { news: Some(News::Moved(_)), groups } if groups.len() == 1));
     }
 
     #[test]
@@ -284,6 +334,7 @@ mod tests {
             fuzz(text.as_bytes());
             fuzz(format!("x-headwater:moved=nbd://a/{tail}").as_bytes());
             fuzz(format!("x-headwater:upstreams={tail},nbd:{tail}\n{text}").as_bytes());
+            fuzz(format!("x-headwater:cast={tail}\nx-headwater:cast=239.1.{tail}:7\nx-headwater:cast={text}").as_bytes());
         }
 
         #[test]

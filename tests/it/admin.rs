@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
+use headwater::control::casts::Casts;
 use headwater::control::redirect::Redirects;
 use headwater::control::status::{CacheStatus, ImageStatus, Kind, LinkStatus, PinReport, Role, VerifyOrder};
 use headwater::control::{Admin, AdminAddress, AdminListener, Answer, Jobs, Operated, Outcome, Refusal};
@@ -298,6 +299,10 @@ fn what_makes_no_sense_is_refused_with_its_code_and_a_reason() {
         ("POST /v1/images/image/pin", "{", 400, "EOF"),
         ("POST /v1/images/image/pin", &long, 413, "64 KiB"),
         ("POST /v1/images/image/verify", "{\"rate\": 0}", 400, "never end"),
+        ("GET /v1/casts/1", "", 404, "no such cast"),
+        ("DELETE /v1/casts/1", "", 404, "no such cast"),
+        ("POST /v1/images/other/cast", "{}", 404, "\"other\""),
+        ("POST /v1/images/image/cast", "{}", 409, "headwater index"),
         ("POST /v1/images/%ff/verify", "{}", 400, "UTF-8"),
     ] {
         let (answered, answer) = ask(&socket, line, body);
@@ -350,8 +355,10 @@ impl Desk {
                 let listener = AdminListener::bind(&address).unwrap();
                 let workers = Arc::new(Workers::start(1, Preference::Threads).unwrap());
                 let (steering, registry) = (Steering::default(), Arc::new(Registry::new()));
+                let operated: Arc<dyn Operated> = Arc::new(operated);
+                let casts = Casts::start(steering.clone(), Arc::clone(&registry), Arc::clone(&operated), &workers);
                 let redirects = Redirects::start(steering, registry, &workers, None).await;
-                let _admin = Admin::start(listener, Arc::new(operated), redirects, Vec::new());
+                let _admin = Admin::start(listener, operated, redirects, casts, Vec::new());
                 ready.send(()).unwrap();
                 std::future::pending::<()>().await;
             });

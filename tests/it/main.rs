@@ -23,6 +23,7 @@
 //! | `qmp` | disks of real qemu, moved by its monitor |
 //! | `admin` | the admin API and the commands that use it |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
+//! | `cast_orders` | `headwater cast`: what is refused, what mirrors are told, the order behind each session |
 //! | `redirect` | running clients moved to another server, and servers taken out of service |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
 //! | `fleet` | many mirrors and a tree of them, redirected while their clients read |
@@ -46,6 +47,7 @@ mod admin;
 mod attach;
 mod bound;
 mod cast;
+mod cast_orders;
 mod command_line;
 mod crash;
 mod data_path;

@@ -101,6 +101,8 @@ mod tests {
             link: None,
             orders: Vec::new(),
             redirects: Vec::new(),
+            casts: Vec::new(),
+            receptions: Vec::new(),
             draining: DrainStatus::default(),
             listen,
         }

@@ -317,6 +317,7 @@ pub(super) fn table(orders: &[OrderStatus]) -> Table {
 
 fn state(order: &OrderStatus) -> String {
     match (order.state, &order.error) {
+        (OrderState::Active, _) if order.held => "held: a cast brings it".to_owned(),
         (OrderState::Active, _) => "active".to_owned(),
         (OrderState::Done, _) => "done".to_owned(),
         (OrderState::Cancelled, _) => "cancelled".to_owned(),

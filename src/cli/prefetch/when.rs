@@ -9,7 +9,7 @@ use jiff::{Timestamp, ToSpan, Zoned};
 
 /// A moment that a person has named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum When {
+pub(in crate::cli) enum When {
     /// The next time that it is so late here.
     Time(Time),
     /// A day and a time here.
@@ -45,7 +45,7 @@ impl FromStr for When {
 
 impl When {
     /// The moment itself, for somebody for whom it is `now`.
-    pub(super) fn after(self, now: &Zoned) -> anyhow::Result<Timestamp> {
+    pub(in crate::cli) fn after(self, now: &Zoned) -> anyhow::Result<Timestamp> {
         let moment = match self {
             Self::Time(time) => {
                 // A time that does not exist on a day, because clocks are set forward, is as much later.
@@ -66,7 +66,7 @@ impl When {
 }
 
 /// Seconds since 1970, as a day and a time here.
-pub(super) fn shown(seconds: f64) -> String {
+pub(in crate::cli) fn shown(seconds: f64) -> String {
     let time = Duration::try_from_secs_f64(seconds).ok().and_then(|time| jiff::SignedDuration::try_from(time).ok());
     let timestamp = time.and_then(|time| Timestamp::from_duration(time).ok());
     timestamp.map_or_else(

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | this one | [`Mirrors`]: which there are, and what they have in common |
 //! | `open` | which cache belongs to which image, and its manifest |
+//! | `casts` | being filled by what is sent to groups |
 //! | `notice` | going to other upstreams, as told by the present one |
 //! | `remembered` | which those are, over a restart |
 //! | `watch` | noticing that the upstream's image has been replaced, or has got a manifest |
@@ -17,6 +18,7 @@
 //!
 //! Owns: generations, their registration, their watchers. Does not own: caches (`mirror`), connections (`upstream`).
 
+mod casts;
 mod notice;
 mod open;
 mod operate;
@@ -31,7 +33,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use futures_util::future::join_all;
 use thiserror::Error;
 
+pub use self::casts::Hear;
+use self::casts::Receptions;
 use self::notice::Follower;
+pub(in crate::control) use self::prefetch::{deadline_of, within};
 use self::remembered::Remembered;
 use super::Jobs;
 use super::redirect::StatePlace;
@@ -44,6 +49,7 @@ use crate::fill::orders::Orders;
 use crate::fill::profile::{self, Exchange, Kept, Recording, Store};
 use crate::mirror::{self, CacheError, ManifestError, Mirror, Share, Space, SpaceSettings};
 use crate::nbd::Uri;
+use crate::net::multicast::Group;
 use crate::units::ByteSize;
 use crate::upstream::{self, Remote};
 use crate::worker::Workers;
@@ -79,6 +85,8 @@ pub struct Plan {
     pub fill: fill::Settings,
     /// How profiles are recorded.
     pub profile: profile::Settings,
+    /// Which groups are heard.
+    pub hear: Hear,
 }
 
 /// Why an image cannot be mirrored.
@@ -139,6 +147,14 @@ pub enum MirrorError {
         /// Bytes.
         limit: u64,
     },
+    /// A group cannot be heard.
+    #[error("cannot join {group}: {source}")]
+    Join {
+        /// The group.
+        group: Group,
+        /// The reason of the system.
+        source: std::io::Error,
+    },
     /// Two with one name.
     #[error(transparent)]
     DuplicateName(#[from] DuplicateName),
@@ -163,6 +179,7 @@ struct Shared {
     generations: Mutex<Vec<Arc<Generation>>>,
     jobs: Jobs,
     orders: Orders,
+    receptions: Arc<Receptions>,
 }
 
 /// One image as it was at one time.
@@ -194,6 +211,7 @@ impl Mirrors {
         let orders = orders.map_err(|_| MirrorError::Died("the table of orders".to_owned()))?;
         let engine = Engine::new(plan.fill.rates, orders.clone());
         plan.mirror.observer = Some(engine.observer());
+        let receptions = Receptions::new(plan.hear.clone());
         let shared = Shared {
             plan,
             space,
@@ -203,6 +221,7 @@ impl Mirrors {
             generations: Mutex::default(),
             jobs: Jobs::default(),
             orders,
+            receptions,
         };
         let this = Self(Arc::new(shared));
         for image in this.0.plan.images.clone() {
@@ -215,6 +234,7 @@ impl Mirrors {
         workers.run(move || engine.run()).await;
         let runner = this.clone();
         workers.run(move || runner.run_orders()).await;
+        this.listen(workers).await?;
         Ok(this)
     }
 
@@ -309,7 +329,8 @@ impl Mirrors {
         let Ok(remembered) = opening.await else {
             return tracing::error!(name, "cannot follow the upstream's news: a thread died");
         };
-        let follower = Follower::new(name, Arc::clone(&generation.remote), remembered);
+        let receptions = Arc::clone(&self.0.receptions);
+        let follower = Follower::new(name, Arc::clone(&generation.remote), remembered, receptions);
         workers.run(move || follower.run()).await;
     }
 

@@ -9,6 +9,8 @@
 //! old, and is known by being the same as what was followed from there, while another server was followed since. Once it
 //! is said anew it is news again.
 //!
+//! Servers also say to which groups the image is being sent; that holds until they say something else.
+//!
 //! Owns: when to ask, what is old. Does not own: the questions and the exchange of servers (`upstream`), what is kept over
 //! a restart (`remembered`).
 
@@ -18,11 +20,13 @@ use std::time::{Duration, Instant};
 
 use tokio::time::{sleep, sleep_until};
 
+use super::casts::{Receptions, Tip};
 use super::remembered::Remembered;
 use crate::clock;
 use crate::nbd::Uri;
+use crate::net::multicast::Group;
 use crate::upstream::notices::{Line, News};
-use crate::upstream::{Remote, Route};
+use crate::upstream::{self, Remote, Route};
 
 /// A server is asked no more often, whatever it answers.
 const EVERY: Duration = Duration::from_millis(250);
@@ -41,6 +45,25 @@ pub(super) struct Follower {
     remembered: Option<Remembered>,
     told: Told,
     visit: Option<Visit>,
+    tuned: Tuned,
+}
+
+/// The groups to which the image is sent, as the server said last.
+#[derive(Debug)]
+struct Tuned {
+    name: String,
+    receptions: Arc<Receptions>,
+    tips: Vec<Tip>,
+}
+
+impl Tuned {
+    /// The server names these groups now.
+    fn hear(&mut self, groups: &[Group]) {
+        let is_new = |group: &&Group| !self.tips.iter().any(|tip| tip.group() == **group);
+        let new: Vec<_> = groups.iter().filter(is_new).map(|group| self.receptions.named(&self.name, *group)).collect();
+        self.tips.retain(|tip| groups.contains(&tip.group()));
+        self.tips.extend(new);
+    }
 }
 
 /// What was followed last, by the server that said it; the last one at the end.
@@ -141,9 +164,9 @@ impl Visit {
                     self.losses = 0;
                     // What is there already is answered at once.
                     let is_echo = std::mem::take(&mut self.is_echo) && clock::now().duration_since(asked) < EVERY;
-                    if is_news && !is_echo {
-                        // Also if it is the same again.
-                        self.old = None;
+                    if is_news {
+                        // Also if it is the same again. An echo may be about what has changed since it was asked for.
+                        self.old = self.old.take().filter(|_| is_echo);
                         return;
                     }
                 }
@@ -160,13 +183,14 @@ impl Visit {
     /// What is to be followed, as soon as there is something.
     ///
     /// Cancel safety: nothing is lost but time.
-    async fn news(&mut self, remote: &Remote, told: &Told) -> News {
+    async fn news(&mut self, remote: &Remote, told: &Told, tuned: &mut Tuned) -> News {
         loop {
             if std::mem::replace(&mut self.was_asked, true) {
                 self.reason_to_ask(remote).await;
             }
             match remote.news(&self.uri).await {
-                Ok(said) => {
+                Ok(upstream::notices::Told { news: said, groups }) => {
+                    tuned.hear(&groups);
                     self.old = self.old.take().filter(|old| Some(old) == said.as_ref());
                     if !std::mem::replace(&mut self.has_answered, true) {
                         self.old = said.clone().filter(|news| told.is_old(&self.uri, news));
@@ -205,8 +229,9 @@ fn pause(failures: u32) -> Duration {
 }
 
 impl Follower {
-    pub(super) fn new(name: String, remote: Arc<Remote>, remembered: Remembered) -> Self {
-        Self { name, remote, remembered: Some(remembered), told: Told::default(), visit: None }
+    pub(super) fn new(name: String, remote: Arc<Remote>, remembered: Remembered, receptions: Arc<Receptions>) -> Self {
+        let tuned = Tuned { name: name.clone(), receptions, tips: Vec::new() };
+        Self { name, remote, remembered: Some(remembered), told: Told::default(), visit: None, tuned }
     }
 
     /// Goes where it is told, for ever. One task of a worker does this; its connections live there.
@@ -217,6 +242,7 @@ impl Follower {
             let now = place.borrow_and_update().clone();
             self.turn_to(now.uri).await;
             let Some(visit) = self.visit.as_mut().filter(|_| now.tells_news) else {
+                self.tuned.hear(&[]);
                 if place.changed().await.is_err() {
                     return;
                 }
@@ -229,7 +255,7 @@ impl Follower {
                     Ok(()) => continue,
                     Err(_) => return,
                 },
-                news = visit.news(&self.remote, &self.told) => news,
+                news = visit.news(&self.remote, &self.told, &mut self.tuned) => news,
             };
             self.follow(news).await;
         }

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::{Generation, Mirrors};
+use crate::control::casts::Words;
 use crate::control::status::{
     CacheStatus, CauseStatus, ImageStatus, Kind, LinkStatus, MirrorStatus, OrderStatus, PinReport, PrefetchOrder,
-    PrefetchReport, Role, UpstreamStatus, VerifyOrder,
+    PrefetchReport, ReceptionStatus, Role, UpstreamStatus, VerifyOrder,
 };
 use crate::control::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
 use crate::fill::profile::Store;
@@ -16,14 +17,10 @@ use crate::upstream::ServerStatus;
 
 impl Generation {
     /// Looks at every chunk.
-    fn status(&self, is_newest: bool) -> ImageStatus {
+    fn status(&self, name: String) -> ImageStatus {
         let Share { size, resident, zero, pinned } = self.mirror.share();
         let stats = self.mirror.stats();
         let identity = self.mirror.image().map(|identity| identity.to_string());
-        let name = match &identity {
-            Some(identity) if !is_newest => format!("{}@{identity}", self.image.name),
-            _ => self.image.name.clone(),
-        };
         ImageStatus {
             name,
             kind: Kind::Mirror,
@@ -83,6 +80,16 @@ fn upstream(server: ServerStatus) -> UpstreamStatus {
 }
 
 impl Mirrors {
+    /// How operators name a generation: by its image, an older one by its content too.
+    pub(super) fn operated_name(&self, generation: &Arc<Generation>) -> String {
+        let name = &generation.image.name;
+        let is_newest = self.newest(name).is_some_and(|newest| Arc::ptr_eq(&newest, generation));
+        match generation.mirror.image() {
+            Some(identity) if !is_newest => format!("{name}@{identity}"),
+            _ => name.clone(),
+        }
+    }
+
     /// The generation that an operator names: by its image, or an older one by its content too.
     pub(super) fn find(&self, name: &str) -> Result<Arc<Generation>, Refusal> {
         let of_content = || {
@@ -145,10 +152,8 @@ impl Operated for Mirrors {
 
     fn images(&self) -> Vec<ImageStatus> {
         let generations = self.generations().clone();
-        let newest = |generation: &Arc<Generation>| {
-            self.newest(&generation.image.name).is_some_and(|newest| Arc::ptr_eq(&newest, generation))
-        };
-        let mut images: Vec<_> = generations.iter().map(|generation| generation.status(newest(generation))).collect();
+        let status = |generation: &Arc<Generation>| generation.status(self.operated_name(generation));
+        let mut images: Vec<_> = generations.iter().map(status).collect();
         images.sort_by(|one, other| one.name.cmp(&other.name));
         images
     }
@@ -211,6 +216,14 @@ impl Operated for Mirrors {
 
     fn order(&self, id: u64) -> Option<OrderStatus> {
         self.order_status(id)
+    }
+
+    fn receptions(&self) -> Vec<ReceptionStatus> {
+        self.reception_list()
+    }
+
+    fn words(&self) -> Words {
+        self.0.receptions.words().clone()
     }
 
     fn cancel_order(&self, id: u64) -> Answer<'_, Option<OrderStatus>> {

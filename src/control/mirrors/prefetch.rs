@@ -46,7 +46,7 @@ impl Mirrors {
             ranges,
             what,
             rate: rate(order.rate)?,
-            deadline: deadline(&order, now)?,
+            deadline: deadline_of(&order, now)?,
             strategy: match &order.strategy {
                 Some(text) => text.parse().map_err(|error| Refusal::Invalid(format!("{text:?}: {error}")))?,
                 None => Default::default(),
@@ -99,7 +99,10 @@ impl Mirrors {
     /// All orders. Looks at every chunk that they are for.
     pub(super) fn order_list(&self) -> Vec<OrderStatus> {
         let (forecast, now) = (self.0.orders.forecast(), clock::moment());
-        let status = |order: &Arc<Order>| OrderStatus::new(order, self.here(order), forecast.as_ref(), now);
+        let status = |order: &Arc<Order>| {
+            let held = self.is_held(order);
+            OrderStatus { held, ..OrderStatus::new(order, self.here(order), forecast.as_ref(), now) }
+        };
         self.0.orders.list().iter().map(status).collect()
     }
 
@@ -107,7 +110,8 @@ impl Mirrors {
         // First: of an order that was seen done, what is counted then came before or has left since.
         let order = self.0.orders.get(id)?;
         let here = self.here(&order);
-        Some(OrderStatus::new(&order, here, self.0.orders.forecast().as_ref(), clock::moment()))
+        let held = self.is_held(&order);
+        Some(OrderStatus { held, ..OrderStatus::new(&order, here, self.0.orders.forecast().as_ref(), clock::moment()) })
     }
 
     /// Calls an order off. Cancel safety: it is called off or not.
@@ -156,7 +160,7 @@ fn refusal(error: OrderError) -> Refusal {
 }
 
 /// Ranges that an operator named, if the image has them.
-fn within(image: &str, ranges: &[Range], size: u64) -> Result<Vec<ByteRange>, Refusal> {
+pub(in crate::control) fn within(image: &str, ranges: &[Range], size: u64) -> Result<Vec<ByteRange>, Refusal> {
     let checked = |range: &Range| {
         let empty = || Refusal::Invalid("a range is empty, or ends beyond 2^64 bytes".to_owned());
         let range = ByteRange::new(range.start, range.length).filter(|range| !range.is_empty()).ok_or_else(empty)?;
@@ -177,7 +181,7 @@ fn rate(rate: Option<u64>) -> Result<Option<u64>, Refusal> {
 }
 
 /// The deadline that an order names, if it does.
-fn deadline(order: &PrefetchOrder, now: Moment) -> Result<Option<Deadline>, Refusal> {
+pub(in crate::control) fn deadline_of(order: &PrefetchOrder, now: Moment) -> Result<Option<Deadline>, Refusal> {
     let refused = |why: &str| Err(Refusal::Invalid(format!("the deadline {why}")));
     let (seconds, is_time_of_day) = match (order.deadline, order.deadline_seconds) {
         (None, None) => return Ok(None),
@@ -221,7 +225,7 @@ mod tests {
     fn deadlines_lie_ahead_and_not_too_far() {
         let now = clock::moment();
         let of = |deadline, deadline_seconds| {
-            super::deadline(&PrefetchOrder { deadline, deadline_seconds, ..PrefetchOrder::default() }, now)
+            deadline_of(&PrefetchOrder { deadline, deadline_seconds, ..PrefetchOrder::default() }, now)
                 .map_err(|error| error.to_string())
         };
         let today = now.wall.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();

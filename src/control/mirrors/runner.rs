@@ -31,6 +31,7 @@ impl Mirrors {
                     Err(why) => self.0.orders.end(order.id, State::Failed(why)).await,
                 }
             }
+            self.hold_orders();
             // Whether it is news or time does not matter.
             let _ = tokio::time::timeout(EVERY, changed.changed()).await;
         }
@@ -40,7 +41,8 @@ impl Mirrors {
     pub(super) fn hand_over(&self, order: Arc<Order>, generation: &Generation) {
         if !self.0.engine.carries_out(order.id) {
             let source = self.source(&order, generation);
-            self.0.engine.carry_out(order, Arc::clone(generation.filled.image()), source);
+            let is_held = self.is_held(&order);
+            self.0.engine.carry_out(order, Arc::clone(generation.filled.image()), source, is_held);
         }
     }
 

@@ -45,6 +45,8 @@ enum WhatForm {
     All,
     Profile(String),
     Ranges,
+    /// The session.
+    Cast(String),
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -87,6 +89,7 @@ fn write(order: &Order) -> OrderForm {
             What::All => WhatForm::All,
             What::Profile(tag) => WhatForm::Profile(tag.clone()),
             What::Ranges => WhatForm::Ranges,
+            What::Cast(session) => WhatForm::Cast(session.to_string()),
         },
         rate: order.rate,
         deadline: order.deadline.map(|deadline| milliseconds(deadline.wall())),
@@ -133,6 +136,7 @@ fn read(form: OrderForm) -> Option<Order> {
             WhatForm::All => What::All,
             WhatForm::Profile(tag) => What::Profile(tag),
             WhatForm::Ranges => What::Ranges,
+            WhatForm::Cast(session) => What::Cast(session.parse().ok()?),
         },
         rate: form.rate.filter(|rate| *rate > 0),
         deadline,
@@ -175,6 +179,7 @@ pub fn fuzz(data: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cast::SessionId;
     use crate::export::ImageId;
     use crate::fill::deadline::Strategy;
     use proptest::prelude::*;
@@ -200,7 +205,9 @@ mod tests {
     fn table() -> Table {
         let mut all = Order::new(2, super::super::Spec::all("", 0), SystemTime::UNIX_EPOCH);
         all.what = What::Ranges;
-        let orders = [order(1, State::Active), all, order(3, State::Failed("no\tmore".into())), order(9, State::Done)];
+        let cast = Order { what: What::Cast(SessionId(0xfeed)), ..order(4, State::Active) };
+        let failed = order(3, State::Failed("no\tmore".into()));
+        let orders = [order(1, State::Active), all, failed, cast, order(9, State::Done)];
         Table { last: 12, orders: orders.into_iter().map(|order| (order.id, Arc::new(order))).collect() }
     }
 
@@ -226,6 +233,7 @@ mod tests {
             ("\"jit\"", "\"never\""),
             ("\"rate\"", "\"ratio\""),
             ("blake3-07", "blake3-x7"),
+            ("000000000000feed", "00000000000feed"),
         ] {
             let changed = json.replacen(from, to, 1);
             assert_ne!(changed, json, "{from}");

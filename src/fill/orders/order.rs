@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::cast::SessionId;
 use crate::clock::Moment;
 use crate::export::ImageId;
 use crate::fill::deadline::Strategy;
@@ -76,6 +77,8 @@ pub enum What {
     Profile(String),
     /// Parts that were named.
     Ranges,
+    /// What a session of multicast was to bring: all of it that has not come when that is over.
+    Cast(SessionId),
 }
 
 /// Whether an order is still to be carried out.

@@ -2,9 +2,26 @@
 //!
 //! | file | holds |
 //! | --- | --- |
+//! | `world` | a sender, receivers and the network between them |
+//! | `loss` | which datagrams are lost |
+//! | `nack` | what the same costs without parity |
+//! | `table` | the table of all that |
+//! | `scenarios` | what must hold whatever happens: tests |
 //! | `speed` | how fast a block is encoded and mended, on one core |
+//! | `chance` | random numbers that repeat |
 
+#![expect(clippy::cast_precision_loss, reason = "figures for people")]
+
+mod chance;
+mod loss;
+mod nack;
+#[cfg(test)]
+mod scenarios;
 mod speed;
+mod table;
+mod world;
+
+use std::io::Write;
 
 use clap::{Parser, Subcommand};
 
@@ -19,10 +36,18 @@ struct Arguments {
 enum Command {
     /// How fast a block is encoded and mended, on one core.
     Speed(speed::Speed),
+    /// Overhead and time by loss and number of receivers.
+    Table(table::Table),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Speed(speed) => speed.run(),
+        Command::Table(table) => table.run(),
     }
+}
+
+/// Prints a line.
+fn out(line: &str) -> anyhow::Result<()> {
+    Ok(writeln!(std::io::stdout(), "{line}")?)
 }

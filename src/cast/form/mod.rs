@@ -1,13 +1,74 @@
 //! Datagrams: their bytes, and the tag by which a forged one is known.
 //!
-//! STUB
+//! | file | holds |
+//! | --- | --- |
+//! | this one | what there is to say, its bounds, the key |
+//! | `write` | to bytes |
+//! | `read` | from bytes, and from bytes that a stranger made |
+//!
+//! All numbers are little-endian. A datagram is a head of [`HEAD`] bytes, a body, and a tag of [`TAG`] bytes; the tables are
+//! in `docs/formats.md`. There is one way to write each, and no other is read.
+//!
+//! Owns: the form, and which numbers make sense. Does not own: what is done with it (`sender`, `receiver`), whether a
+//! symbol belongs to the layout (`receiver`).
 
+mod read;
+#[cfg(test)]
+mod tests;
+mod write;
+
+use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use thiserror::Error;
 
-use super::{ReceiverId, SessionId};
-use crate::manifest::{ImageId, Shape};
+use super::layout::MOST_PAGES;
+use super::{MOST_PARITY, ReceiverId, SessionId};
+use crate::manifest::{CHUNK_SIZES, ImageId, Shape};
+pub(super) use read::{TOLD, terms_of};
+pub use read::{decode, fuzz, peek};
+pub use write::encode;
+
+/// Bytes before the body: what it is, the session, the number.
+pub const HEAD: usize = 14;
+/// Bytes behind the body.
+pub const TAG: usize = 8;
+/// Bytes of the largest datagram that is read: more than a frame of 9000 bytes holds.
+pub const MOST_BYTES: usize = 9000;
+/// Bytes of a symbol, at least and at most; an even number.
+pub const SYMBOLS: std::ops::RangeInclusive<u16> = 64..=symbol_for(MOST_BYTES);
+/// Bytes of the largest block.
+pub const MOST_BLOCK: u32 = 4 << 20;
+/// Data symbols that a block has at most: half of the code's field, so that parity always has room.
+pub const MOST_SYMBOLS: u32 = 32768;
+/// The longest time between reports, and the longest to spread them over; the shortest is 1 ms.
+pub const LONGEST: Duration = Duration::from_secs(3600);
+
+/// The first byte of every datagram.
+const MAGIC: u8 = 0xCA;
+/// The upper half of the second byte. The lower one is what it is.
+const VERSION: u8 = 1;
+const ANNOUNCE: u8 = 1;
+const PAGE: u8 = 2;
+const SYMBOL: u8 = 3;
+const WORD: u8 = 4;
+const REPORT: u8 = 5;
+
+/// What keys are derived with; see BLAKE3's `derive_key`.
+const CONTEXT: &str = "Headwater 2026-11-22 cast datagram, version 1";
+
+/// Bytes of a symbol's body before its bytes.
+const SYMBOL_HEAD: usize = 6;
+/// Bytes of a page's body before its runs.
+const PAGE_HEAD: usize = 2;
+/// Bytes of a word's body before its lists.
+const WORD_HEAD: usize = 6;
+/// Bytes of a report's body before its needs.
+const REPORT_HEAD: usize = 33;
+/// Bytes of a run, and of a need.
+pub(super) const ITEM: usize = 8;
+/// Milliseconds from 1970 to the year 10000, after which nobody has a deadline.
+const LAST_MOMENT: u64 = 253_402_300_800_000;
 
 /// What does not change during a session. Every announcement has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,37 +244,73 @@ pub struct Head {
 
 /// What the tags of a session are made with: derived from the identity of the image and the session, so only who knows what
 /// the image is can make one. That keeps strangers from costing us anything; what the bytes are worth is seen by the manifest.
-#[derive(Debug, Clone)]
-pub struct Key;
+#[derive(Clone)]
+pub struct Key([u8; 32]);
 
 impl Key {
     /// The key of a session.
     pub fn new(image: ImageId, session: SessionId) -> Self {
-        let _ = (image, session);
-        unimplemented!()
+        let mut hasher = blake3::Hasher::new_derive_key(CONTEXT);
+        hasher.update(&image.0).update(&session.0.to_le_bytes());
+        Self(*hasher.finalize().as_bytes())
+    }
+
+    /// The tag of a head and a body: the first bytes of the keyed hash.
+    ///
+    /// Eight bytes, because a forger learns nothing from a wrong guess and has to make one for each datagram; and they may
+    /// be compared byte by byte, because nothing is answered from which the time that this took could be told.
+    fn tag(&self, bytes: &[u8]) -> [u8; TAG] {
+        let hash = blake3::keyed_hash(&self.0, bytes);
+        std::array::from_fn(|index| hash.as_bytes()[index])
     }
 }
 
-/// Appends the bytes of a datagram to `to`.
-pub fn encode(head: Head, datagram: &Datagram<'_>, key: &Key, to: &mut Vec<u8>) {
-    let _ = (head, datagram, key, to);
-    unimplemented!()
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key")
+    }
 }
 
-/// The session of a datagram, and the image if it is an announcement: what is needed to find the key.
-pub fn peek(bytes: &[u8]) -> Result<(Head, Option<ImageId>), Malformed> {
-    let _ = bytes;
-    unimplemented!()
+impl Terms {
+    /// Whether the numbers make sense together. Nothing in a [`super::layout::Layout`] of terms that do is larger than
+    /// their shape is: whoever hears them compares that with the manifest first.
+    pub fn is_sound(&self) -> bool {
+        let Shape { image_size, chunk_size } = self.shape;
+        let is_shape = chunk_size.is_power_of_two()
+            && CHUNK_SIZES.contains(&chunk_size)
+            && image_size > 0
+            && self.shape.count() <= u64::from(u32::MAX);
+        is_shape
+            && (1..=MOST_BLOCK).contains(&self.block)
+            && self.block.is_multiple_of(chunk_size)
+            && SYMBOLS.contains(&self.symbol)
+            && self.symbol.is_multiple_of(2)
+            && self.block.div_ceil(u32::from(self.symbol)) <= MOST_SYMBOLS
+            && (1..=MOST_PARITY).contains(&self.parity)
+            && self.pages <= MOST_PAGES
+            && (self.pages > 0 || self.rest)
+    }
 }
 
-/// Reads a datagram.
-pub fn decode<'a>(bytes: &'a [u8], key: &Key) -> Result<(Head, Datagram<'a>), Malformed> {
-    let _ = (bytes, key);
-    unimplemented!()
-}
-
-/// Bytes of the largest symbol that fits a datagram of so many bytes (without the headers of UDP and IP).
+/// Bytes of the largest symbol that fits a datagram of so many bytes (without the headers of UDP and IP): an even number.
+/// 1444 of the 1472 that an Ethernet frame has for IPv4, 1424 of the 1452 for IPv6.
 pub const fn symbol_for(datagram: usize) -> u16 {
-    let _ = datagram;
-    unimplemented!()
+    let datagram = if datagram > MOST_BYTES { MOST_BYTES } else { datagram };
+    let room = datagram.saturating_sub(HEAD + SYMBOL_HEAD + TAG);
+    #[expect(clippy::cast_possible_truncation, reason = "at most 9000")]
+    let room = room as u16;
+    room - room % 2
 }
+
+/// Runs that fit a page in a datagram of so many bytes.
+pub const fn most_runs(datagram: usize) -> usize {
+    datagram.saturating_sub(HEAD + PAGE_HEAD + TAG) / ITEM
+}
+
+/// Needs that fit a report in a datagram of so many bytes. A word fits if `coming`, `unicast` and twice `dropped` are no
+/// more together.
+pub const fn most_needs(datagram: usize) -> usize {
+    datagram.saturating_sub(HEAD + REPORT_HEAD + TAG) / ITEM
+}
+
+const _: () = assert!(WORD_HEAD <= REPORT_HEAD, "what fits a report fits a word");

@@ -64,7 +64,7 @@ const PAGE_HEAD: usize = 2;
 /// Bytes of a word's body before its lists.
 const WORD_HEAD: usize = 6;
 /// Bytes of a report's body before its needs.
-const REPORT_HEAD: usize = 33;
+const REPORT_HEAD: usize = 37;
 /// Bytes of a run, and of a need.
 pub(super) const ITEM: usize = 8;
 /// Milliseconds from 1970 to the year 10000, after which nobody has a deadline.

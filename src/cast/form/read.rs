@@ -164,8 +164,9 @@ impl<'a> Body<'a> {
             _ => return Err(Malformed::Broken),
         };
         let (done, seen, lost, overflowed) = (self.u32()?, self.u32()?, self.u32()?, self.u32()?);
+        let heard = self.u32()?;
         let needs = self.needs(self.0.len().div_ceil(ITEM), false)?;
-        Ok(Report { receiver, standing, done, seen, lost, overflowed, needs })
+        Ok(Report { receiver, standing, done, seen, lost, overflowed, heard, needs })
     }
 
     /// So many needs. `of_none`: they may be of no symbols.

@@ -65,14 +65,15 @@ fn ids() -> impl Strategy<Value = Vec<ReceiverId>> {
 
 fn report() -> impl Strategy<Value = Report> {
     let standing = prop::sample::select(vec![Standing::Joined, Standing::Complete, Standing::Leaving]);
-    (any::<[u8; 16]>(), standing, any::<[u32; 4]>(), needs(false, most_needs(1472))).prop_map(
-        |(receiver, standing, [done, seen, lost, overflowed], needs)| Report {
+    (any::<[u8; 16]>(), standing, any::<[u32; 5]>(), needs(false, most_needs(1472))).prop_map(
+        |(receiver, standing, [done, seen, lost, overflowed, heard], needs)| Report {
             receiver: ReceiverId(receiver),
             standing,
             done,
             seen,
             lost,
             overflowed,
+            heard,
             needs,
         },
     )
@@ -190,7 +191,7 @@ proptest! {
         let report = |more| {
             let needs = vec![need; most_needs(datagram) + more];
             let standing = Standing::Joined;
-            Datagram::Report(Report { receiver, standing, done: 0, seen: 0, lost: 0, overflowed: 0, needs })
+            Datagram::Report(Report { receiver, standing, done: 0, seen: 0, lost: 0, overflowed: 0, heard: 0, needs })
         };
         prop_assert!(fits(&report(0)) && !fits(&report(1)));
         let dropped = most_needs(datagram) / 2 * needs_of / 3;

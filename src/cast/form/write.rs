@@ -98,7 +98,7 @@ fn report(said: &Report, to: &mut Vec<u8>) {
         Standing::Complete => 1,
         Standing::Leaving => 2,
     });
-    for number in [said.done, said.seen, said.lost, said.overflowed] {
+    for number in [said.done, said.seen, said.lost, said.overflowed, said.heard] {
         to.extend(number.to_le_bytes());
     }
     needs(&said.needs, to);

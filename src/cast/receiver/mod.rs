@@ -413,7 +413,7 @@ impl Receiver {
     /// A report, if one is due.
     pub fn report(&mut self, now: Duration) -> Option<Report> {
         let silence = self.silence();
-        if self.done < self.layout.blocks() && now.saturating_sub(self.last_heard) >= silence {
+        if now.saturating_sub(self.last_heard) >= silence {
             self.is_abandoned = true;
         }
         if self.is_over() || now < self.due.next() {

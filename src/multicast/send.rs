@@ -252,8 +252,8 @@ struct Line {
     number: u32,
     began: Instant,
     pace: Pace,
-    /// What the protocol has said and what could not be done yet.
-    staged: Option<Step>,
+    /// What the protocol has said and what could not be done yet, and its number.
+    staged: Option<(Step, u32)>,
     batch: Vec<u8>,
     blocks: HashMap<u32, Block>,
     /// Blocks that are being read.
@@ -386,15 +386,16 @@ impl Line {
         if let Some((announce, when)) = self.announced
             && now.saturating_sub(when) >= SIGN_OF_LIFE
         {
-            self.staged_aside(announce, now).await;
+            self.announce_again(announce, now).await;
         }
         self.pause(SIGN_OF_LIFE, shared).await;
     }
 
-    /// Says once more what was announced last.
-    async fn staged_aside(&mut self, announce: Announce, now: Duration) {
+    /// Says once more what was announced last. It has the number of a datagram that was sent: the protocol does not count
+    /// it.
+    async fn announce_again(&mut self, announce: Announce, now: Duration) {
         self.batch.clear();
-        self.encode(&Packet::Announce(announce), now);
+        self.encode(&Packet::Announce(announce), self.number.wrapping_sub(1), now);
         let length = self.batch.len();
         self.bytes += to_u64(length);
         if let Err(error) = self.outlet.send(&self.batch, length).await {
@@ -450,53 +451,61 @@ impl Line {
         }
     }
 
+    /// What the protocol says is next. Datagrams are numbered as it names them, whether they leave or not.
+    fn step(&mut self, now: Duration) -> (Step, u32) {
+        self.staged.take().unwrap_or_else(|| {
+            let step = self.sender.step(now);
+            let number = self.number;
+            if matches!(step, Step::Send(_)) {
+                self.number = number.wrapping_add(1);
+            }
+            (step, number)
+        })
+    }
+
     /// Fills the batch with what is to leave now: symbols together, all else alone.
     fn gather(&mut self, now: Duration) -> Next {
         self.batch.clear();
         let (mut count, mut most, mut size) = (0, 1, 0);
         while count < most {
-            let step = self.staged.take().unwrap_or_else(|| self.sender.step(now));
-            let packet = match step {
-                Step::Send(packet) => packet,
-                Step::Wait(until) if count == 0 => return Next::Wait(until),
+            let (step, number) = self.step(now);
+            let alone = match &step {
+                Step::Send(Packet::Symbol { block, index }) => {
+                    if self.blocks.contains_key(block) {
+                        self.encode(&Packet::Symbol { block: *block, index: *index }, number, now);
+                        count += 1;
+                        if count == 1 {
+                            size = self.batch.len();
+                            most = Pace::burst(size, self.sender.rate(), BATCH);
+                        }
+                        continue;
+                    }
+                    self.ask_for(*block);
+                    Next::Block
+                }
+                Step::Send(packet) if count == 0 => {
+                    self.encode(packet, number, now);
+                    return Next::Batch(self.batch.len());
+                }
+                Step::Send(_) => Next::Batch(0),
+                Step::Wait(until) if count == 0 => return Next::Wait(*until),
                 Step::Ended if count == 0 => return Next::Ended,
-                // Whatever it is, it is asked or told again.
-                Step::Wait(_) => break,
-                Step::Ended => {
-                    self.staged = Some(Step::Ended);
-                    break;
-                }
+                // It is said again.
+                Step::Wait(_) | Step::Ended => break,
             };
-            let Packet::Symbol { block, .. } = &packet else {
-                if count > 0 {
-                    self.staged = Some(Step::Send(packet));
-                    break;
-                }
-                self.encode(&packet, now);
-                return Next::Batch(self.batch.len());
-            };
-            if !self.blocks.contains_key(block) {
-                self.ask_for(*block);
-                self.staged = Some(Step::Send(packet));
-                if count == 0 {
-                    return Next::Block;
-                }
-                break;
+            self.staged = Some((step, number));
+            if count == 0 {
+                return alone;
             }
-            self.encode(&packet, now);
-            count += 1;
-            if count == 1 {
-                size = self.batch.len();
-                most = Pace::burst(size, self.sender.rate(), BATCH);
-            }
+            break;
         }
         Next::Batch(size)
     }
 
     /// Appends a datagram to the batch.
-    fn encode(&mut self, packet: &Packet, now: Duration) {
+    fn encode(&mut self, packet: &Packet, number: u32, now: Duration) {
         let Self { batch, blocks, terms, pages, key, .. } = self;
-        let head = Head { session: terms.session, number: self.number };
+        let head = Head { session: terms.session, number };
         let mut put = |datagram: &Datagram<'_>| form::encode(head, datagram, key, batch);
         match packet {
             Packet::Announce(announce) => {
@@ -504,6 +513,7 @@ impl Line {
                 put(&Datagram::Announce(*announce));
             }
             Packet::Page(number) => {
+                // There is one for each that the terms promise.
                 let Some(page) = pages.get(usize::from(*number)) else { return };
                 put(&Datagram::Page(page.clone()));
             }
@@ -513,7 +523,6 @@ impl Line {
             }
             Packet::Word(word) => put(&Datagram::Word(word.clone())),
         }
-        self.number = self.number.wrapping_add(1);
     }
 
     /// Shows others how far it is.

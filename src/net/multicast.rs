@@ -34,8 +34,8 @@ use crate::clock;
 /// Datagrams that leave as one packet. More would be bursts that shallow queues on the way cannot take.
 pub const BATCH: usize = 16;
 
-/// What an interface is taken to carry unless it says less.
-const USUAL_MTU: u16 = 1500;
+/// What is taken of an interface that carries more, unless told: others on the way may not.
+const LONGEST_MTU: u16 = 1500;
 /// Bytes of the headers of IP and UDP.
 const HEADERS_V4: u16 = 28;
 const HEADERS_V6: u16 = 48;
@@ -133,7 +133,7 @@ impl Outlet {
         };
         let socket = Socket::new(Domain::for_address(group.0), Type::DGRAM.nonblocking().cloexec(), None)?;
         let own: IpAddr = if group.0.is_ipv4() {
-            let address = interface.v4.ok_or_else(|| no_address(&interface))?;
+            let address = interface.v4().ok_or_else(|| no_address(&interface))?;
             socket.set_multicast_if_v4(&address)?;
             socket.set_multicast_ttl_v4(u32::from(leaving.hops))?;
             socket.set_multicast_loop_v4(true)?;
@@ -148,7 +148,7 @@ impl Outlet {
         socket.set_send_buffer_size(SEND_BUFFER)?;
         let socket = UdpSocket::from_std(socket.into())?;
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
-        let mtu = leaving.mtu.unwrap_or_else(|| interface.mtu().unwrap_or(USUAL_MTU).min(USUAL_MTU));
+        let mtu = leaving.mtu.unwrap_or_else(|| u16::try_from(interface.mtu).unwrap_or(u16::MAX).min(LONGEST_MTU));
         let headers = if group.0.is_ipv4() { HEADERS_V4 } else { HEADERS_V6 };
         let longest = usize::from(mtu.saturating_sub(headers));
         Ok(Self { socket, state, target: group.by(Some(interface.index)), longest, down_since: Cell::new(None) })
@@ -399,7 +399,7 @@ fn default_interface(group: Group) -> io::Result<Interface> {
 
 /// All interfaces but the loopback.
 fn others() -> io::Result<Vec<Interface>> {
-    Ok(interface::all()?.into_iter().filter(|interface| !interface.is_loopback()).collect())
+    Ok(interface::all()?.into_iter().filter(|interface| interface.is_up && !interface.is_loopback).collect())
 }
 
 /// Joins by all of these that can; by one at least.

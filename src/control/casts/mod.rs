@@ -28,7 +28,7 @@ pub mod words;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::future::join_all;
 
@@ -80,7 +80,6 @@ struct Running {
     symbol: u16,
     session: SessionId,
     deadline: Option<Deadline>,
-    began: Instant,
     called_off: Mutex<bool>,
     /// As long as mirrors are to be told.
     _word: Option<Word>,
@@ -262,8 +261,10 @@ impl Casts {
         let ended = || Refusal::Failed("the server is going down".to_owned());
         let workers = self.0.workers.upgrade().ok_or_else(ended)?;
         let id = self.lock().reserve(&image, group)?;
-        let sending = Sending::start(session, move || Outlet::open(group, &leaving), &workers);
-        let sending = sending.map_err(|error| {
+        let begun = Arc::clone(&workers);
+        let starting = move || Sending::start(session, move || Outlet::open(group, &leaving), &begun);
+        let started = tokio::task::spawn_blocking(starting).await.unwrap_or_else(|died| Err(std::io::Error::other(died)));
+        let sending = started.map_err(|error| {
             self.lock().withdraw(id);
             Refusal::Failed(format!("cannot begin to send: {error}"))
         })?;
@@ -279,7 +280,6 @@ impl Casts {
             symbol,
             session,
             deadline,
-            began: clock::now(),
             called_off: Mutex::new(false),
         };
         let running = Arc::new(running);

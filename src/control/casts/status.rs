@@ -16,14 +16,13 @@ use crate::multicast::send::Sent;
 impl Running {
     /// What is to be said of it now.
     pub(super) fn status(&self, id: u64) -> CastStatus {
-        let Sent { phase, progress, addresses, bytes, rate, malformed, error } = self.sending.status();
+        let Sent { phase, progress, elapsed, addresses, bytes, rate, malformed, error } = self.sending.status();
         let (now, called_off) = (clock::moment(), *self.called_off.lock().unwrap_or_else(PoisonError::into_inner));
-        let lasted = now.steady.saturating_duration_since(self.began);
         let state = state(phase, error.is_some(), called_off);
         let missed = |deadline: Deadline| now.wall.duration_since(deadline.wall()).ok();
         let receiver = |listener: &Listener| {
             let address = addresses.iter().find(|(receiver, _)| *receiver == listener.receiver);
-            receiver(listener, address.map(|(_, address)| address.to_string()).unwrap_or_default(), lasted)
+            receiver(listener, address.map(|(_, address)| address.to_string()).unwrap_or_default(), elapsed)
         };
         CastStatus {
             cast: id,
@@ -40,7 +39,7 @@ impl Running {
             rate,
             blocks: self.layout.blocks(),
             passed_blocks: progress.passed,
-            seconds: lasted.as_secs_f64(),
+            seconds: elapsed.as_secs_f64(),
             deadline: self.deadline.and_then(|deadline| {
                 let since = deadline.wall().duration_since(std::time::SystemTime::UNIX_EPOCH).ok()?;
                 Some(since.as_secs_f64())

@@ -30,6 +30,7 @@
 //! | `fill` | what is fetched ahead of demand, why, and how fast at most |
 //! | `follow` | mirrors that go to another upstream when they are told to |
 //! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
+//! | `cast` | one sending that fills many mirrors, and what becomes of them when it goes wrong |
 //! | `command_line` | what it prints, refuses and returns |
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
@@ -45,6 +46,7 @@
 mod admin;
 mod attach;
 mod bound;
+mod cast;
 mod cast_orders;
 mod command_line;
 mod crash;

@@ -1,7 +1,9 @@
 //! The program under test, and what is put around it.
 
+pub(crate) mod cables;
 pub(crate) mod cache;
 pub(crate) mod client;
+pub(crate) mod group;
 pub(crate) mod guest;
 pub(crate) mod liar;
 pub(crate) mod link;
@@ -188,10 +190,15 @@ impl Daemon {
 
     /// Memory that the program has now, in KiB.
     pub(crate) fn resident_kib(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        resident_kib(self.pid())
     }
+}
+
+/// Memory that a process has now, in KiB; none if it has ended.
+pub(crate) fn resident_kib(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.map_or(0, |rest| rest.split_whitespace().next().unwrap().parse().unwrap())
 }
 
 impl Drop for Daemon {

@@ -7,12 +7,13 @@
 //! ```
 //!
 //! A host sends no more than the link's rate: a token bucket (`tc-tbf(8)`) is on its end of the cable. The latency is a
-//! proxy in front of the origin ([`crate::delay`]): the kernels of small machines often have no `netem`.
+//! proxy in front of the origin ([`crate::delay`]): the kernels of small machines often have no `netem`. Losses are made by
+//! `nft(8)` where packets come in. Groups are reached over the cable, and the switch hands what is for them to everybody.
 //!
 //! Namespaces have this process's number in their names. They are removed when the bed is dropped, and those of processes
 //! that were killed when the next bed is made.
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
@@ -96,10 +97,50 @@ impl Host {
         let text = output(self.command(Path::new("cat")).arg("/proc/net/dev"))?;
         sent(&text, CABLE).context("/proc/net/dev has no line for the cable")
     }
+
+    /// From now on it sends so much at most, with a queue of 400 ms.
+    pub(crate) fn limit(&self, rate: Rate) -> anyhow::Result<()> {
+        if rate.0 == 0 {
+            // There may be none.
+            let _ = output(Command::new("tc").args(["-n", &self.namespace, "qdisc", "del", "dev", CABLE, "root"]));
+            return Ok(());
+        }
+        tbf(&self.namespace, "replace", rate, "16kb", "400ms")
+    }
+
+    /// Large packets are cut up before they are on the cable, as a network card does it. Cables between namespaces carry
+    /// them whole otherwise, and a loss would take many datagrams at once.
+    pub(crate) fn cut_packets(&self) -> anyhow::Result<()> {
+        ip(&self.namespace, &format!("link set dev {CABLE} gso_max_segs 1"))
+    }
+
+    /// From now on it loses what comes in, at random.
+    pub(crate) fn lose(&self, loss: Loss) -> anyhow::Result<()> {
+        let mut rules = String::from("add table inet lab; delete table inet lab");
+        if loss.permille > 0 {
+            let which = if loss.everything { "" } else { "meta l4proto udp ip daddr 224.0.0.0/4 " };
+            write!(
+                rules,
+                "; add table inet lab; add chain inet lab input {{ type filter hook input priority 0; }}; \
+                 add rule inet lab input iifname {CABLE} {which}numgen random mod 1000 < {} drop",
+                loss.permille
+            )?;
+        }
+        output(self.command(Path::new("nft")).arg(rules)).map(drop)
+    }
+}
+
+/// What a host loses of what comes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Loss {
+    /// Packets of a thousand.
+    pub(crate) permille: u32,
+    /// All kinds of packets, and not only those to groups.
+    pub(crate) everything: bool,
 }
 
 /// The end of the cable in each host.
-const CABLE: &str = "cable";
+pub(crate) const CABLE: &str = "cable";
 
 /// The bytes sent by a device, of the text of `/proc/net/dev`: the ninth figure.
 fn sent(text: &str, device: &str) -> Option<u64> {
@@ -126,7 +167,7 @@ impl Bed {
         ensure!(mirrors <= 100, "at most 100 mirrors");
         let mut namespaces = Namespaces::default();
         let switch = namespaces.add("switch")?;
-        ip(&switch, "link add bridge type bridge")?;
+        ip(&switch, "link add bridge type bridge mcast_snooping 0")?;
         ip(&switch, "link set bridge up")?;
         let mut host = |name: String, number| -> anyhow::Result<Host> {
             let namespace = namespaces.add(&name)?;
@@ -147,11 +188,17 @@ fn plug(switch: &str, port: &str, host: &Host, rate: Rate) -> anyhow::Result<()>
     ip(&host.namespace, &format!("addr add {}/24 dev {CABLE}", host.address))?;
     ip(&host.namespace, "link set lo up")?;
     ip(&host.namespace, &format!("link set {CABLE} up"))?;
+    ip(&host.namespace, &format!("route add 224.0.0.0/4 dev {CABLE}"))?;
     if rate.0 > 0 {
-        let words = format!("qdisc add dev {CABLE} root tbf rate {}bit burst {BURST} latency {QUEUE}", rate.0);
-        output(Command::new("tc").args(["-n", &host.namespace]).args(words.split(' ')))?;
+        tbf(&host.namespace, "add", rate, BURST, QUEUE)?;
     }
     Ok(())
+}
+
+/// Puts a token bucket before a host's cable.
+fn tbf(namespace: &str, verb: &str, rate: Rate, burst: &str, queue: &str) -> anyhow::Result<()> {
+    let words = format!("qdisc {verb} dev {CABLE} root tbf rate {}bit burst {burst} latency {queue}", rate.0);
+    output(Command::new("tc").args(["-n", namespace]).args(words.split(' '))).map(drop)
 }
 
 #[derive(Debug, Default)]

@@ -30,6 +30,15 @@ pub(crate) fn full(lab: &Lab, size: u64) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
+/// An image with so many bytes of data, and a hole after every fourth block of them.
+pub(crate) fn with_holes(lab: &Lab, data: u64) -> anyhow::Result<PathBuf> {
+    let path = lab.scratch().join("image.raw");
+    let count = data.div_ceil(BLOCK);
+    let blocks: Vec<u64> = (0..count).map(|index| index + index / 4).collect();
+    make(&path, (count + count.div_ceil(4)) * BLOCK, blocks)?;
+    Ok(path)
+}
+
 /// The blocks that a trace touches, in order.
 fn blocks(trace: &Trace) -> Vec<u64> {
     let of = |range: headwater::ranges::ByteRange| range.start() / BLOCK..range.end().div_ceil(BLOCK);

@@ -7,6 +7,7 @@
 //! | `servers` | the origin, mirrors, and clients: how they are started, and what they say |
 //! | `image` | images of random bytes |
 //! | `machine` | real virtual machines: how long they boot, and what they read |
+//! | `poisson` | what many machines ask for |
 //! | `scenarios` | what is measured |
 //! | `table` | what came of it |
 //!
@@ -16,6 +17,7 @@ mod bed;
 mod delay;
 mod image;
 mod machine;
+mod poisson;
 mod scenarios;
 mod servers;
 mod table;
@@ -29,7 +31,7 @@ use clap::{Args, Parser, Subcommand};
 use load::children::Stop;
 
 use bed::{Bed, Link, Rate};
-use scenarios::{background, boot, chain, link, reads, redirect, vm};
+use scenarios::{background, boot, cast, chain, cloud, link, reads, redirect, vm};
 use table::Table;
 
 /// Measures mirrors over links that have a rate and a latency.
@@ -92,6 +94,10 @@ enum What {
     Redirect(redirect::Options),
     /// One image to many mirrors: what the origin sends.
     Chain(chain::Options),
+    /// One sending that fills many mirrors, by loss, against one unicast copy.
+    Cast(cast::Options),
+    /// Cloud time against the number of images: deployment by unicast, chain and multicast, then many machines that read.
+    Cloud(cloud::Options),
     /// Records what a virtual machine reads while it boots, as a trace for replay.
     Record(machine::Record),
     /// The proxy that makes a link long; the bed runs it.
@@ -125,6 +131,8 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         What::Vm(options) => vm::run(&lab, options)?,
         What::Redirect(options) => redirect::run(&lab, options)?,
         What::Chain(options) => chain::run(&lab, options)?,
+        What::Cast(options) => cast::run(&lab, options)?,
+        What::Cloud(options) => cloud::run(&lab, options)?,
         What::Record(options) => return machine::record(&lab, options),
         What::Delay(_) => Table::default(),
     };

@@ -1,5 +1,7 @@
 //! The origin, mirrors, and clients: how they are started, and what they say.
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -34,7 +36,7 @@ pub(crate) struct Origin {
     headwater: PathBuf,
     admin: PathBuf,
     _delay: Option<Guard>,
-    _server: Guard,
+    server: Guard,
 }
 
 impl Origin {
@@ -53,11 +55,21 @@ impl Origin {
         let delay = if bed.link.latency.is_zero() { None } else { Some(delay(lab, bed)?) };
         let port = if delay.is_some() { DELAYED_PORT } else { SERVER_PORT };
         let uri = format!("nbd://{address}:{port}/{IMAGE}");
-        Ok(Self { uri, headwater: lab.headwater.clone(), admin, _delay: delay, _server: server })
+        Ok(Self { uri, headwater: lab.headwater.clone(), admin, _delay: delay, server })
     }
 }
 
 impl Origin {
+    /// Its number.
+    pub(crate) fn pid(&self) -> u32 {
+        self.server.pid()
+    }
+
+    /// Where its operator finds it.
+    pub(crate) fn admin(&self) -> &Path {
+        &self.admin
+    }
+
     /// Waits until a mirror has handed it a profile.
     pub(crate) fn wait_for_profile(&self) -> anyhow::Result<()> {
         let deadline = clock::now() + PATIENCE;
@@ -154,6 +166,41 @@ impl Mirror {
     pub(crate) fn status(&self) -> anyhow::Result<Value> {
         let mut status: Value = serde_json::from_str(&self.order(&["status", "--json"])?)?;
         Ok(status["images"][0]["mirror"].take())
+    }
+
+    /// Its number.
+    pub(crate) fn pid(&self) -> u32 {
+        self.server.pid()
+    }
+
+    /// All that it says, asked without a process of its own: for those who ask often.
+    pub(crate) fn look(&self) -> anyhow::Result<Value> {
+        let mut socket = UnixStream::connect(self.admin())?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.write_all(b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer)?;
+        let (_, body) = answer.split_once("\r\n\r\n").context("an answer has a body")?;
+        Ok(serde_json::from_str(body)?)
+    }
+
+    /// Whether all of its image is here.
+    pub(crate) fn is_whole(&self) -> anyhow::Result<bool> {
+        let status = self.look()?;
+        let (image, mirror) = (&status["images"][0], &status["images"][0]["mirror"]);
+        let number = |value: &Value| value.as_u64().unwrap_or(0);
+        let here = number(&mirror["resident_bytes"]) + number(&mirror["zero_bytes"]);
+        Ok(number(&image["size"]) > 0 && here >= number(&image["size"]))
+    }
+
+    /// Reads all of it and holds it against the image.
+    pub(crate) fn verify(&self, image: &Path) -> anyhow::Result<()> {
+        let image = image.display().to_string();
+        let words = ["--pattern=sequential", "--once", "--size=1M", "--depth=4", "--verify", "--image", image.as_str()];
+        let report = load(None, &self.uri(), &words)?;
+        let verified = report.verified.context("nothing was verified")?;
+        ensure!(verified.wrong == 0 && verified.blocks > 0, "wrong bytes: {verified:?}");
+        Ok(())
     }
 
     /// Ends it properly.

@@ -2,7 +2,10 @@
 
 pub(crate) mod background;
 pub(crate) mod boot;
+pub(crate) mod cast;
+mod cast_reader;
 pub(crate) mod chain;
+pub(crate) mod cloud;
 pub(crate) mod link;
 pub(crate) mod reads;
 pub(crate) mod redirect;

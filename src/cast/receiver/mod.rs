@@ -76,7 +76,7 @@ pub enum State {
 pub const MOST_OPEN: usize = 64;
 
 /// A sender that is not heard for so long is dead; while it waits for receivers, and otherwise.
-const SILENCE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
+const SILENCE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(15));
 /// As long as nothing else has been announced.
 const REPORT_EVERY: Duration = Duration::from_millis(500);
 const SPREAD: Duration = Duration::from_millis(30);
@@ -298,7 +298,7 @@ impl Receiver {
         if self.done + self.left < self.layout.blocks() {
             return;
         }
-        let within = if self.report_every > REPORT_EVERY { self.report_every / 2 } else { self.spread * 2 };
+        let within = if self.report_every > REPORT_EVERY { self.report_every * 3 / 4 } else { self.spread * 2 };
         self.due.regular = self.due.regular.min(now + self.chance.within(within));
     }
 
@@ -413,7 +413,7 @@ impl Receiver {
     /// A report, if one is due.
     pub fn report(&mut self, now: Duration) -> Option<Report> {
         let silence = self.silence();
-        if self.done < self.layout.blocks() && now.saturating_sub(self.last_heard) >= silence {
+        if now.saturating_sub(self.last_heard) >= silence {
             self.is_abandoned = true;
         }
         if self.is_over() || now < self.due.next() {
@@ -480,6 +480,9 @@ impl Receiver {
             if blocks == MOST_ASKED {
                 break;
             }
+        }
+        if blocks == MOST_ASKED || needs.len() == MOST_NEEDS {
+            self.asks.more(now);
         }
         needs
     }

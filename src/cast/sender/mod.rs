@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::chance::Chance;
-use super::form::{Announce, Phase, Report, Standing, Terms, Word};
+use super::form::{self, Announce, Phase, Report, Standing, Terms, Word};
 use super::layout::Layout;
 use super::rate::{Rate, Reception, Verdict};
 use super::repair::{self, Ask, Needs, Parity};
@@ -152,8 +152,6 @@ const MENDING: usize = 4;
 const LEARNT_AFTER: usize = 3;
 /// Receivers that are told at once that they were dropped.
 const MOST_DROPPED: usize = 8;
-/// Bytes of a word beside its needs, and of a need, at most.
-const WORD_BYTES: (u16, u16) = (96 + 16 * 8, 8);
 
 /// The sender of one session. Times are since it was made.
 ///
@@ -300,7 +298,8 @@ impl Sender {
     }
 
     fn word(&mut self) -> Word {
-        let most = usize::from((self.terms.symbol.saturating_sub(WORD_BYTES.0) / WORD_BYTES.1 / 2).max(2));
+        let most = form::most_needs(usize::from(self.terms.symbol)).saturating_sub(2 * MOST_DROPPED) / 2;
+        let most = most.max(1);
         let mending = &self.mending;
         let (coming, unicast) = self.needs.news(most, |block| mending.left(block));
         let dropped: Vec<_> = self.dropped.iter().copied().take(MOST_DROPPED).collect();

@@ -25,8 +25,8 @@ pub(crate) struct Table {
     #[arg(long, value_enum, value_delimiter = ',')]
     kind: Vec<Kind>,
     /// Bytes per second.
-    #[arg(long, default_value_t = ByteSize(25_000_000))]
-    rate: ByteSize,
+    #[arg(long, default_value_t = 25_000_000)]
+    rate: u64,
     /// Other losses for other seeds.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -62,25 +62,25 @@ impl Table {
 
     fn plan(&self, kind: Kind, loss: f64, receivers: usize) -> Plan {
         let plan = Plan::new(self.size.0, receivers, kind, loss / 100.0);
-        Plan { rate: self.rate.0, seed: self.seed, ..plan }
+        Plan { rate: self.rate, seed: self.seed, ..plan }
     }
 
     fn row(&self, kind: Kind, loss: f64, receivers: usize) -> anyhow::Result<()> {
         let outcome = run(&self.plan(kind, loss, receivers));
         let plain = Loss::new(kind, loss / 100.0, receivers, self.seed + 1);
-        let plain = nack::run(outcome.symbols, receivers, self.rate.0, plain);
+        let plain = nack::run(outcome.symbols, receivers, self.rate, plain);
         let percent = |count: u64| count as f64 / outcome.symbols as f64 * 100.0;
         out(&format!(
             "| {} | {loss} | {receivers} | {:.3} | {:.3} | {:.2} | {:.2} | {} | {} | {:.3} | {:.3} | {} |",
             kind.name(),
             outcome.overhead(),
-            outcome.slowdown(self.rate.0),
+            outcome.slowdown(self.rate),
             percent(outcome.parity),
             percent(outcome.repairs),
             outcome.peak,
             outcome.lacking,
             plain.overhead(),
-            plain.slowdown(self.rate.0),
+            plain.slowdown(self.rate),
             plain.peak,
         ))
     }
@@ -88,11 +88,11 @@ impl Table {
     /// One of eight receivers is odd; all lose one per cent.
     fn oddities(&self) -> anyhow::Result<()> {
         let seconds = Duration::from_secs_f64;
-        let copy = self.size.0 as f64 / self.rate.0 as f64;
+        let copy = self.size.0 as f64 / self.rate as f64;
         let odd = |oddity: Oddity| Plan { oddities: vec![oddity], ..self.plan(Kind::Independent, 1.0, 8) };
         let late = Oddity { joins: seconds(1.0 + copy / 2.0), ..Oddity::default() };
         let two_late = Plan { oddities: vec![late.clone(), late.clone()], ..self.plan(Kind::Independent, 1.0, 8) };
-        let slow = Oddity { takes: Some(self.rate.0 as f64 / 2.0), ..Oddity::default() };
+        let slow = Oddity { takes: Some(self.rate as f64 / 2.0), ..Oddity::default() };
         let killed = Oddity { dies: Some(seconds(1.0 + copy / 3.0)), ..Oddity::default() };
         let away = Oddity { down: Some(seconds(1.0)..seconds(11.0)), ..Oddity::default() };
         let rows = [
@@ -101,7 +101,7 @@ impl Table {
             ("two do", two_late),
             ("one does, and a carousel", Plan { carousel: true, cancelled: Some(seconds(60.0)), ..odd(late) }),
             ("one takes half the rate", odd(slow.clone())),
-            ("the same, and at least three quarters are wanted", Plan { min_rate: self.rate.0 * 3 / 4, ..odd(slow) }),
+            ("the same, and at least three quarters are wanted", Plan { min_rate: self.rate * 3 / 4, ..odd(slow) }),
             ("one is killed", odd(killed)),
             ("one is away for ten seconds", odd(away)),
             ("the sender is killed", Plan { sender_dies: Some(seconds(1.0 + copy / 2.0)), ..odd(Oddity::default()) }),
@@ -121,7 +121,7 @@ impl Table {
             "| {name} | {} of 8 | {:.3} | {:.3} | {} | {ended} | {:.1} MB/s |",
             outcome.whole,
             outcome.overhead(),
-            outcome.slowdown(self.rate.0),
+            outcome.slowdown(self.rate),
             outcome.lacking,
             outcome.rate as f64 / 1e6,
         ))

@@ -316,7 +316,7 @@ impl World {
         let Some(sender) = &mut self.sender else { return };
         match sender.step(self.now) {
             Step::Send(packet) => {
-                let bytes = length(&packet);
+                        let bytes = length(&packet);
                 self.bytes += bytes;
                 if matches!(packet, Packet::Symbol { .. }) {
                     self.first.get_or_insert(self.now);

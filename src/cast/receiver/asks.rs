@@ -19,17 +19,27 @@ struct Asked {
 
 /// Blocks that were asked for, by this receiver or others, and are not here: at most those that are lacking.
 #[derive(Debug, Default)]
-pub(super) struct Asks(BTreeMap<u32, Asked>);
+pub(super) struct Asks {
+    asked: BTreeMap<u32, Asked>,
+    /// There are more, for which there was no room: they are due then.
+    more: Option<Duration>,
+}
 
 impl Asks {
     /// Whether to ask for a block now.
     pub(super) fn may(&self, now: Duration, block: u32) -> bool {
-        self.0.get(&block).is_none_or(|asked| asked.until <= now)
+        self.asked.get(&block).is_none_or(|asked| asked.until <= now)
+    }
+
+    /// Not everything that is lacking could be asked for now.
+    pub(super) fn more(&mut self, now: Duration) {
+        self.more = Some(now + LEAST);
     }
 
     /// It is asked for now.
     pub(super) fn asked(&mut self, now: Duration, block: u32, spread: Duration) {
-        let asked = self.0.entry(block).or_insert(Asked { at: now, until: now, times: 0 });
+        self.more = None;
+        let asked = self.asked.entry(block).or_insert(Asked { at: now, until: now, times: 0 });
         let wait = LEAST.max(spread * SPREADS) * 2_u32.pow(asked.times.min(DOUBLINGS));
         *asked = Asked { at: now, until: now + wait, times: asked.times + 1 };
     }
@@ -37,24 +47,24 @@ impl Asks {
     /// It comes, says the sender.
     pub(super) fn comes(&mut self, now: Duration, block: u32, spread: Duration) {
         let until = now + LEAST.max(spread * SPREADS);
-        self.0.insert(block, Asked { at: now, until, times: 0 });
+        self.asked.insert(block, Asked { at: now, until, times: 0 });
     }
 
     /// Nothing that was asked for by then comes any more.
     pub(super) fn forget(&mut self, by: Duration) {
-        for asked in self.0.values_mut().filter(|asked| asked.at <= by) {
+        for asked in self.asked.values_mut().filter(|asked| asked.at <= by) {
             asked.until = Duration::ZERO;
         }
     }
 
     /// It is here, or will never be.
     pub(super) fn settled(&mut self, block: u32) {
-        self.0.remove(&block);
+        self.asked.remove(&block);
     }
 
     /// When to ask for something again.
     pub(super) fn next(&self) -> Option<Duration> {
-        self.0.values().map(|asked| asked.until).min()
+        self.asked.values().map(|asked| asked.until).chain(self.more).min()
     }
 }
 

@@ -34,6 +34,16 @@ pub(crate) fn datagram() -> u64 {
     u64::from(SYMBOL) + HEAD
 }
 
+/// Bytes of a datagram.
+fn length(packet: &Packet) -> u64 {
+    match packet {
+        Packet::Symbol { .. } => datagram(),
+        Packet::Announce(_) => 160,
+        Packet::Page(_) => 1472,
+        Packet::Word(word) => 40 + 8 * (word.coming.len() + word.unicast.len() + 2 * word.dropped.len()) as u64,
+    }
+}
+
 /// What is simulated.
 #[derive(Debug, Clone)]
 pub(crate) struct Plan {
@@ -129,6 +139,9 @@ impl Plan {
 #[derive(Debug, Default)]
 pub(crate) struct Outcome {
     pub(crate) datagrams: u64,
+    /// Of all of them, headers not included.
+    pub(crate) bytes: u64,
+    /// Data symbols of the image.
     pub(crate) symbols: u64,
     /// From the first symbol until the last receiver that could be was complete.
     pub(crate) seconds: f64,
@@ -156,7 +169,7 @@ pub(crate) struct Outcome {
 impl Outcome {
     /// All bytes, headers too, by those of the data.
     pub(crate) fn overhead(&self) -> f64 {
-        (self.datagrams * (datagram() + HEADERS)) as f64 / (self.symbols * u64::from(SYMBOL)) as f64
+        (self.bytes + self.datagrams * HEADERS) as f64 / (self.symbols * u64::from(SYMBOL)) as f64
     }
 
     /// The time by that of one copy without loss.
@@ -222,6 +235,7 @@ struct World {
     flying: VecDeque<(Duration, u32, Packet)>,
     reports: VecDeque<(Duration, Report)>,
     number: u32,
+    bytes: u64,
     first: Option<Duration>,
     ended: Option<Duration>,
     told: Vec<Duration>,
@@ -252,6 +266,7 @@ pub(crate) fn run(plan: &Plan) -> Outcome {
         flying: VecDeque::new(),
         reports: VecDeque::new(),
         number: 0,
+        bytes: 0,
         first: None,
         ended: None,
         told: Vec::new(),
@@ -265,8 +280,7 @@ pub(crate) fn run(plan: &Plan) -> Outcome {
 impl World {
     /// Goes to the next event. `false`: there is none.
     fn turn(&mut self) -> bool {
-        let sender =
-            if self.sender.is_some() && self.ended.is_none() { self.free.max(self.waits) } else { Duration::MAX };
+        let sender = if self.sender.is_some() && self.ended.is_none() { self.free.max(self.waits) } else { Duration::MAX };
         let flying = self.flying.front().map_or(Duration::MAX, |(at, ..)| *at);
         let report = self.reports.front().map_or(Duration::MAX, |(at, _)| *at);
         let wake = self.hearers.iter().map(|hearer| hearer.wake).min().unwrap_or(Duration::MAX);
@@ -302,7 +316,8 @@ impl World {
         let Some(sender) = &mut self.sender else { return };
         match sender.step(self.now) {
             Step::Send(packet) => {
-                let bytes = if matches!(packet, Packet::Symbol { .. }) { datagram() } else { 200 };
+                        let bytes = length(&packet);
+                self.bytes += bytes;
                 if matches!(packet, Packet::Symbol { .. }) {
                     self.first.get_or_insert(self.now);
                 }
@@ -360,15 +375,14 @@ impl World {
         let first = self.first.unwrap_or_default();
         let last = self.hearers.iter().filter_map(|hearer| hearer.complete).max().unwrap_or(self.now);
         let peak_of = |times: Vec<Duration>| {
-            let in_second = |at: &Duration| {
-                times.iter().filter(|other| (*at..*at + Duration::from_secs(1)).contains(other)).count()
-            };
+            let in_second = |at: &Duration| times.iter().filter(|other| (*at..*at + Duration::from_secs(1)).contains(other)).count();
             times.iter().map(in_second).max().unwrap_or(0)
         };
         let (joining, sending): (Vec<_>, Vec<_>) = self.told.iter().partition(|at| **at < first);
         let progress = self.sender.as_ref().map(Sender::progress);
         Outcome {
             datagrams: u64::from(self.number),
+            bytes: self.bytes,
             symbols,
             seconds: last.saturating_sub(first).as_secs_f64(),
             after: self.ended.unwrap_or(self.now).saturating_sub(last).as_secs_f64(),

@@ -522,6 +522,7 @@ fn who_knows_the_image_can_lie_and_no_wrong_byte_is_believed() {
                     seen: 1,
                     lost: 9,
                     overflowed: 0,
+                    heard: 0,
                     needs: vec![need],
                 }),
                 2 => Datagram::Page(headwater::cast::form::Page { page: 0, runs: vec![Run { first: 3, count: 1 }] }),

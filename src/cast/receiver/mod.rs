@@ -84,8 +84,10 @@ const SPREAD: Duration = Duration::from_millis(30);
 const PERHAPS: f64 = 1000.0;
 /// Receivers report so often that about so many come in a second (twice that of [`Announce::report_every`]).
 const REPORTS: f64 = 25.0;
-/// So many of so many datagrams lost are worth a report at once: perhaps it is too fast.
-const MUCH: (u32, u32) = (10, 200);
+/// One of so many datagrams lost, of so many at least, is worth a report before it is due: perhaps it is too fast.
+const MUCH: (u64, u64) = (6, 1000);
+/// Such reports come within this: many may have lost the same.
+const COMPLAIN: Duration = Duration::from_secs(5);
 /// Runs of needs in a report: they fit the smallest datagram that IPv6 promises.
 pub const MOST_NEEDS: usize = 128;
 /// Blocks that are asked for in one report.
@@ -200,10 +202,10 @@ impl Receiver {
             self.due.regular = now + self.chance.late_within(self.report_every, PERHAPS);
         }
         let (seen, lost) = self.gaps.count();
-        let is_much = lost > MUCH.0.min(seen) && u64::from(lost) * 10 > u64::from(seen) + u64::from(lost);
-        if is_much && seen.saturating_add(lost) >= MUCH.1 && self.due.losses.is_none() {
+        let all = u64::from(seen) + u64::from(lost);
+        if u64::from(lost) * MUCH.0 > all && all >= MUCH.1 && self.due.losses.is_none() {
             let soonest = now.max(self.due.last + REPORT_EVERY);
-            self.due.losses = Some(soonest + self.chance.late_within(self.spread * 4, self.group()));
+            self.due.losses = Some(soonest + self.chance.within(self.report_every.min(COMPLAIN)));
         }
     }
 
@@ -421,7 +423,8 @@ impl Receiver {
         }
         let standing = self.standing();
         let needs = if standing == Standing::Joined && self.lacks_passed() { self.needs(now) } else { Vec::new() };
-        let again = self.asks.next().filter(|_| standing == Standing::Joined).map(|at| at.max(now + SPREAD / 4));
+        let again = self.asks.next().filter(|_| standing == Standing::Joined).map(|at| at.max(now));
+        let again = again.map(|at| at + SPREAD / 8 + self.chance.late_within(self.spread, self.group()));
         let is_anyhow = now >= self.due.regular.min(self.due.losses.unwrap_or(Duration::MAX));
         self.due.needs = again;
         if needs.is_empty() && !is_anyhow {

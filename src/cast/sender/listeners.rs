@@ -47,7 +47,7 @@ pub(super) struct Listeners {
     /// Those that are waited for.
     waited: usize,
     worst: f64,
-    /// Reports since a time, and how much further than usual they are spread for that.
+    /// Reports that asked for something since a time, and how much further than usual they are spread for that.
     counted: (u32, Duration),
     flood: f64,
     doubling: usize,
@@ -69,7 +69,7 @@ impl Listeners {
 
     /// A report has come. Whether it is of a new one.
     pub(super) fn report(&mut self, now: Duration, report: &Report) -> bool {
-        self.counted.0 += 1;
+        self.counted.0 += u32::from(!report.needs.is_empty());
         let is_new = !self.known.contains_key(&report.receiver);
         if is_new && self.known.len() >= MOST_LISTENERS {
             return false;
@@ -152,9 +152,10 @@ impl Listeners {
         (Duration::from_secs(2) * self.group() / REPORTS).max(SOONEST)
     }
 
-    /// Who asks for something does so within this.
+    /// Who asks for something does so within this. Who has everything asks for nothing.
     pub(super) fn spread(&self) -> Duration {
-        let more = (f64::from(self.group()) / FEW).max(1.0).log2() + 1.0;
+        let asking = u32::try_from(self.waited).unwrap_or(u32::MAX);
+        let more = (f64::from(asking) / FEW).max(1.0).log2() + 1.0;
         SPREAD.mul_f64(more * self.flood)
     }
 

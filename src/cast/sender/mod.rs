@@ -262,8 +262,11 @@ impl Sender {
             return Some(self.announce(now));
         }
         if now >= self.times.word && (self.needs.has_news() || !self.dropped.is_empty()) {
-            self.times.word = now + WORDS;
-            return Some(Packet::Word(self.word()));
+            let word = self.word();
+            if word != Word::default() {
+                self.times.word = now + WORDS;
+                return Some(Packet::Word(word));
+            }
         }
         let (page, when, round) = self.times.page;
         if self.terms.pages == 0 || now < when {

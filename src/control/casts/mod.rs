@@ -263,7 +263,8 @@ impl Casts {
         let id = self.lock().reserve(&image, group)?;
         let begun = Arc::clone(&workers);
         let starting = move || Sending::start(session, move || Outlet::open(group, &leaving), &begun);
-        let started = tokio::task::spawn_blocking(starting).await.unwrap_or_else(|died| Err(std::io::Error::other(died)));
+        let started =
+            tokio::task::spawn_blocking(starting).await.unwrap_or_else(|died| Err(std::io::Error::other(died)));
         let sending = started.map_err(|error| {
             self.lock().withdraw(id);
             Refusal::Failed(format!("cannot begin to send: {error}"))

@@ -42,7 +42,7 @@ fn whatever_is_lost_by_chance_all_become_complete() {
     for kind in [Kind::Independent, Kind::Shared, Kind::Bursts] {
         for (receivers, loss, most) in [(1, 0.01, 1.15), (8, 0.01, 1.2), (8, 0.05, 1.35), (50, 0.1, 2.0)] {
             for seed in 1..=3 {
-                let outcome = run(&Plan { seed, ..plan(receivers, kind, loss) });
+                let outcome = run(&Plan { seed, size: 64 * MIB, ..plan(receivers, kind, loss) });
                 assert_eq!((outcome.whole, outcome.lacking), (receivers, 0), "{kind:?} {loss} {seed}");
                 let time = outcome.slowdown(25_000_000);
                 assert!(time < most, "{receivers} {kind:?} {loss} {seed}: {time}");

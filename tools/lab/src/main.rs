@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `bed` | network namespaces, the links between them, and their end |
 //! | `delay` | a proxy that makes a link long |
+//! | `forger` | who says wrong things in a group |
 //! | `servers` | the origin, mirrors, and clients: how they are started, and what they say |
 //! | `image` | images of random bytes |
 //! | `machine` | real virtual machines: how long they boot, and what they read |
@@ -15,6 +16,7 @@
 
 mod bed;
 mod delay;
+mod forger;
 mod image;
 mod machine;
 mod poisson;
@@ -31,7 +33,7 @@ use clap::{Args, Parser, Subcommand};
 use load::children::Stop;
 
 use bed::{Bed, Link, Rate};
-use scenarios::{background, boot, cast, chain, cloud, link, reads, redirect, vm};
+use scenarios::{background, boot, cast, chain, cloud, forge, link, reads, redirect, vm};
 use table::Table;
 
 /// Measures mirrors over links that have a rate and a latency.
@@ -98,11 +100,16 @@ enum What {
     Cast(cast::Options),
     /// Cloud time against the number of images: deployment by unicast, chain and multicast, then many machines that read.
     Cloud(cloud::Options),
+    /// A mirror in a group where another host says millions of wrong things.
+    Forge(forge::Options),
     /// Records what a virtual machine reads while it boots, as a trace for replay.
     Record(machine::Record),
     /// The proxy that makes a link long; the bed runs it.
     #[command(hide = true)]
     Delay(delay::Options),
+    /// Who says wrong things; `forge` runs it.
+    #[command(hide = true)]
+    Forger(forger::Options),
 }
 
 #[expect(clippy::print_stderr, reason = "this is what the program is for")]
@@ -121,6 +128,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if let What::Delay(options) = &arguments.what {
         return delay::run(options);
     }
+    if let What::Forger(options) = &arguments.what {
+        return forger::run(options);
+    }
     let lab = Lab::new(&arguments.common)?;
     let table = match &arguments.what {
         What::Link(options) => link::run(&lab, options)?,
@@ -133,8 +143,9 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         What::Chain(options) => chain::run(&lab, options)?,
         What::Cast(options) => cast::run(&lab, options)?,
         What::Cloud(options) => cloud::run(&lab, options)?,
+        What::Forge(options) => forge::run(&lab, options)?,
         What::Record(options) => return machine::record(&lab, options),
-        What::Delay(_) => Table::default(),
+        What::Delay(_) | What::Forger(_) => Table::default(),
     };
     let text = if arguments.common.json { serde_json::to_string_pretty(&table)? } else { table.to_string() };
     println!("{text}");

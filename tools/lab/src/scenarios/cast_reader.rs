@@ -114,7 +114,7 @@ fn begin(
 ) -> anyhow::Result<Guard> {
     let mut command = cast::cast_command(lab, origin, 1);
     command.arg(format!("--rate={}", cast::share(bed.link.rate, variant.share.into())));
-    command.arg(format!("--range={}+{}", place.quarter, place.size - place.quarter)).args(&options.cast_option);
+    command.arg(format!("--range={}..{}", place.quarter, place.size)).args(&options.cast_option);
     let log = lab.scratch().join("cast.log");
     let mut session = Guard::spawn(command, &log)?;
     let before = brought(&mirror.look()?);

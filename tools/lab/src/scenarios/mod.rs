@@ -6,6 +6,7 @@ pub(crate) mod cast;
 mod cast_reader;
 pub(crate) mod chain;
 pub(crate) mod cloud;
+pub(crate) mod forge;
 pub(crate) mod link;
 pub(crate) mod reads;
 pub(crate) mod redirect;

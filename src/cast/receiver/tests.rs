@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 
-use super::super::form::Terms;
 use super::super::SessionId;
+use super::super::form::Terms;
 use super::*;
 use crate::manifest::{ImageId, Shape};
 use crate::units::MIB;

@@ -1,7 +1,7 @@
 //! The sender by hand. How it does among many receivers and losses is simulated in `tools/castsim`.
 
-use super::super::form::Need;
 use super::super::SessionId;
+use super::super::form::Need;
 use super::*;
 use crate::manifest::{ImageId, Shape};
 use crate::units::MIB;

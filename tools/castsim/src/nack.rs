@@ -27,5 +27,13 @@ pub(crate) fn run(symbols: u64, receivers: usize, rate: u64, mut loss: Loss) -> 
         peak = peak.max(reports);
         time += if reports > 0 { SPREAD.as_secs_f64() } else { 0.0 };
     }
-    Outcome { datagrams: sent, bytes: sent * datagram(), symbols, seconds: time, whole: receivers, peak, ..Outcome::default() }
+    Outcome {
+        datagrams: sent,
+        bytes: sent * datagram(),
+        symbols,
+        seconds: time,
+        whole: receivers,
+        peak,
+        ..Outcome::default()
+    }
 }

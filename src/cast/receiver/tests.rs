@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 
+use super::super::SessionId;
 use super::super::form::Terms;
-use super::super::{BLOCK, SessionId};
 use super::*;
 use crate::manifest::{ImageId, Shape};
 use crate::units::MIB;
@@ -15,9 +15,9 @@ fn terms(blocks: u64) -> Terms {
     Terms {
         session: SessionId(1),
         image: ImageId([1; 32]),
-        shape: Shape { image_size: blocks * MIB, chunk_size: 64 * 1024 },
-        block: u32::try_from(BLOCK).unwrap(),
-        symbol: 16 * 1024,
+        shape: Shape { image_size: blocks * MIB / 2, chunk_size: 64 * 1024 },
+        block: 512 * 1024,
+        symbol: 8 * 1024,
         parity: 16,
         pages: 0,
         plan: 0,

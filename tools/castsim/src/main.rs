@@ -7,12 +7,14 @@
 //! | `nack` | what the same costs without parity |
 //! | `table` | the table of all that |
 //! | `scenarios` | what must hold whatever happens: tests |
+//! | `demand` | whether misses should be answered by multicast |
 //! | `speed` | how fast a block is encoded and mended, on one core |
 //! | `chance` | random numbers that repeat |
 
 #![expect(clippy::cast_precision_loss, reason = "figures for people")]
 
 mod chance;
+mod demand;
 mod loss;
 mod nack;
 #[cfg(test)]
@@ -38,12 +40,15 @@ enum Command {
     Speed(speed::Speed),
     /// Overhead and time by loss and number of receivers.
     Table(table::Table),
+    /// Whether misses of many mirrors should be answered once, by multicast.
+    Demand(demand::Demand),
 }
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
         Command::Speed(speed) => speed.run(),
         Command::Table(table) => table.run(),
+        Command::Demand(demand) => demand.run(),
     }
 }
 

@@ -48,7 +48,8 @@ impl Table {
             "| losses | % | receivers | sent / data | time | parity % | again % | reports/s | by unicast | NACK: sent / data | time | reports/s |\n{}",
             "| --- |".to_owned() + " --- |".repeat(11).as_str()
         ))?;
-        let kinds = if self.kind.is_empty() { &[Kind::Independent, Kind::Shared, Kind::Bursts][..] } else { &self.kind };
+        let kinds =
+            if self.kind.is_empty() { &[Kind::Independent, Kind::Shared, Kind::Bursts][..] } else { &self.kind };
         for kind in kinds {
             for loss in &self.loss {
                 for receivers in &self.receivers {
@@ -105,7 +106,9 @@ impl Table {
             ("one is away for ten seconds", odd(away)),
             ("the sender is killed", Plan { sender_dies: Some(seconds(1.0 + copy / 2.0)), ..odd(Oddity::default()) }),
         ];
-        out("\n| what happens | complete | sent / data | time | blocks by unicast | sender ended after | rate at the end |\n| --- | --- | --- | --- | --- | --- | --- |")?;
+        out(
+            "\n| what happens | complete | sent / data | time | blocks by unicast | sender ended after | rate at the end |\n| --- | --- | --- | --- | --- | --- | --- |",
+        )?;
         for (name, plan) in rows {
             self.odd_row(name, &run(&plan))?;
         }

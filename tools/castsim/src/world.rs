@@ -280,7 +280,8 @@ pub(crate) fn run(plan: &Plan) -> Outcome {
 impl World {
     /// Goes to the next event. `false`: there is none.
     fn turn(&mut self) -> bool {
-        let sender = if self.sender.is_some() && self.ended.is_none() { self.free.max(self.waits) } else { Duration::MAX };
+        let sender =
+            if self.sender.is_some() && self.ended.is_none() { self.free.max(self.waits) } else { Duration::MAX };
         let flying = self.flying.front().map_or(Duration::MAX, |(at, ..)| *at);
         let report = self.reports.front().map_or(Duration::MAX, |(at, _)| *at);
         let wake = self.hearers.iter().map(|hearer| hearer.wake).min().unwrap_or(Duration::MAX);
@@ -375,7 +376,9 @@ impl World {
         let first = self.first.unwrap_or_default();
         let last = self.hearers.iter().filter_map(|hearer| hearer.complete).max().unwrap_or(self.now);
         let peak_of = |times: Vec<Duration>| {
-            let in_second = |at: &Duration| times.iter().filter(|other| (*at..*at + Duration::from_secs(1)).contains(other)).count();
+            let in_second = |at: &Duration| {
+                times.iter().filter(|other| (*at..*at + Duration::from_secs(1)).contains(other)).count()
+            };
             times.iter().map(in_second).max().unwrap_or(0)
         };
         let (joining, sending): (Vec<_>, Vec<_>) = self.told.iter().partition(|at| **at < first);

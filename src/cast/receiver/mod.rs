@@ -220,8 +220,11 @@ impl Receiver {
         self.parity = announce.terms.parity.min(MOST_PARITY);
         let every = announce.report_every.max(Duration::from_millis(1));
         if self.due.regular > now && self.due.regular < Duration::MAX && every > self.report_every {
+            // Those that join do so evenly once it is known how many they are.
             let longer = every.as_secs_f64() / self.report_every.as_secs_f64();
-            self.due.regular = now + (self.due.regular - now).mul_f64(longer);
+            let later = (self.due.regular - now).mul_f64(longer);
+            let is_joining = self.due.last.is_zero();
+            self.due.regular = now + if is_joining { self.chance.within(every) } else { later };
         }
         self.report_every = every;
         self.spread = announce.spread;

@@ -64,7 +64,8 @@ fn chance_does_not_lower_the_rate() {
 fn there_is_no_implosion() {
     let outcome = run(&plan(300, Kind::Independent, 0.02));
     assert_eq!(outcome.whole, 300);
-    assert!(outcome.peak < 200, "{} reports in a second", outcome.peak);
+    assert!(outcome.peak < 100, "{} reports in a second", outcome.peak);
+    assert!(outcome.joining < 100, "{} reports in a second while they join", outcome.joining);
 }
 
 #[test]

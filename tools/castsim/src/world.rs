@@ -11,7 +11,9 @@ use std::time::Duration;
 use headwater::cast::form::{Report, Terms};
 use headwater::cast::layout::Layout;
 use headwater::cast::receiver::{Delivery, Receiver, State, Take};
-use headwater::cast::sender::{Packet, Progress, Repair, Sender, Settings, Step};
+#[cfg(test)]
+use headwater::cast::sender::Progress;
+use headwater::cast::sender::{Packet, Repair, Sender, Settings, Step};
 use headwater::cast::{BLOCK, MOST_PARITY, ReceiverId, SessionId};
 use headwater::manifest::{ImageId, Shape};
 
@@ -128,7 +130,7 @@ impl Plan {
             rate: self.rate,
             min_rate: self.min_rate,
             repair: self.repair,
-            wait_for: self.wait_for.unwrap_or(u32::try_from(there).unwrap_or(u32::MAX)),
+            wait_for: self.wait_for.unwrap_or_else(|| u32::try_from(there).unwrap_or(u32::MAX)),
             patience: Duration::from_secs(120),
             carousel: self.carousel,
         }
@@ -154,15 +156,17 @@ pub(crate) struct Outcome {
     /// Reports in the second with most of them, since the first symbol.
     pub(crate) peak: usize,
     /// The same while receivers joined.
+    #[cfg(test)]
     pub(crate) joining: usize,
-    pub(crate) reports: usize,
     pub(crate) parity: u64,
     pub(crate) repairs: u64,
     /// Bytes per second at the end.
     pub(crate) rate: u64,
     /// The sender came to an end of its own.
     pub(crate) has_ended: bool,
+    #[cfg(test)]
     pub(crate) states: Vec<State>,
+    #[cfg(test)]
     pub(crate) progress: Option<Progress>,
 }
 
@@ -381,7 +385,7 @@ impl World {
             };
             times.iter().map(in_second).max().unwrap_or(0)
         };
-        let (joining, sending): (Vec<_>, Vec<_>) = self.told.iter().partition(|at| **at < first);
+        let told = |has_begun: bool| self.told.iter().copied().filter(|at| (*at >= first) == has_begun).collect();
         let progress = self.sender.as_ref().map(Sender::progress);
         Outcome {
             datagrams: u64::from(self.number),
@@ -391,14 +395,16 @@ impl World {
             after: self.ended.unwrap_or(self.now).saturating_sub(last).as_secs_f64(),
             whole: self.hearers.iter().filter(|hearer| hearer.complete.is_some()).count(),
             lacking: self.hearers.iter().map(|hearer| hearer.receiver.lacking().len() as u64).sum(),
-            peak: peak_of(sending),
-            joining: peak_of(joining),
-            reports: self.told.len(),
+            peak: peak_of(told(true)),
+            #[cfg(test)]
+            joining: peak_of(told(false)),
             parity: progress.as_ref().map_or(0, |progress| progress.parity),
             repairs: progress.as_ref().map_or(0, |progress| progress.repairs),
             rate: self.sender.as_ref().map_or(0, Sender::rate),
             has_ended: self.ended.is_some(),
+            #[cfg(test)]
             states: self.hearers.iter().map(|hearer| hearer.receiver.state()).collect(),
+            #[cfg(test)]
             progress,
         }
     }

@@ -33,7 +33,6 @@ use std::time::Duration;
 use futures_util::future::join_all;
 
 use self::order::{CastOrder, CastStatus, CastTaken};
-use self::source::Source;
 use self::table::Table;
 pub use self::words::Words;
 use super::operated::{Operated, Refusal};
@@ -47,6 +46,7 @@ use crate::export::{NodeId, Registry, SharedExport, split_content_name};
 use crate::fill::orders::Deadline;
 use crate::fill::profile;
 use crate::multicast::send::{Sending, Session};
+use crate::multicast::terms::Zeroes;
 use crate::net::multicast::{Group, Leaving, Outlet};
 use crate::server::Steering;
 use crate::worker::Workers;
@@ -180,21 +180,21 @@ impl Casts {
         let now = clock::moment();
         let export = self.find(&image)?;
         let deadline = deadline(order, now)?;
-        let source = Source::of(&image, &export).await?;
-        let group = plan::group(order, source.identity)?;
+        let zeroes = source::read(&image, &export).await?;
+        let group = plan::group(order, zeroes.image)?;
         self.lock().check(&image, group)?;
         let leaving = Leaving { interface: order.interface.clone(), hops: order.ttl.unwrap_or(1), mtu: order.mtu };
         let longest = longest(group, &leaving)?;
-        let Wanted { runs, rest } = self.wanted(&image, order, &source)?;
+        let Wanted { runs, rest } = self.wanted(&image, order, &zeroes)?;
         let (pages, digest) = layout::pages(&runs, longest);
-        let block = BLOCK.max(u64::from(source.shape.chunk_size));
+        let block = BLOCK.max(u64::from(zeroes.shape.chunk_size));
         let symbol = symbol_for(longest);
         let symbols = u16::try_from(block.div_ceil(u64::from(symbol.max(1)))).unwrap_or(u16::MAX);
         let too_many = || Refusal::Conflict(LayoutError::TooLarge.to_string());
         let terms = Terms {
             session: random_session(),
-            image: source.identity,
-            shape: source.shape,
+            image: zeroes.image,
+            shape: zeroes.shape,
             block: u32::try_from(block).map_err(|_| too_many())?,
             symbol,
             parity: MOST_PARITY.min(symbols),
@@ -204,7 +204,7 @@ impl Casts {
             deadline: deadline.map(Deadline::wall),
         };
         let plan: Vec<_> = pages.into_iter().flat_map(|page| page.runs).collect();
-        let layout = self.layout(terms, plan.clone(), source).await?;
+        let layout = self.layout(terms, plan.clone(), zeroes).await?;
         source::refuse_gaps(&image, &export, &layout.covers()).await?;
         let pace = plan::pace(order, layout.bytes(), deadline.map(|deadline| deadline.left(now)))?;
         let told = if order.no_tell { 0 } else { self.listeners(&image) };
@@ -214,15 +214,15 @@ impl Casts {
     }
 
     /// The layout of a session: a look at every chunk, which takes its time for a large image.
-    async fn layout(&self, terms: Terms, plan: Vec<Run>, source: Source) -> Result<Arc<Layout>, Refusal> {
-        let made = tokio::task::spawn_blocking(move || Layout::new(&terms, plan, |chunk| source.is_zero(chunk))).await;
+    async fn layout(&self, terms: Terms, plan: Vec<Run>, zeroes: Zeroes) -> Result<Arc<Layout>, Refusal> {
+        let made = tokio::task::spawn_blocking(move || Layout::new(&terms, plan, |chunk| zeroes.is_zero(chunk))).await;
         let made = made.map_err(|_| Refusal::Failed("the thread died".to_owned()))?;
         made.map(Arc::new).map_err(|error| Refusal::Conflict(error.to_string()))
     }
 
     /// What an order is for.
-    fn wanted(&self, image: &str, order: &CastOrder, source: &Source) -> Result<Wanted, Refusal> {
-        let size = source.shape.image_size;
+    fn wanted(&self, image: &str, order: &CastOrder, zeroes: &Zeroes) -> Result<Wanted, Refusal> {
+        let size = zeroes.shape.image_size;
         let (ranges, rest) = match (&order.ranges, &order.profile, order.all) {
             (None, None, _) => (self.profile(image, profile::Tag::default().as_str(), size).unwrap_or_default(), true),
             (Some(ranges), None, false) => (within(image, ranges, size)?, false),
@@ -232,7 +232,7 @@ impl Casts {
             }
             _ => return Err(Refusal::Invalid("of ranges, profile and all only one makes sense".to_owned())),
         };
-        let runs = plan::runs(&ranges, source.shape);
+        let runs = plan::runs(&ranges, zeroes.shape);
         let runs = runs.ok_or_else(|| Refusal::Conflict(LayoutError::TooLarge.to_string()))?;
         Ok(Wanted { runs, rest })
     }

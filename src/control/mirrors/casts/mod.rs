@@ -206,6 +206,7 @@ impl Mirrors {
         Ok(())
     }
 
+    /// Blocks until the group is joined.
     fn hear(&self, group: Group, workers: &Arc<Workers>) -> std::io::Result<Hearing> {
         Hearing::start(group, self.0.receptions.hear.interface.clone(), Ear::of(self), workers)
     }
@@ -217,7 +218,9 @@ impl Mirrors {
             let Some(workers) = self.0.workers.upgrade() else { return };
             let due = self.0.receptions.groups().to_join(now);
             for group in due {
-                match self.hear(group, &workers) {
+                let (this, begun) = (self.clone(), Arc::clone(&workers));
+                let joining = tokio::task::spawn_blocking(move || this.hear(group, &begun)).await;
+                match joining.unwrap_or_else(|died| Err(std::io::Error::other(died))) {
                     Ok(hearing) => {
                         tracing::info!(%group, "joined: the upstream sends an image there");
                         self.0.receptions.groups().joined(group, hearing, now);

@@ -170,12 +170,12 @@ fn one_sending_fills_three_mirrors() {
     assert_eq!((count(&told, "complete"), told["receivers"].as_array().unwrap().len()), (3, 3), "{told}");
     assert_eq!((number(&told, "total_bytes"), number(&told, "cast")), (DATA, 1), "{told}");
     assert_eq!(number(&told, "passed_blocks"), number(&told, "blocks"), "{told}");
+    // Complete is not yet durable, which is what the status tells.
+    ground.until_whole(&mirrors);
     for mirror in &mirrors {
-        assert_eq!(ground.here(mirror), SIZE);
         assert_eq!(ground.heard(mirror)["state"], "complete");
         assert_eq!(number(&ground.of_mirror(mirror)["fill"]["multicast"], "brought_bytes"), DATA);
     }
-    ground.until_whole(&mirrors);
     let Ground { server, .. } = ground;
     // Somebody may have had no time to listen; hardly more.
     let sent = server.stop().sent();
@@ -342,7 +342,7 @@ fn without_a_manifest_nothing_is_cast_and_nobody_takes_part() {
     Casting::start(ground.cast(&["--all", "--wait-for=1"])).ends_with(0);
     ground.until_whole(&mirrors);
     eventually("datagrams", || number(&status(&ground.scratch, &unable)["receptions"][0], "foreign") > 0);
-    assert_eq!(ground.here(&unable), 0);
+    assert_eq!(number(&ground.of_mirror(&unable), "resident_bytes"), 0);
 }
 
 #[test]
@@ -392,7 +392,7 @@ fn mirrors_are_told_to_join_and_need_not() {
     let told = Casting::start(ground.cast(&["--all", "--wait-for=2"])).ends_with(0);
     assert_eq!((count(&told, "complete"), told["receivers"].as_array().unwrap().len()), (2, 2), "{told}");
     ground.until_whole(&mirrors);
-    assert_eq!(ground.here(&deaf), 0);
+    assert_eq!(number(&ground.of_mirror(&deaf), "resident_bytes"), 0);
     // Nobody listens any longer than there is something to hear.
     for mirror in &mirrors {
         eventually("silence", || status(&ground.scratch, mirror)["receptions"].as_array().is_none_or(Vec::is_empty));
@@ -408,7 +408,8 @@ fn a_part_is_cast_in_the_order_of_a_range() {
     let mirrors = ground.mirrors(1);
     let told = Casting::start(ground.cast(&["--range=16M..20M", "--range=1M..2M", "--wait-for=1"])).ends_with(0);
     assert_eq!(number(&told, "total_bytes"), 5 * MIB, "{told}");
-    assert_eq!(number(&ground.of_mirror(&mirrors[0]), "resident_bytes"), 5 * MIB);
+    eventually("durable part", || number(&ground.of_mirror(&mirrors[0]), "resident_bytes") == 5 * MIB);
+    assert_eq!(number(&ground.of_mirror(&mirrors[0])["fill"]["multicast"], "brought_bytes"), 5 * MIB);
 }
 
 /// Says wrong things in a group until it is dropped.
@@ -485,7 +486,8 @@ fn strangers_cost_counters_only() {
     });
     let pid = mirrors[0].pid();
     let sampler = Sampler::with(move || resident_kib(pid));
-    casting.ends_with(0);
+    // Its queue may have had no room for the truth, which then comes from the upstream.
+    drop(casting);
     assert!(liar.stop() >= 60_000);
     let most = sampler.most();
     assert!(most <= before + MOST_GROWTH_KIB, "{before} KiB before, {most} KiB at most");

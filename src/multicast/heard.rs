@@ -166,13 +166,17 @@ impl Session {
                 return;
             }
         };
-        let has = |block| layout.ranges(block).into_iter().all(|range| mirror.holds(range));
+        let has = |block| holds(mirror, &layout, block);
         let seed = u64::from_le_bytes(*self.receiver.0.first_chunk().expect("16 bytes")) ^ self.terms.session.0;
         let mut receiver = Receiver::new(self.receiver, Arc::clone(&layout), has, seed);
         receiver.announced(Duration::ZERO, &self.announced);
         let (done, blocks) = receiver.done();
         tracing::info!(session = %self.terms.session, image = %self.terms.image, done, blocks, "hearing a session");
         self.audience.began(mirror, &self.terms, layout.covers());
+        if let Err(error) = mirror.check_room(&layout.covers()) {
+            tracing::warn!(session = %self.terms.session, %error, "a session brings more than can be kept: not taking part");
+            receiver.leave();
+        }
         let assembly = Assembly::default();
         self.part = Some(Part { began: now, layout, receiver, assembly, mended: HashSet::new(), overflowed });
     }
@@ -224,8 +228,16 @@ impl Session {
     /// What came of a block.
     pub(super) fn delivered(&mut self, now: Instant, done: Done) {
         self.figures.wrong += u64::from(done.delivery == Delivery::Wrong);
-        if let Some(part) = &mut self.part {
-            part.receiver.delivered(now.saturating_duration_since(part.began), done.block, done.delivery);
+        let Some(part) = &mut self.part else { return };
+        let now = now.saturating_duration_since(part.began);
+        part.receiver.delivered(now, done.block, done.delivery);
+        if part.receiver.state() == State::Complete
+            && let Some(mirror) = &self.mirror
+        {
+            // A cache that is full has given back the first for the last.
+            (0..part.layout.blocks()).filter(|block| !holds(mirror, &part.layout, *block)).for_each(|block| {
+                part.receiver.evicted(now, block);
+            });
         }
     }
 
@@ -290,6 +302,11 @@ impl Session {
     pub(super) const fn figures(&self) -> &HeardSession {
         &self.figures
     }
+}
+
+/// Whether all of a block is here.
+fn holds(mirror: &Mirror, layout: &Layout, block: u32) -> bool {
+    layout.ranges(block).into_iter().all(|range| mirror.holds(range))
 }
 
 impl Drop for Session {

@@ -396,6 +396,14 @@ impl Receiver {
         }
     }
 
+    /// A block that was here has left again: the cache had to give it back. It is left to the upstream.
+    pub fn evicted(&mut self, now: Duration, block: u32) {
+        if block < self.layout.blocks() && self.fate(block) == Fate::Done {
+            self.done -= 1;
+            self.leave_to_upstream(now, block);
+        }
+    }
+
     fn was_wrong(&mut self, now: Duration, block: u32) {
         let wrong = self.wrong.entry(block).or_default();
         *wrong += 1;
@@ -428,9 +436,9 @@ impl Receiver {
         let needs = if standing == Standing::Joined && self.lacks_passed() { self.needs(now) } else { Vec::new() };
         let again = self.asks.next().filter(|_| standing == Standing::Joined).map(|at| at.max(now));
         let again = again.map(|at| at + SPREAD / 8 + self.chance.late_within(self.spread, self.group()));
-        let is_anyhow = now >= self.due.regular.min(self.due.losses.unwrap_or(Duration::MAX));
+        let is_regular = now >= self.due.regular.min(self.due.losses.unwrap_or(Duration::MAX));
         self.due.needs = again;
-        if needs.is_empty() && !is_anyhow {
+        if needs.is_empty() && !is_regular {
             return None;
         }
         Some(self.make(now, standing, needs))

@@ -28,7 +28,7 @@ use super::{Generation, MirrorError, Mirrors, Shared};
 use crate::cast::SessionId;
 use crate::cast::form::Terms;
 use crate::cast::receiver::State as Reception;
-use crate::clock;
+use crate::clock::{self, Moment};
 use crate::control::casts::order::{HeardStatus, ReceptionStatus};
 use crate::control::casts::words::{Word, Words};
 use crate::export::{ImageId, NodeId};
@@ -67,7 +67,7 @@ pub(super) struct Receptions {
     groups: Mutex<Groups<Hearing>>,
     /// Sessions that fill a mirror now.
     sessions: Mutex<BTreeMap<SessionId, NodeId>>,
-    started: Instant,
+    started: Moment,
     changed: Notify,
     events: mpsc::Sender<Event>,
     /// Until somebody notes them.
@@ -96,7 +96,7 @@ impl Receptions {
             words: Words::default(),
             groups: Mutex::default(),
             sessions: Mutex::default(),
-            started: clock::now(),
+            started: clock::moment(),
             changed: Notify::new(),
             events,
             noted: Mutex::new(Some(noted)),
@@ -120,7 +120,9 @@ impl Receptions {
     /// Whether an order waits for a cast.
     fn holds(&self, order: &Order, now: Instant) -> bool {
         let What::Cast(session) = order.what else { return false };
-        let is_early = now.saturating_duration_since(self.started) < GRACE;
+        // One that was ordered since belongs to a session that is heard, or was.
+        let is_old = order.ordered_at < self.started.wall;
+        let is_early = is_old && now.saturating_duration_since(self.started.steady) < GRACE;
         order.state == State::Active && (is_early || self.sessions().contains_key(&session))
     }
 
@@ -394,8 +396,11 @@ mod tests {
     #[test]
     fn orders_of_casts_are_held_while_these_last_and_after_a_restart_for_a_moment() {
         let receptions = Receptions::new(Hear::default());
-        let (session, early, late) = (SessionId(7), receptions.started, receptions.started + GRACE);
-        let cast = order(What::Cast(session), State::Active);
+        let Moment { steady: early, wall } = receptions.started;
+        let (session, late) = (SessionId(7), early + GRACE);
+        let new = order(What::Cast(session), State::Active);
+        assert!(!receptions.holds(&new, early), "its session was heard since the start, and is over");
+        let cast = Order { ordered_at: wall - GRACE, ..new };
         assert!(receptions.holds(&cast, early) && !receptions.holds(&cast, late));
         receptions.sessions().insert(session, NodeId([1; 16]));
         assert!(receptions.holds(&cast, late));

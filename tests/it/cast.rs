@@ -366,7 +366,7 @@ fn a_session_that_is_called_off_ends_for_everybody() {
 fn a_mirror_that_cannot_hold_it_all_says_so() {
     let ground = Ground::new();
     let small = ground.mirror("small", &["--cache-size=6M"]);
-    let told = Casting::start(ground.cast(&["--all", "--wait-for=1", "--patience=20s"])).ends_with(3);
+    let told = Casting::start(ground.cast(&["--all", "--wait-for=1", "--patience=3s"])).ends_with(3);
     assert_eq!(count(&told, "complete"), 0, "{told}");
     assert!(ground.here(&small) < SIZE);
     assert_holds(small.uri(), &ground.bytes);

@@ -103,7 +103,8 @@ impl Speed {
         let mut made = Vec::with_capacity(block.len() * 2);
         let mut ends = Vec::new();
         let making = self.figure("write datagrams and tags", symbol, || {
-            (made.clear(), ends.clear());
+            made.clear();
+            ends.clear();
             for (index, bytes) in (0..).zip(block.chunks(usize::from(symbol))) {
                 let head = Head { session: SessionId(1), number: u32::from(index) };
                 encode(head, &Datagram::Symbol { block: 1, index, bytes }, &key, &mut made);

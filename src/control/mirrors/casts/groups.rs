@@ -75,7 +75,7 @@ impl<H> Groups<H> {
     }
 
     /// The groups that are to be joined now.
-    pub(super) fn to_join(&mut self, now: Instant) -> Vec<Group> {
+    pub(super) fn due(&mut self, now: Instant) -> Vec<Group> {
         let heard = self.0.values().filter(|place| place.hearing.is_some()).count();
         let is_due = |place: &Place<H>| {
             let may_be_tried = place.tried.is_none_or(|tried| now.saturating_duration_since(tried) >= RETRY);
@@ -138,7 +138,7 @@ mod tests {
     }
 
     fn join(groups: &mut Groups<u8>, now: Instant) -> usize {
-        let due = groups.to_join(now);
+        let due = groups.due(now);
         due.iter().for_each(|group| groups.joined(*group, 7, now));
         due.len()
     }
@@ -148,7 +148,7 @@ mod tests {
         let (mut groups, now) = (Groups::default(), crate::clock::now());
         groups.keep(group(1), 1);
         groups.named(group(1));
-        assert!(groups.to_join(now).is_empty(), "it is heard already");
+        assert!(groups.due(now).is_empty(), "it is heard already");
         groups.unnamed(group(1));
         assert!(groups.review(now + 10 * IDLE, |_| (false, false)).is_empty());
         assert_eq!(heard(&groups), [1]);
@@ -186,9 +186,9 @@ mod tests {
     fn what_cannot_be_joined_is_tried_again_later_and_not_too_much_is_joined() {
         let (mut groups, now) = (Groups::<u8>::default(), crate::clock::now());
         groups.named(group(1));
-        assert_eq!(groups.to_join(now), [group(1)]);
-        assert!(groups.to_join(now + RETRY / 2).is_empty());
-        assert_eq!(groups.to_join(now + RETRY), [group(1)]);
+        assert_eq!(groups.due(now), [group(1)]);
+        assert!(groups.due(now + RETRY / 2).is_empty());
+        assert_eq!(groups.due(now + RETRY), [group(1)]);
         groups.unnamed(group(1));
         assert!(groups.0.is_empty(), "nobody wants it any more");
         (0..100).for_each(|number| groups.named(group(number)));

@@ -218,7 +218,7 @@ impl Mirrors {
         loop {
             let now = clock::now();
             let Some(workers) = self.0.workers.upgrade() else { return };
-            let due = self.0.receptions.groups().to_join(now);
+            let due = self.0.receptions.groups().due(now);
             for group in due {
                 let (this, begun) = (self.clone(), Arc::clone(&workers));
                 let joining = tokio::task::spawn_blocking(move || this.hear(group, &begun)).await;
@@ -418,10 +418,10 @@ mod tests {
             receptions.words().tell_by(notices.clone());
             let tip = receptions.named("a", group);
             assert_eq!((notices.groups("a"), tip.group()), (vec![group], group));
-            assert_eq!(receptions.groups().to_join(clock::now()).len(), usize::from(by_word));
+            assert_eq!(receptions.groups().due(clock::now()).len(), usize::from(by_word));
             drop(tip);
             assert!(notices.groups("a").is_empty());
-            assert!(receptions.groups().to_join(clock::now() + GRACE).is_empty());
+            assert!(receptions.groups().due(clock::now() + GRACE).is_empty());
         }
     }
 

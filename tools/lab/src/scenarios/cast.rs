@@ -19,7 +19,7 @@ use load::process::{Sample, to_f64};
 use serde_json::{Value, json};
 
 use super::cast_reader;
-use crate::bed::{Bed, CABLE, Link, Loss, Rate};
+use crate::bed::{Bed, CABLE, Link, Loss, Rate, output};
 use crate::servers::{IMAGE, Mirror, Origin};
 use crate::table::{Cell, Row, Table};
 use crate::{Lab, image, tell};
@@ -221,6 +221,20 @@ pub(super) fn cast_command(lab: &Lab, origin: &Origin, receivers: usize) -> Comm
     command.args(["cast", IMAGE, "--json", "--group", GROUP, "--interface", CABLE]);
     command.arg(format!("--wait-for={receivers}")).arg("--at").arg(origin.admin());
     command
+}
+
+/// Ends all sessions of the origin.
+pub(super) fn call_off(lab: &Lab, origin: &Origin) -> anyhow::Result<()> {
+    let order = |words: &[&str]| {
+        let mut command = children::command(Cpus::Free, &lab.headwater);
+        output(command.arg("cast").args(words).arg("--at").arg(origin.admin()))
+    };
+    let list: Value = serde_json::from_str(&order(&["--list", "--json"])?)?;
+    let is_active = |cast: &&Value| matches!(cast["state"].as_str(), Some("waiting" | "sending" | "ending"));
+    for cast in list["casts"].as_array().into_iter().flatten().filter(is_active) {
+        order(&["--cancel", &cast["cast"].to_string()])?;
+    }
+    Ok(())
 }
 
 /// From an order until all mirrors have everything.

@@ -98,6 +98,7 @@ fn trial(
     let report = load(None, &mirror.uri(), &["--size=4K", "--depth=64", "--time=5s", &rate, &region])?;
     if let Some(mut session) = session {
         ensure!(session.ended()?.is_none(), "the session ended before the reads: take a larger image (--size)");
+        cast::call_off(lab, origin)?;
     }
     Ok((report, mirror.status()?))
 }

@@ -24,6 +24,8 @@ const LONG: Duration = Duration::from_secs(2);
 const FEW: u64 = 50;
 /// Looks running that must say the same.
 const STRIKES: u32 = 2;
+/// At the lowest rate, where a receiver is dropped: a host that is busy for a moment is not to lose the session for it.
+const LAST_STRIKES: u32 = 6;
 /// The first trial of a higher rate comes so long after it fell, each further one twice as long after the last.
 const PROBE: Duration = Duration::from_secs(4);
 /// A trial that does no harm is followed by the next after this.
@@ -157,7 +159,8 @@ impl Rate {
         let reception = std::mem::take(&mut hearer.gathered);
         hearer.looked = now;
         hearer.strikes = if reception.is_bad() { hearer.strikes + 1 } else { 0 };
-        if hearer.strikes < STRIKES {
+        let enough = if self.current <= self.least { LAST_STRIKES } else { STRIKES };
+        if hearer.strikes < enough {
             return Verdict::Stays;
         }
         hearer.strikes = 0;

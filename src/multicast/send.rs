@@ -28,6 +28,7 @@ use crate::clock;
 use crate::error::Result;
 use crate::export::{SharedExport, append};
 use crate::net::multicast::{BATCH, Outlet};
+use crate::server::ClientTable;
 use crate::units::to_u64;
 use crate::worker::Workers;
 
@@ -37,6 +38,8 @@ const WINDOW: usize = 2 * DEPTH;
 const SNAPSHOT: Duration = Duration::from_millis(200);
 /// Shorter waits are slept through on the thread: the runtime's timers have a grain of a millisecond.
 const SHORT: Duration = Duration::from_millis(3);
+/// How often it is looked what clients have been sent.
+const LOOK: Duration = Duration::from_micros(500);
 /// While a block is waited for, receivers are told so often that the sender lives.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(500);
 
@@ -53,6 +56,8 @@ pub struct Session {
     pub layout: Arc<Layout>,
     /// How it is sent.
     pub settings: Settings,
+    /// The clients of the same server: what they are sent goes first.
+    pub clients: ClientTable,
 }
 
 /// A session under way, or over. Cheap to clone; all clones are one. Dropping all of them does not end it.
@@ -252,6 +257,11 @@ struct Line {
     number: u32,
     began: Instant,
     pace: Pace,
+    /// The rate that it goes on with beside busy clients.
+    least: u64,
+    clients: ClientTable,
+    /// What they had been sent, and when to ask again.
+    sent: (u64, Duration),
     /// What the protocol has said and what could not be done yet, and its number.
     staged: Option<(Step, u32)>,
     batch: Vec<u8>,
@@ -271,7 +281,7 @@ struct Line {
 }
 
 async fn send(session: Session, outlet: Outlet, workers: Arc<Workers>, shared: &Shared) {
-    let Session { export, terms, plan, layout, settings } = session;
+    let Session { export, terms, plan, layout, settings, clients } = session;
     let (wanted, requests) = mpsc::channel(WINDOW);
     let (results, read) = mpsc::channel(WINDOW);
     let (symbol, of_reader) = (terms.symbol, Arc::clone(&layout));
@@ -288,6 +298,9 @@ async fn send(session: Session, outlet: Outlet, workers: Arc<Workers>, shared: &
         number: 0,
         began: clock::now(),
         pace: Pace::default(),
+        least: settings.min_rate,
+        sent: (clients.sent().0, Duration::ZERO),
+        clients,
         staged: None,
         batch: Vec::new(),
         blocks: HashMap::new(),
@@ -328,6 +341,7 @@ impl Line {
         if shared.is_cancelled.load(Ordering::Acquire) {
             self.cancel(None);
         }
+        self.give_way(now);
         let wait = self.pace.wait(now);
         if !wait.is_zero() {
             self.pause(wait, shared).await;
@@ -337,7 +351,7 @@ impl Line {
         match self.gather(now) {
             Next::Batch(size) => {
                 let length = self.batch.len();
-                self.pace.leave(now, length, self.sender.rate());
+                self.pace.leave(now, length, self.sender.rate(), self.least);
                 self.bytes += to_u64(length);
                 if let Err(error) = self.outlet.send(&self.batch, size).await {
                     self.error = Some(format!("cannot send: {error}"));
@@ -349,6 +363,17 @@ impl Line {
             Next::Ended => return None,
         }
         Some(now)
+    }
+
+    /// Leaves the line to what clients have been sent. They are not asked all the time if there are many.
+    fn give_way(&mut self, now: Duration) {
+        let (before, again) = self.sent;
+        if now >= again {
+            let (sent, clients) = self.clients.sent();
+            let pause = LOOK + Duration::from_micros(to_u64(clients));
+            self.sent = (sent, now + pause);
+            self.pace.give_way(now, sent.saturating_sub(before), self.sender.rate());
+        }
     }
 
     /// Has the session end, and says why if that is nobody's wish.

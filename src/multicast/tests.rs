@@ -26,6 +26,7 @@ use crate::manifest::{ImageId, of_bytes};
 use crate::mirror::{Cache, Cause, Mirror, Settings as MirrorSettings, Space, SpaceSettings, Truth};
 use crate::net::multicast::{Group, Leaving, Outlet};
 use crate::ranges::ByteRange;
+use crate::server::ClientTable;
 use crate::units::{to_u64, to_usize};
 use crate::worker::Workers;
 
@@ -166,7 +167,7 @@ fn session(contents: &[u8], export: SharedExport, settings: Settings) -> Session
         contents[to_usize(range.start())..to_usize(range.end())].iter().all(|byte| *byte == 0)
     };
     let layout = Arc::new(Layout::new(&terms, plan.clone(), is_zero).unwrap());
-    Session { export, terms, plan, layout, settings }
+    Session { export, terms, plan, layout, settings, clients: ClientTable::default() }
 }
 
 fn start(group: Group, session: Session, workers: &Arc<Workers>) -> Sending {

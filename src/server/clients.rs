@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -108,12 +109,15 @@ struct Table {
     /// How many there were.
     count: u64,
     clients: BTreeMap<u64, Arc<Client>>,
+    /// Bytes that were sent over the network to clients that have left.
+    sent_before: u64,
 }
 
 /// One connection, as others see it.
 #[derive(Debug)]
 pub(super) struct Client {
     peer: String,
+    is_remote: bool,
     pub(super) export: String,
     pub(super) mirror: Option<NodeId>,
     connection: Option<Id>,
@@ -168,6 +172,7 @@ impl ClientTable {
     pub(super) fn enter(&self, newcomer: Newcomer) -> Entry {
         let Newcomer { peer, export, mirror, connection } = newcomer;
         let client = Arc::new(Client {
+            is_remote: is_remote(&peer),
             peer,
             export,
             mirror,
@@ -185,9 +190,22 @@ impl ClientTable {
         Entry { table: self.clone(), id, client }
     }
 
+    /// Bytes of answers that have gone over the network so far, those to this host not counted; and how many clients had
+    /// to be asked.
+    pub fn sent(&self) -> (u64, usize) {
+        let table = self.lock();
+        let remote = table.clients.values().filter(|client| client.is_remote);
+        (table.sent_before + remote.map(|client| client.counts.read_bytes.get()).sum::<u64>(), table.clients.len())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether what is sent to a peer goes over a network.
+fn is_remote(peer: &str) -> bool {
+    peer.parse().is_ok_and(|address: SocketAddr| !address.ip().to_canonical().is_loopback())
 }
 
 /// Whether a full name is that of `export`, perhaps with an identity.
@@ -263,7 +281,11 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.table.lock().clients.remove(&self.id);
+        let mut table = self.table.lock();
+        if table.clients.remove(&self.id).is_some_and(|client| client.is_remote) {
+            table.sent_before += self.client.counts.read_bytes.get();
+        }
+        drop(table);
         self.client.desk.leave();
     }
 }
@@ -274,6 +296,19 @@ mod tests {
 
     fn newcomer(peer: &str, export: &str) -> Newcomer {
         Newcomer { peer: peer.into(), export: export.into(), ..Newcomer::default() }
+    }
+
+    #[test]
+    fn what_went_over_the_network_is_counted_also_when_clients_have_left() {
+        let table = ClientTable::default();
+        let far = table.enter(newcomer("192.0.2.1:7", "a"));
+        let near =
+            ["127.0.0.1:7", "[::1]:7", "[::ffff:127.0.0.1]:7", "unix"].map(|peer| table.enter(newcomer(peer, "a")));
+        near.iter().chain([&far]).for_each(|entry| entry.counts().read_bytes.add(10));
+        assert_eq!(table.sent(), (10, 5));
+        drop(near);
+        drop(far);
+        assert_eq!(table.sent(), (10, 0));
     }
 
     #[test]

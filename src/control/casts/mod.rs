@@ -209,7 +209,8 @@ impl Casts {
         let pace = plan::pace(order, layout.bytes(), deadline.map(|deadline| deadline.left(now)))?;
         let told = if order.no_tell { 0 } else { self.listeners(&image) };
         let settings = plan::settings(order, pace, told)?;
-        let session = Session { export, terms, plan, layout, settings };
+        let clients = self.0.steering.clients.clone();
+        let session = Session { export, terms, plan, layout, settings, clients };
         Ok(Prepared { image, group, leaving, session, deadline, late_by: pace.late_by })
     }
 

@@ -452,7 +452,7 @@ fn lie(member: &Member, least: u64, stop: &AtomicBool, mut make: impl FnMut(u64)
         member.send(&make(count));
         count += 1;
         if count % BURST == 0 {
-            std::thread::sleep(PAUSE);
+            std::thread::park_timeout(PAUSE);
         }
     }
     count

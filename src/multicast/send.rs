@@ -455,7 +455,12 @@ impl Line {
     /// Has blocks read that are sent soon, and forgets those that are not.
     fn look_ahead(&mut self) {
         let window = self.sender.window();
-        self.blocks.retain(|block, _| window.contains(block));
+        // With its last symbol a block leaves the window; it may still wait for being read.
+        let staged = match &self.staged {
+            Some((Step::Send(Packet::Symbol { block, .. }), _)) => Some(*block),
+            _ => None,
+        };
+        self.blocks.retain(|block, _| window.contains(block) || Some(*block) == staged);
         for block in window.into_iter().take(WINDOW) {
             self.ask_for(block);
         }

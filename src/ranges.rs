@@ -147,6 +147,25 @@ pub fn merged(ranges: &[ByteRange]) -> Vec<ByteRange> {
     joined
 }
 
+/// At most `most` ranges, but one at least, that cover these, which are in order and apart, and as little else as possible: the
+/// smallest gaps are closed, of equal ones the first.
+pub fn fewer(ranges: &[ByteRange], most: usize) -> Vec<ByteRange> {
+    let excess = ranges.len().saturating_sub(most);
+    let gap = |pair: &[ByteRange]| pair[1].start() - pair[0].end();
+    let mut gaps: Vec<_> = ranges.windows(2).map(gap).enumerate().map(|(index, gap)| (gap, index)).collect();
+    gaps.sort_unstable();
+    let mut is_closed = vec![false; ranges.len()];
+    gaps.iter().take(excess).for_each(|(_, index)| is_closed[index + 1] = true);
+    let mut all: Vec<ByteRange> = Vec::new();
+    for (range, is_closed) in ranges.iter().zip(is_closed) {
+        match all.last_mut() {
+            Some(last) if is_closed => *last = ByteRange::between(last.start(), range.end()),
+            _ => all.push(*range),
+        }
+    }
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,6 +217,30 @@ mod tests {
             for byte in 0..60 {
                 prop_assert_eq!(within(both, byte), within(left, byte) && within(right, byte));
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn fewer_ranges_cover_the_same_and_as_little_more_as_can_be(
+            lengths in prop::collection::vec((1u64..20, 1u64..20), 1..30), most in 1usize..40
+        ) {
+            let mut at = 0;
+            let ranges: Vec<_> = lengths.iter().map(|(gap, length)| {
+                let range = ByteRange::between(at + gap, at + gap + length);
+                at = range.end();
+                range
+            }).collect();
+            let covering = fewer(&ranges, most);
+            prop_assert_eq!(covering.len(), ranges.len().min(most));
+            prop_assert!(covering.windows(2).all(|pair| pair[0].end() < pair[1].start()));
+            let is_covered = |range: &ByteRange| covering.iter().any(|wide| wide.start() <= range.start() && range.end() <= wide.end());
+            prop_assert!(ranges.iter().all(is_covered));
+            let total = |ranges: &[ByteRange]| ranges.iter().map(|range| range.length()).sum::<u64>();
+            let mut gaps: Vec<_> = ranges.windows(2).map(|pair| pair[1].start() - pair[0].end()).collect();
+            gaps.sort_unstable();
+            let closed: u64 = gaps.iter().take(ranges.len().saturating_sub(most)).sum();
+            prop_assert_eq!(total(&covering), total(&ranges) + closed);
         }
     }
 }

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use super::form::{ITEM, Page, Run, TOLD, Terms, most_runs, terms_of};
 use crate::manifest::Shape;
-use crate::ranges::{ByteRange, merged};
+use crate::ranges::{ByteRange, fewer, merged};
 use crate::units::to_usize;
 
 /// Pages of a plan.
@@ -310,25 +310,12 @@ fn joined(runs: impl Iterator<Item = Run>) -> Vec<Run> {
 /// At most `most` runs, in order, that cover all of `runs` and as little else as possible.
 fn coarse(runs: Vec<Run>, most: usize) -> Vec<Run> {
     let range = |run: Run| ByteRange::between(u64::from(run.first), u64::from(run.first) + u64::from(run.count));
-    let mut apart = merged(&runs.into_iter().map(range).collect::<Vec<_>>());
-    let mut gaps: Vec<u64> = apart.windows(2).map(|pair| pair[1].start() - pair[0].end()).collect();
-    let close = apart.len().saturating_sub(most);
-    gaps.sort_unstable();
-    // Of gaps as large as the largest one that has to be closed only so many are closed as have to be.
-    let largest = close.checked_sub(1).map_or(0, |last| gaps[last]);
-    let mut equal = close - gaps.iter().take_while(|gap| **gap < largest).count().min(close);
-    let mut closed: Vec<ByteRange> = Vec::with_capacity(most);
-    for range in apart.drain(..) {
-        let gap = closed.last().map_or(u64::MAX, |last| range.start() - last.end());
-        let is_closed = gap < largest || gap == largest && equal > 0;
-        equal -= usize::from(is_closed && gap == largest);
-        match closed.last_mut().filter(|_| is_closed) {
-            Some(last) => *last = ByteRange::between(last.start(), range.end()),
-            None => closed.push(range),
-        }
-    }
+    let apart = merged(&runs.into_iter().map(range).collect::<Vec<_>>());
     let number = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
-    closed.into_iter().map(|range| Run { first: number(range.start()), count: number(range.length()) }).collect()
+    fewer(&apart, most)
+        .into_iter()
+        .map(|range| Run { first: number(range.start()), count: number(range.length()) })
+        .collect()
 }
 
 /// The first bytes of the hash over all runs, however they are cut into pages.

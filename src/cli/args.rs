@@ -105,6 +105,10 @@ pub(super) enum Command {
     Drain(super::drain::Drain),
     Attach(super::attach::Attach),
     Detach(super::attach::Detach),
+    #[cfg(feature = "tui")]
+    Top(super::top::Top),
+    Balance(super::balance::Balance),
+    Settings(super::settings::Settings),
 }
 
 /// Serve real images: raw files, block devices, qcow2 files.
@@ -322,6 +326,14 @@ pub(super) struct RunningServer {
     /// The server's --admin address. [default: the only server that runs here]
     #[arg(long, value_name = "ADDR")]
     pub(super) at: Option<AdminAddress>,
+}
+
+/// Which servers are meant.
+#[derive(Debug, Clone, Args)]
+pub(super) struct Servers {
+    /// The servers' --admin addresses, with commas between them. [default: all servers that run here]
+    #[arg(long, value_name = "ADDR,...", value_delimiter = ',')]
+    pub(super) servers: Vec<AdminAddress>,
 }
 
 /// What all servers have.

@@ -13,7 +13,7 @@ use super::output;
 use crate::control::casts::Casts;
 use crate::control::place::Surroundings;
 use crate::control::redirect::{Redirects, StatePlace};
-use crate::control::{Admin, AdminListener, Operated};
+use crate::control::{Admin, AdminListener, Operated, Site};
 use crate::export::Registry;
 use crate::net::{ListenAddress, Listener};
 use crate::server::{Server, Settings};
@@ -71,13 +71,16 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
     }
     let state = exports.state(&listeners);
     let server = Server::start(Arc::clone(&registry), listeners, Arc::clone(&workers), settings);
-    let redirects = Redirects::start(server.steering(), Arc::clone(&registry), &workers, state).await;
+    let steering = server.steering();
+    let redirects = Redirects::start(steering.clone(), Arc::clone(&registry), &workers, state).await;
     let casts = exports.operated().map(|operated| {
-        let casts = Casts::start(server.steering(), Arc::clone(&registry), Arc::clone(&operated), &workers);
+        let casts = Casts::start(steering.clone(), Arc::clone(&registry), Arc::clone(&operated), &workers);
         (operated, casts)
     });
-    let admin = admin.zip(casts.clone());
-    let admin = admin.map(|(listener, (operated, casts))| Admin::start(listener, operated, redirects, casts, listen));
+    let admin = admin.zip(casts.clone()).map(|(listener, (operated, casts))| {
+        let neighbours = Vec::new();
+        Admin::start(listener, Site { operated, steering, redirects, casts, listen, neighbours })
+    });
     output::print(&greeting)?;
     notify_manager(&sd_notify::NotifyState::Ready);
     signals.next().await;

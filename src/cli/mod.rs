@@ -9,6 +9,9 @@
 //! | `cast` | sending an image to a group |
 //! | `redirect` | moving clients: at a server, at a virtual machine, at a device of the kernel |
 //! | `drain` | taking a server out of service |
+//! | `top` | watching servers |
+//! | `balance` | moving clients until servers share their load |
+//! | `settings` | what may be changed while a server runs |
 //! | `attach` | binding an export to a device of the kernel, and giving it back |
 //! | `verify_file` | `verify` for files, which needs no server |
 //! | `running` | finding the running server that a command is for |
@@ -21,6 +24,7 @@
 
 mod args;
 mod attach;
+mod balance;
 mod cast;
 mod daemon;
 mod drain;
@@ -35,8 +39,11 @@ mod profile;
 mod redirect;
 mod running;
 mod serve;
+mod settings;
 mod status;
 mod table;
+#[cfg(feature = "tui")]
+mod top;
 mod verify;
 mod verify_file;
 
@@ -65,6 +72,10 @@ pub fn run() -> ExitCode {
         Command::Redirect(arguments) => redirect::run(*arguments),
         Command::Drain(arguments) => drain::run(arguments),
         Command::Attach(arguments) => attach::attach(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Settings(arguments) => settings::run(arguments),
+        #[cfg(feature = "tui")]
+        Command::Top(arguments) => top::run(arguments),
+        Command::Balance(arguments) => balance::run(arguments),
         Command::Detach(arguments) => attach::detach(arguments).map(|()| ExitCode::SUCCESS),
     };
     match result {

@@ -3,7 +3,7 @@
 use anyhow::bail;
 use tokio::runtime::{Builder, LocalOptions};
 
-use super::args::{RunningServer, Span};
+use super::args::{RunningServer, Servers, Span};
 use crate::control::Client;
 use crate::control::place::Surroundings;
 use crate::control::status::{ImageStatus, Range};
@@ -20,6 +20,14 @@ pub(super) async fn reach(server: RunningServer) -> anyhow::Result<Client> {
         Some(address) => Ok(Client::new(address)),
         None => Ok(Surroundings::of_process().find_server().await?),
     }
+}
+
+/// The servers that were named, or all there are.
+pub(super) async fn reach_all(servers: Servers) -> anyhow::Result<Vec<Client>> {
+    if servers.servers.is_empty() {
+        return Ok(Surroundings::of_process().find_servers().await?);
+    }
+    Ok(servers.servers.into_iter().map(Client::new).collect())
 }
 
 /// The image called `name`.

@@ -38,12 +38,14 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
 
 use super::casts::{self, Casts};
+use super::client::Client;
 use super::operated::{Operated, Refusal};
 use super::prefetch::{OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::redirect::{Redirects, order::RedirectState, routes};
 use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, Status, VerifyOrder};
 use crate::clock;
 use crate::ranges::ByteRange;
+use crate::server::Steering;
 use crate::units::to_u64;
 
 /// Bytes of the longest body that is taken.
@@ -60,14 +62,27 @@ pub(super) enum Reach {
     Machine,
 }
 
+/// A server, as its admin API needs it.
+#[derive(Debug)]
+pub struct Site {
+    /// Its images.
+    pub operated: Arc<dyn Operated>,
+    /// Its clients, and what they have asked for.
+    pub steering: Steering,
+    /// The orders to move them.
+    pub redirects: Redirects,
+    /// What it sends to groups.
+    pub casts: Casts,
+    /// Where clients connect to, as URIs without the name of an export.
+    pub listen: Vec<String>,
+    /// Other servers of its tree, which the status page shows beside it.
+    pub neighbours: Vec<Client>,
+}
+
 /// What requests are answered from.
 #[derive(Debug)]
 pub(super) struct Api {
-    operated: Arc<dyn Operated>,
-    redirects: Redirects,
-    casts: Casts,
-    /// Where clients connect to, as URIs without the name of an export.
-    listen: Vec<String>,
+    site: Site,
     started: Instant,
     /// Held while status is gathered, which may block on a disk: one thread is enough to find that out.
     gathering: Arc<Mutex<()>>,
@@ -78,8 +93,8 @@ pub(super) type Name = Result<Path<HashMap<String, String>>, PathRejection>;
 pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
-    pub(super) fn new(operated: Arc<dyn Operated>, redirects: Redirects, casts: Casts, listen: Vec<String>) -> Self {
-        Self { operated, redirects, casts, listen, started: clock::now(), gathering: Arc::default() }
+    pub(super) fn new(site: Site) -> Self {
+        Self { site, started: clock::now(), gathering: Arc::default() }
     }
 
     pub(super) fn router(self, reach: Reach) -> Router {
@@ -102,6 +117,11 @@ impl Api {
             .route("/v1/orders/{id}", get(order).delete(cancel_order))
             .merge(routes::router())
             .merge(casts::routes::router())
+            .merge(super::settings::routes().split_for_parts().0)
+            .merge(super::load::routes().split_for_parts().0)
+            .merge(super::tree::routes().split_for_parts().0)
+            .merge(super::metrics::routes().split_for_parts().0)
+            .merge(super::page::routes().split_for_parts().0)
             .fallback(nowhere)
             .method_not_allowed_fallback(not_so)
             .with_state(Arc::new(self));
@@ -112,45 +132,50 @@ impl Api {
     }
 
     pub(super) fn operated(&self) -> &dyn Operated {
-        &*self.operated
+        &*self.site.operated
     }
 
     pub(super) const fn redirects(&self) -> &Redirects {
-        &self.redirects
+        &self.site.redirects
     }
 
     pub(super) const fn casts(&self) -> &Casts {
-        &self.casts
+        &self.site.casts
+    }
+
+    pub(super) const fn site(&self) -> &Site {
+        &self.site
     }
 
     /// Blocks.
     fn status(&self) -> Status {
-        let clients = self.redirects.clients().list();
-        let mut images = self.operated.images();
+        let site = &self.site;
+        let clients = site.steering.clients.list();
+        let mut images = site.operated.images();
         for image in &mut images {
             image.clients = to_u64(clients.iter().filter(|client| client.export == image.name).count());
         }
-        let mut orders = self.operated.orders();
+        let mut orders = site.operated.orders();
         orders.retain(|order| order.state == OrderState::Active);
-        let mut redirects = self.redirects.list();
+        let mut redirects = site.redirects.list();
         redirects.retain(|order| order.state == RedirectState::Active);
-        let mut casts = self.casts.list();
+        let mut casts = site.casts.list();
         casts.retain(|cast| !cast.is_over());
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            role: self.operated.role(),
+            role: site.operated.role(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
             images,
             clients,
-            cache: self.operated.cache(),
-            link: self.operated.link(),
+            cache: site.operated.cache(),
+            link: site.operated.link(),
             orders,
             redirects,
             casts,
-            receptions: self.operated.receptions(),
-            draining: self.redirects.drain_status(),
-            listen: self.listen.clone(),
+            receptions: site.operated.receptions(),
+            draining: site.redirects.drain_status(),
+            listen: site.listen.clone(),
         }
     }
 }
@@ -172,14 +197,14 @@ async fn gather<T: Send + 'static>(api: Arc<Api>, what: impl FnOnce(&Api) -> T +
 
 async fn pin(State(api): Shared, name: Name, body: Body) -> Answered<PinReport> {
     let (name, ranges) = pin_order(name, body).await?;
-    let report = api.operated.pin(name.clone(), ranges).await?;
+    let report = api.site.operated.pin(name.clone(), ranges).await?;
     tracing::info!(name, pinned_bytes = report.pinned_bytes, "pinned");
     Ok(Json(report))
 }
 
 async fn unpin(State(api): Shared, name: Name, body: Body) -> Answered<PinReport> {
     let (name, ranges) = pin_order(name, body).await?;
-    let report = api.operated.unpin(name.clone(), ranges).await?;
+    let report = api.site.operated.unpin(name.clone(), ranges).await?;
     tracing::info!(name, pinned_bytes = report.pinned_bytes, "unpinned");
     Ok(Json(report))
 }
@@ -189,35 +214,35 @@ async fn verify(State(api): Shared, name: Name, body: Body) -> Answered<JobStart
     if order.rate == Some(0) {
         return Err(Problem::new(StatusCode::BAD_REQUEST, "at a rate of 0 it would never end"));
     }
-    let job = api.operated.verify(image_name(name)?, order).await?;
+    let job = api.site.operated.verify(image_name(name)?, order).await?;
     Ok(Json(JobStarted { job }))
 }
 
 async fn job(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<JobStatus> {
-    api.operated.jobs().status(id?.0).map(Json).ok_or_else(no_such_job)
+    api.site.operated.jobs().status(id?.0).map(Json).ok_or_else(no_such_job)
 }
 
 async fn cancel(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<JobStatus> {
-    api.operated.jobs().cancel(id?.0).map(Json).ok_or_else(no_such_job)
+    api.site.operated.jobs().cancel(id?.0).map(Json).ok_or_else(no_such_job)
 }
 
 async fn prefetch(State(api): Shared, name: Name, body: Body) -> Answered<PrefetchReport> {
     let order: PrefetchOrder = read_order(body).await?;
-    Ok(Json(api.operated.prefetch(image_name(name)?, order).await?))
+    Ok(Json(api.site.operated.prefetch(image_name(name)?, order).await?))
 }
 
 async fn orders(State(api): Shared) -> Answered<OrderList> {
-    let orders = gather(api, |api| api.operated.orders()).await?;
+    let orders = gather(api, |api| api.site.operated.orders()).await?;
     Ok(Json(OrderList { orders }))
 }
 
 async fn order(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<OrderStatus> {
     let Path(id) = id?;
-    gather(api, move |api| api.operated.order(id)).await?.map(Json).ok_or_else(no_such_order)
+    gather(api, move |api| api.site.operated.order(id)).await?.map(Json).ok_or_else(no_such_order)
 }
 
 async fn cancel_order(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<OrderStatus> {
-    api.operated.cancel_order(id?.0).await?.map(Json).ok_or_else(no_such_order)
+    api.site.operated.cancel_order(id?.0).await?.map(Json).ok_or_else(no_such_order)
 }
 
 fn no_such_order() -> Problem {

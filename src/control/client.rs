@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::casts::order::{CastList, CastOrder, CastStatus, CastTaken};
+use super::load::{History, Load};
 use super::place::AdminAddress;
 use super::prefetch::{OrderList, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::redirect::order::{DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectStatus, RedirectTaken};
@@ -119,6 +120,16 @@ impl Client {
         Ok((String::from_utf8_lossy(&json).into_owned(), status))
     }
 
+    /// What it did in the last `seconds`, 1 to 60.
+    pub async fn load(&self, seconds: u32) -> Result<Load, CallError> {
+        self.get(&format!("/v1/load?seconds={seconds}")).await
+    }
+
+    /// Its last minutes.
+    pub async fn history(&self) -> Result<History, CallError> {
+        self.get("/v1/history").await
+    }
+
     /// Pins ranges of an image, or all of it.
     pub async fn pin(&self, image: &str, order: &PinOrder) -> Result<PinReport, CallError> {
         self.order(&of_image(image, "pin"), order).await
@@ -151,20 +162,17 @@ impl Client {
     pub async fn forget_profile(&self, image: &str, tag: Option<&Tag>) -> Result<ProfileReport, CallError> {
         let query = tag.map_or_else(String::new, |tag| format!("?tag={tag}"));
         let path = format!("{}{query}", of_image(image, "profile"));
-        let json = self.send(Method::DELETE, &path, Bytes::new(), ORDER_PATIENCE).await?;
-        self.decode(&json)
+        self.delete(&path).await
     }
 
     /// How far a job has come.
     pub async fn job(&self, id: u64) -> Result<JobStatus, CallError> {
-        let json = self.send(Method::GET, &format!("/v1/jobs/{id}"), Bytes::new(), PATIENCE).await?;
-        self.decode(&json)
+        self.get(&format!("/v1/jobs/{id}")).await
     }
 
     /// Calls a job off. It ends soon after.
     pub async fn cancel(&self, id: u64) -> Result<JobStatus, CallError> {
-        let json = self.send(Method::DELETE, &format!("/v1/jobs/{id}"), Bytes::new(), PATIENCE).await?;
-        self.decode(&json)
+        self.delete(&format!("/v1/jobs/{id}")).await
     }
 
     /// Orders parts of an image to be fetched.
@@ -174,20 +182,17 @@ impl Client {
 
     /// The orders to prefetch: the active ones and the last that ended.
     pub async fn prefetches(&self) -> Result<OrderList, CallError> {
-        let json = self.send(Method::GET, "/v1/orders", Bytes::new(), PATIENCE).await?;
-        self.decode(&json)
+        self.get("/v1/orders").await
     }
 
     /// How far one of them has come.
     pub async fn prefetched(&self, id: u64) -> Result<OrderStatus, CallError> {
-        let json = self.send(Method::GET, &format!("/v1/orders/{id}"), Bytes::new(), PATIENCE).await?;
-        self.decode(&json)
+        self.get(&format!("/v1/orders/{id}")).await
     }
 
     /// Calls one of them off.
     pub async fn cancel_prefetch(&self, id: u64) -> Result<OrderStatus, CallError> {
-        let json = self.send(Method::DELETE, &format!("/v1/orders/{id}"), Bytes::new(), ORDER_PATIENCE).await?;
-        self.decode(&json)
+        self.delete(&format!("/v1/orders/{id}")).await
     }
 
     /// Orders clients of an export to be moved.
@@ -197,20 +202,17 @@ impl Client {
 
     /// The orders to move clients: the active ones and the last that ended.
     pub async fn redirects(&self) -> Result<RedirectList, CallError> {
-        let json = self.send(Method::GET, "/v1/redirects", Bytes::new(), PATIENCE).await?;
-        self.decode(&json)
+        self.get("/v1/redirects").await
     }
 
     /// How far one of them has come.
     pub async fn redirected(&self, id: u64) -> Result<RedirectStatus, CallError> {
-        let json = self.send(Method::GET, &format!("/v1/redirects/{id}"), Bytes::new(), PATIENCE).await?;
-        self.decode(&json)
+        self.get(&format!("/v1/redirects/{id}")).await
     }
 
     /// Calls one of them off.
     pub async fn cancel_redirect(&self, id: u64) -> Result<RedirectStatus, CallError> {
-        let json = self.send(Method::DELETE, &format!("/v1/redirects/{id}"), Bytes::new(), ORDER_PATIENCE).await?;
-        self.decode(&json)
+        self.delete(&format!("/v1/redirects/{id}")).await
     }
 
     /// Has an image sent to a group.
@@ -220,20 +222,17 @@ impl Client {
 
     /// The casts of a server: those at work and the last that ended.
     pub async fn casts(&self) -> Result<CastList, CallError> {
-        let json = self.send(Method::GET, "/v1/casts", Bytes::new(), PATIENCE).await?;
-        self.decode(&json)
+        self.get("/v1/casts").await
     }
 
     /// How far one of them is.
     pub async fn cast_status(&self, id: u64) -> Result<CastStatus, CallError> {
-        let json = self.send(Method::GET, &format!("/v1/casts/{id}"), Bytes::new(), PATIENCE).await?;
-        self.decode(&json)
+        self.get(&format!("/v1/casts/{id}")).await
     }
 
     /// Calls one of them off.
     pub async fn cancel_cast(&self, id: u64) -> Result<CastStatus, CallError> {
-        let json = self.send(Method::DELETE, &format!("/v1/casts/{id}"), Bytes::new(), ORDER_PATIENCE).await?;
-        self.decode(&json)
+        self.delete(&format!("/v1/casts/{id}")).await
     }
 
     /// Takes an export, or the whole server, out of service.
@@ -243,13 +242,21 @@ impl Client {
 
     /// What is out of service, and who is still there.
     pub async fn draining(&self) -> Result<DrainStatus, CallError> {
-        let json = self.send(Method::GET, "/v1/drain", Bytes::new(), PATIENCE).await?;
-        self.decode(&json)
+        self.get("/v1/drain").await
     }
 
     /// Lets newcomers in again.
     pub async fn undrain(&self, export: Option<&str>) -> Result<DrainStatus, CallError> {
-        let json = self.send(Method::DELETE, &of_drain(export), Bytes::new(), ORDER_PATIENCE).await?;
+        self.delete(&of_drain(export)).await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, CallError> {
+        let json = self.send(Method::GET, path, Bytes::new(), PATIENCE).await?;
+        self.decode(&json)
+    }
+
+    async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, CallError> {
+        let json = self.send(Method::DELETE, path, Bytes::new(), ORDER_PATIENCE).await?;
         self.decode(&json)
     }
 

@@ -12,6 +12,13 @@
 //! | `operated` | [`Operated`]: what a server must be able to do to be operated |
 //! | `jobs` | orders that take long: their progress, and calling them off |
 //! | `api` | requests: routes, bodies, errors |
+//! | `settings` | what may be changed while a server runs |
+//! | [`figures`] | what happened to images, as counters |
+//! | [`load`] | what a server does just now |
+//! | [`tree`] | several servers, and what flows between them |
+//! | `metrics` | what it has done, for Prometheus |
+//! | `page` | the status page |
+//! | [`balance`] | which clients should be moved where (pure) |
 //! | `profiles` | those for profiles |
 //! | `place` | where admin sockets are, and finding the only running server |
 //! | `listen` | the listening socket |
@@ -27,20 +34,26 @@
 //! thread of its own, one at a time.
 
 mod api;
+pub mod balance;
 pub mod casts;
 mod client;
+pub mod figures;
 mod jobs;
 mod listen;
+pub mod load;
+mod metrics;
 pub mod mirrors;
 mod operated;
+mod page;
 pub mod place;
 pub mod prefetch;
 mod profiles;
 pub mod real;
 pub mod redirect;
+pub mod settings;
 pub mod status;
+pub mod tree;
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::server::conn::http1;
@@ -49,15 +62,14 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 
+pub use api::Site;
 use api::{Api, Reach};
-use casts::Casts;
 pub use client::{CallError, Client};
 pub use jobs::{Jobs, Outcome, RunningJob};
 use listen::Socket;
 pub use listen::{AdminListener, BindError};
 pub use operated::{Answer, Operated, Refusal};
 pub use place::AdminAddress;
-use redirect::Redirects;
 
 /// Connections at the same time; more wait to be accepted.
 const CONNECTIONS: usize = 64;
@@ -77,17 +89,10 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Serves `operated`, `redirects` and `casts`, and tells that clients connect to `listen`, which are URIs without the name of
-    /// an export. Call within the `LocalRuntime` that the listener belongs to.
-    pub fn start(
-        listener: AdminListener,
-        operated: Arc<dyn Operated>,
-        redirects: Redirects,
-        casts: Casts,
-        listen: Vec<String>,
-    ) -> Self {
+    /// Answers requests about `site`. Call within the `LocalRuntime` that the listener belongs to.
+    pub fn start(listener: AdminListener, site: Site) -> Self {
         let reach = if listener.is_tcp() { Reach::Machine } else { Reach::Owner };
-        let service = TowerToHyperService::new(Api::new(operated, redirects, casts, listen).router(reach));
+        let service = TowerToHyperService::new(Api::new(site).router(reach));
         let mut serving = JoinSet::new();
         serving.spawn_local(accept(listener, service));
         Self { _serving: serving }

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use super::casts::Words;
 use super::casts::order::ReceptionStatus;
+use super::figures::MirrorFigures;
 use super::jobs::Jobs;
 use super::prefetch::{OrderStatus, PrefetchOrder, PrefetchReport};
 use super::status::{CacheStatus, ImageStatus, LinkStatus, PinReport, Role, VerifyOrder};
@@ -29,6 +30,11 @@ pub trait Operated: Send + Sync + std::fmt::Debug {
 
     /// All images, by name; `clients` is filled in by the caller. May block.
     fn images(&self) -> Vec<ImageStatus>;
+
+    /// What happened to each mirror, by name: cheap.
+    fn figures(&self) -> Vec<MirrorFigures> {
+        Vec::new()
+    }
 
     /// The cache, if there is one. May block.
     fn cache(&self) -> Option<CacheStatus>;

@@ -164,6 +164,23 @@ impl Surroundings {
 
     /// The only server that answers.
     pub async fn find_server(&self) -> Result<Client, FindError> {
+        let mut found = self.answering().await?;
+        match found.pop() {
+            Some((client, _)) if found.is_empty() => Ok(client),
+            last => {
+                found.extend(last);
+                let several = found.into_iter().map(|(client, status)| (client.address().clone(), status));
+                Err(FindError::Several(several.collect()))
+            }
+        }
+    }
+
+    /// All servers that answer; one at least.
+    pub async fn find_servers(&self) -> Result<Vec<Client>, FindError> {
+        Ok(self.answering().await?.into_iter().map(|(client, _)| client).collect())
+    }
+
+    async fn answering(&self) -> Result<Vec<(Client, Status)>, FindError> {
         let clients = self.sockets().into_iter().map(|path| Client::new(AdminAddress::Unix(path)));
         let asked = clients.map(|client| async move {
             let answer = client.status().await;
@@ -178,19 +195,11 @@ impl Surroundings {
                 Err(error) => silent.push(error),
             }
         }
-        match (found.pop(), found.is_empty()) {
-            (Some((client, _)), true) => Ok(client),
-            (Some(last), false) => {
-                found.push(last);
-                Err(FindError::Several(
-                    found.into_iter().map(|(client, status)| (client.address().clone(), status)).collect(),
-                ))
-            }
-            (None, _) => {
-                let looked_in = self.directories().into_iter().map(|directory| directory.path).collect();
-                Err(FindError::None { looked_in, silent })
-            }
+        if found.is_empty() {
+            let looked_in = self.directories().into_iter().map(|directory| directory.path).collect();
+            return Err(FindError::None { looked_in, silent });
         }
+        Ok(found)
     }
 }
 

@@ -27,6 +27,7 @@ mod buffers;
 mod clients;
 mod connection;
 mod directory;
+pub mod figures;
 mod limits;
 mod long_reads;
 mod notices;

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::clients::{Client, ClientStatus, ClientTable};
+use super::figures::Figures;
 use super::notices::Notices;
 use super::orders::{SwitchError, Switched};
 use crate::clock;
@@ -23,6 +24,8 @@ pub struct Steering {
     pub notices: Notices,
     /// Who may come.
     pub gate: Gate,
+    /// What clients have asked for.
+    pub figures: Figures,
     /// Names this server process: the path of an export that does not come from another server begins with it. Drawn at
     /// random.
     pub node: NodeId,
@@ -31,7 +34,7 @@ pub struct Steering {
 impl Default for Steering {
     fn default() -> Self {
         let (clients, notices, gate) = (ClientTable::default(), Notices::default(), Gate::default());
-        Self { clients, notices, gate, node: NodeId::random() }
+        Self { clients, notices, gate, figures: Figures::default(), node: NodeId::random() }
     }
 }
 

@@ -3,6 +3,8 @@
 //! Owns: the form of logs, the counter type. Does not own: what is counted and what it means (each room counts its
 //! own), and nothing that is served to monitoring, which comes with the admin API.
 
+pub mod latency;
+
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

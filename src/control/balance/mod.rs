@@ -1,0 +1,1 @@
+//! STUB (part B). Which clients should be moved where, so that servers share their load (pure).

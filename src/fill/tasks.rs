@@ -409,7 +409,8 @@ mod tests {
     fn an_order_is_expected_at_its_own_rate_also_while_the_link_is_unknown() {
         let directory = tempfile::tempdir().unwrap();
         let (free, limited) = (directory.path().join("free"), directory.path().join("limited"));
-        let (free, limited) = (image(&free, MIB, Filling::default(), None), image(&limited, MIB, Filling::default(), None));
+        let (free, limited) =
+            (image(&free, MIB, Filling::default(), None), image(&limited, MIB, Filling::default(), None));
         limited.set_rate(clock::now(), Some(32 * KIB));
         let mut tasks = Tasks::default();
         let deadline = Some(Duration::from_secs(10));

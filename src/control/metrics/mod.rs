@@ -131,9 +131,12 @@ fn write_exports(text: &mut Text, exports: &[(String, Arc<ExportFigures>)]) {
         text.add(&names::REQUEST_BYTES, &labels(*export, *operation), counts.bytes);
     }
     for (export, operation, counts) in &all {
-        for (errno, count) in &counts.errors {
-            let [export, operation] = labels(*export, *operation);
-            text.add(&names::REQUEST_ERRORS, &[export, operation, ("errno", errno)], *count);
+        let [export, operation] = labels(export, *operation);
+        // The one that alarms are about is there before it is needed.
+        let mut errors = BTreeMap::from([("EIO", 0)]);
+        errors.extend(&counts.errors);
+        for (errno, count) in errors {
+            text.add(&names::REQUEST_ERRORS, &[export, operation, ("errno", errno)], count);
         }
     }
     for (export, operation, counts) in &all {

@@ -309,7 +309,11 @@ fn words_of(command: &str, export: Option<&str>, to: &[String], more: Option<Str
 /// As a shell understands it.
 fn quoted(text: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "@%+=:,./-_".contains(c);
-    if !text.is_empty() && text.chars().all(is_plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+    if !text.is_empty() && text.chars().all(is_plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
 }
 
 /// Other servers that have the same image, or one of the same images, by the URIs that they listen on, those first that

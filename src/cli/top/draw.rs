@@ -138,7 +138,8 @@ fn line<'a>(row: &Row, columns: &[Column], widths: &[Option<usize>], room: usize
     let mark = if is_chosen { ">" } else { " " };
     let Some(remark) = &row.remark else {
         let cells = row.cells.iter().zip(columns).zip(widths);
-        let cells = cells.filter_map(|((cell, column), width)| Some(fitted(cell.written(), (*width)?, column.is_figure)));
+        let cells =
+            cells.filter_map(|((cell, column), width)| Some(fitted(cell.written(), (*width)?, column.is_figure)));
         return spaced(mark, cells.map(Span::raw));
     };
     let name = row.cells.first().map_or("", Cell::written);
@@ -266,7 +267,8 @@ fn draw_dialog(frame: &mut Frame<'_>, area: Rect, dialog: &Dialog, state: &State
 /// A box over everything else, at the bottom, where the eye is after typing.
 fn draw_box(frame: &mut Frame<'_>, area: Rect, title: &'static str, lines: Vec<Line<'_>>) {
     let inside = usize::from(area.width.saturating_sub(2)).max(1);
-    let height: usize = lines.iter().map(|line| line.width().div_ceil(inside).max(1) + usize::from(line.width() > inside)).sum();
+    let height: usize =
+        lines.iter().map(|line| line.width().div_ceil(inside).max(1) + usize::from(line.width() > inside)).sum();
     let height = u16::try_from(height + 2).unwrap_or(u16::MAX).min(area.height);
     let place = Rect { y: area.bottom() - height, height, ..area };
     frame.render_widget(Clear, place);

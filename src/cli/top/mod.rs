@@ -31,7 +31,7 @@ use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event as Input, KeyEventKind};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
-use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::sync::mpsc::{Receiver, channel};
 
 use super::args::Servers;
 use super::running::{block_on, reach_all};
@@ -118,7 +118,12 @@ impl Drop for Screen {
     }
 }
 
-async fn show(mut screen: Screen, mut signals: Signals, clients: Vec<Client>, interval: Duration) -> anyhow::Result<()> {
+async fn show(
+    mut screen: Screen,
+    mut signals: Signals,
+    clients: Vec<Client>,
+    interval: Duration,
+) -> anyhow::Result<()> {
     let mut state = State::new(clients.iter().map(|client| client.address().to_string()).collect());
     let looks = Looks { has_colours: std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) };
     let (events, mut answers) = channel(WAITING);

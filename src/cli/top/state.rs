@@ -219,16 +219,14 @@ impl State {
             None => seen.drain.is_draining(),
             Some(export) => is_drained(&seen.drain, export),
         };
-        self.ask(if is_out {
-            Dialog::undrain(server, export)
-        } else {
-            Dialog::drain(server, export, &self.servers)
-        });
+        self.ask(if is_out { Dialog::undrain(server, export) } else { Dialog::drain(server, export, &self.servers) });
     }
 
     fn begin_redirect(&mut self) {
         match self.chosen_subject() {
-            Some(Subject::Server(_)) => self.tell("r redirects a client, or clients of an export: Tab shows them", true),
+            Some(Subject::Server(_)) => {
+                self.tell("r redirects a client, or clients of an export: Tab shows them", true)
+            }
             Some(Subject::Export(server, export)) => self.ask(Dialog::redirect_some(server, export)),
             Some(Subject::Client(server, id)) => {
                 let seen = self.servers[server].seen();

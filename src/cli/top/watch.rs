@@ -35,13 +35,7 @@ pub(super) enum Event {
 }
 
 /// Asks a server each `interval`, and at once when it is nudged. Ends when nobody listens.
-pub(super) async fn watch(
-    server: usize,
-    client: Client,
-    interval: Duration,
-    nudge: Rc<Notify>,
-    events: Sender<Event>,
-) {
+pub(super) async fn watch(server: usize, client: Client, interval: Duration, nudge: Rc<Notify>, events: Sender<Event>) {
     let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut until_status = 0;

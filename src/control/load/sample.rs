@@ -75,7 +75,8 @@ impl Counted {
             match operation {
                 Operation::Read => all.read_bytes += counts.bytes,
                 Operation::Write | Operation::WriteZeroes => all.written_bytes += counts.bytes,
-                Operation::Flush | Operation::Trim | Operation::BlockStatus | Operation::Cache | Operation::Unknown => {}
+                Operation::Flush | Operation::Trim | Operation::BlockStatus | Operation::Cache | Operation::Unknown => {
+                }
             }
             if is_waited_for(operation) {
                 all.latency.add(&counts.latency);

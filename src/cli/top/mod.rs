@@ -18,6 +18,8 @@ mod dialog;
 mod draw;
 mod rows;
 mod state;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::io::{self, IsTerminal};

@@ -17,7 +17,6 @@ use utoipa_axum::routes;
 
 use super::{History, Load};
 use crate::control::api::{Answered, Api, Problem, Shared};
-use crate::control::status::Complaint;
 
 /// Rates are about so many seconds unless told.
 const SECONDS: u32 = 5;
@@ -30,10 +29,13 @@ pub(in crate::control) fn routes() -> OpenApiRouter<Arc<Api>> {
 }
 
 /// Over which time.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
-struct Span {
+struct Window {
+    /// How many of the last seconds the rates are about.
     #[serde(default = "usual")]
+    #[param(minimum = 1, maximum = 60, default = 5, required = false)]
     seconds: u32,
 }
 
@@ -41,15 +43,12 @@ const fn usual() -> u32 {
     SECONDS
 }
 
-/// What the server did in the last seconds: rates and latencies of exports, clients and upstreams.
-#[utoipa::path(
-    get,
-    path = "/v1/load",
-    params(("seconds" = Option<u32>, Query, minimum = 1, maximum = 60, description = "How many of the last seconds; 5 unless told")),
-    responses((status = 200, body = Load), (status = 400, body = Complaint, description = "no such number of seconds"))
-)]
-async fn load(State(api): Shared, asked: Result<Query<Span>, QueryRejection>) -> Answered<Load> {
-    let Query(Span { seconds }) = asked?;
+/// What the server does just now.
+///
+/// Rates and latencies of the last seconds: of the server, of each export, client and upstream. `headwater top`.
+#[utoipa::path(get, path = "/v1/load", tag = "figures", params(Window), responses((status = 200, body = Load)))]
+async fn load(State(api): Shared, asked: Result<Query<Window>, QueryRejection>) -> Answered<Load> {
+    let Query(Window { seconds }) = asked?;
     if !(1..=LONGEST).contains(&seconds) {
         let why = format!("seconds is from 1 to {LONGEST}, not {seconds}");
         return Err(Problem::new(StatusCode::BAD_REQUEST, why));
@@ -57,8 +56,10 @@ async fn load(State(api): Shared, asked: Result<Query<Span>, QueryRejection>) ->
     Ok(Json(api.loads().load(seconds)))
 }
 
-/// The last five minutes of each export, a value each second.
-#[utoipa::path(get, path = "/v1/history", responses((status = 200, body = History)))]
+/// The last five minutes.
+///
+/// A value each second, of each export.
+#[utoipa::path(get, path = "/v1/history", tag = "figures", responses((status = 200, body = History)))]
 async fn history(State(api): Shared) -> Answered<History> {
     Ok(Json(api.loads().history()))
 }

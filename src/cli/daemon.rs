@@ -54,6 +54,7 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
     // From here on a signal is an order to end well.
     let mut signals = Signals::new()?;
     let settings = settings(&daemon);
+    let token = daemon.admin_token.as_deref().map(Token::read).transpose()?;
     let listeners = listen(&daemon)?;
     let count = daemon.workers.map_or_else(default_workers, usize::from);
     let workers = Workers::start(count, daemon.disk_io.into()).context("cannot start the workers")?;
@@ -63,7 +64,6 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         result = exports.open(&registry, &workers, &listeners) => result?,
         () = signals.next() => return Ok(()),
     }
-    let token = daemon.admin_token.as_deref().map(Token::read).transpose()?;
     let admin = listen_to_operators(daemon.admin, token.as_ref())?;
     let greeting = greeting(&registry, &listeners)?;
     let listen: Vec<_> = listeners.iter().filter_map(|listener| Some(listener.uri("").ok()?.to_string())).collect();

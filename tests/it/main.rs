@@ -7,6 +7,7 @@
 //! | `data_path` | long reads and merged writes, as the server does them in parts, in any mixture |
 //! | `serve` | real images: files, devices, durability, several views of one image |
 //! | `index` | manifests: made, announced, refused, named |
+//! | `metrics` | `/metrics`: what Prometheus' own checker says, and whether it agrees with clients |
 //! | `mirror` | what reaches the upstream, and what clients get when it misbehaves |
 //! | `crash` | kill, restart, compare |
 //! | `steps` | a crash at each step of the order of writing |
@@ -65,6 +66,7 @@ mod interop_clients;
 mod interop_upstreams;
 mod kernel;
 mod lies;
+mod metrics;
 mod mirror;
 mod orders;
 mod prefetch;

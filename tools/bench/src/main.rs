@@ -54,6 +54,9 @@ struct Arguments {
     /// The program to measure. [default: headwater beside this one, as a release build leaves it]
     #[arg(long, value_name = "PATH")]
     headwater: Option<PathBuf>,
+    /// Another build of it, to hold it against beside the peers that are named; none unless some are.
+    #[arg(long, value_name = "PATH")]
+    before: Option<PathBuf>,
     /// Bytes of the image; at least 256M.
     #[arg(long, default_value = "1G")]
     size: ByteSize,
@@ -91,7 +94,12 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let started = clock::now();
     let chosen = choose(arguments)?;
-    let peers = if arguments.peers.is_empty() { Server::PEERS.to_vec() } else { arguments.peers.clone() };
+    let mut peers = arguments.peers.clone();
+    match &arguments.before {
+        Some(_) => peers.insert(0, Server::Before),
+        None if peers.is_empty() => peers = Server::PEERS.to_vec(),
+        None => {}
+    }
     ensure_installed(&peers)?;
     let parent = arguments.dir.clone().unwrap_or_else(std::env::temp_dir);
     let scratch = tempfile::Builder::new().prefix("headwater-bench-").tempdir_in(parent)?;
@@ -166,7 +174,9 @@ fn prepare(arguments: &Arguments, peers: Vec<Server>, scratch: &Path) -> anyhow:
     make_image(&write_image, size / 2, 2, 4096)?;
     read_once(&image)?;
     let time = Duration::from_millis(if arguments.quick { 500 } else { 2000 });
-    let programs = Programs { headwater, own };
+    let before = arguments.before.clone().unwrap_or_else(|| headwater.clone());
+    ensure!(before.is_file(), "{} is missing", before.display());
+    let programs = Programs { headwater, before, own };
     let (scratch, started) = (scratch.to_owned(), std::cell::Cell::new(0));
     Ok(Bench { programs, peers, scratch, image, write_image, time, started })
 }

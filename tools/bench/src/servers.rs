@@ -20,6 +20,9 @@ pub(crate) enum Server {
     /// Ours.
     #[value(skip)]
     Headwater,
+    /// Ours, built from something else: `--before`.
+    #[value(skip)]
+    Before,
     /// nbdkit with the file plugin.
     Nbdkit,
     /// The same with one thread.
@@ -81,6 +84,7 @@ impl Server {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Headwater => "headwater",
+            Self::Before => "headwater before",
             Self::Nbdkit => "nbdkit",
             Self::NbdkitOneThread => "nbdkit-t1",
             Self::QemuNbd => "qemu-nbd",
@@ -95,7 +99,7 @@ impl Server {
     /// The program and its Debian package, of a peer.
     pub(crate) const fn program(self) -> Option<(&'static str, &'static str)> {
         match self {
-            Self::Headwater | Self::Limit | Self::LimitSendfile => None,
+            Self::Headwater | Self::Before | Self::Limit | Self::LimitSendfile => None,
             Self::Nbdkit | Self::NbdkitOneThread => Some(("nbdkit", "nbdkit")),
             Self::QemuNbd | Self::QemuNbdThreads => Some(("qemu-nbd", "qemu-utils")),
             Self::Classic | Self::ClassicSplice => Some(("nbd-server", "nbd-server")),
@@ -105,8 +109,9 @@ impl Server {
     /// Starts it on `image`.
     pub(crate) fn start(self, programs: &Programs, place: Place, cpus: Cpus, image: &Path) -> anyhow::Result<Running> {
         let command = match self {
-            Self::Headwater => {
-                let mut command = children::command(cpus, &programs.headwater);
+            Self::Headwater | Self::Before => {
+                let program = if self == Self::Before { &programs.before } else { &programs.headwater };
+                let mut command = children::command(cpus, program);
                 command.args(["--log-level", "warn", "serve"]).arg(named(image));
                 place.listen(command, ["--unix", "--listen"])
             }
@@ -178,6 +183,8 @@ pub(crate) fn upstream(place: Place, cpus: Cpus, image: &Path, delay: Option<&st
 #[derive(Debug)]
 pub(crate) struct Programs {
     pub(crate) headwater: PathBuf,
+    /// The one of [`Server::Before`]; the same if none was named.
+    pub(crate) before: PathBuf,
     /// This one, which is also the load generator and the bare server.
     pub(crate) own: PathBuf,
 }

@@ -208,10 +208,11 @@ impl Cell {
     }
 }
 
-/// How much a row hurts: first whether something is out of order, then whether there are errors, then how slow it is by
+/// How much a row hurts: first whether it does not answer, then whether something is out of order, then whether there are errors, then how slow it is by
 /// doublings of time (so that rows do not change places all the time), then bytes per second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Pain {
+    is_silent: bool,
     is_broken: bool,
     has_errors: bool,
     doublings: u32,
@@ -222,6 +223,7 @@ impl Pain {
     fn of(rates: &Rates, slow_ms: Option<f64>, is_broken: bool) -> Self {
         let microseconds = whole(slow_ms.unwrap_or(0.0) * 1e3);
         Self {
+            is_silent: false,
             is_broken,
             has_errors: rates.errors_per_second > 0.0,
             doublings: microseconds.checked_ilog2().map_or(0, |log| log + 1),
@@ -274,7 +276,7 @@ fn server_row(index: usize, server: &Server) -> Row {
                 (_, false) => Cell::Text(String::new()),
             })
             .collect(),
-        pain: Pain { is_broken: tone == Tone::Bad, ..Pain::of(&Rates::default(), None, false) },
+        pain: Pain { is_silent: tone == Tone::Bad, ..Pain::of(&Rates::default(), None, false) },
         tone,
         remark: Some(printable(why)),
     };

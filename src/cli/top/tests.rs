@@ -88,8 +88,8 @@ fn seen(listen: &str, total: Rates) -> Seen {
 /// Three servers: a fast one, a slow one, and one that does not answer.
 fn three() -> State {
     let mut state = State::new(["/run/a.sock", "/run/b.sock", "/run/c.sock"].map(str::to_owned).into());
-    state.handle_answer(0, Answer::Seen(Box::new(seen("nbd://a:10809", rates(1e9, 0.2)))));
-    state.handle_answer(1, Answer::Seen(Box::new(seen("nbd://b:10809", rates(1e6, 40.0)))));
+    state.handle_answer(0, Answer::Seen(Box::new(seen("nbd://a:7", rates(1e9, 0.2)))));
+    state.handle_answer(1, Answer::Seen(Box::new(seen("nbd://b:7", rates(1e6, 40.0)))));
     state.handle_answer(2, Answer::Silent("cannot connect: refused".into()));
     state
 }
@@ -117,9 +117,9 @@ fn those_come_first_that_hurt() {
     let mut state = three();
     assert_eq!(names(&state), ["c.sock", "b.sock", "a.sock"]);
     let failing = Rates { errors_per_second: 0.5, ..rates(1.0, 0.1) };
-    state.handle_answer(0, Answer::Seen(Box::new(seen("nbd://a:10809", failing))));
+    state.handle_answer(0, Answer::Seen(Box::new(seen("nbd://a:7", failing))));
     assert_eq!(names(&state), ["c.sock", "a.sock", "b.sock"], "errors are worse than waiting");
-    let mut away = seen("nbd://b:10809", rates(1.0, 0.1));
+    let mut away = seen("nbd://b:7", rates(1.0, 0.1));
     let upstream = UpstreamLoad { node: "n".into(), current: true, reachable: Some(false), ..UpstreamLoad::default() };
     away.load.upstreams = vec![upstream];
     state.handle_answer(1, Answer::Seen(Box::new(away)));
@@ -131,8 +131,8 @@ fn those_come_first_that_hurt() {
 fn small_changes_do_not_move_rows() {
     let mut state = three();
     for (first, second) in [(1.5, 1.6), (1.6, 1.5)] {
-        state.handle_answer(0, Answer::Seen(Box::new(seen("nbd://a:10809", rates(2e6, first)))));
-        state.handle_answer(1, Answer::Seen(Box::new(seen("nbd://b:10809", rates(1e6, second)))));
+        state.handle_answer(0, Answer::Seen(Box::new(seen("nbd://a:7", rates(2e6, first)))));
+        state.handle_answer(1, Answer::Seen(Box::new(seen("nbd://b:7", rates(1e6, second)))));
         assert_eq!(names(&state), ["c.sock", "a.sock", "b.sock"]);
     }
 }
@@ -191,7 +191,7 @@ fn a_server_that_does_not_answer_stays_and_says_why() {
     assert!(screen[1].contains("1 of 3 servers answer"), "{screen:#?}");
     press(&mut state, KeyCode::Char('2'));
     assert_eq!(names(&state), ["debian12"], "what it said before is not shown as if it were so now");
-    let asked = seen("nbd://a:10809", rates(1.0, 1.0));
+    let asked = seen("nbd://a:7", rates(1.0, 1.0));
     let unasked = Seen { status: None, ..asked.clone() };
     state.handle_answer(1, Answer::Seen(Box::new(unasked)));
     assert!(state.servers[1].seen().unwrap().status.is_some(), "a status is kept until the next one");
@@ -235,7 +235,7 @@ fn a_screen_of_80_by_24_has_what_matters() {
 #[test]
 fn long_lists_scroll_with_what_is_chosen() {
     let mut state = three();
-    let mut many = seen("nbd://a:10809", rates(1.0, 1.0));
+    let mut many = seen("nbd://a:7", rates(1.0, 1.0));
     many.load.clients = (1..=200).map(|id| client(id, "debian12")).collect();
     state.handle_answer(0, Answer::Seen(Box::new(many)));
     press(&mut state, KeyCode::Char('3'));
@@ -259,7 +259,7 @@ fn a_drain_asks_first() {
         state
     };
     let mut state = begin();
-    assert!(lines(&state, 80, 24).iter().any(|line| line.contains("nbd://a:10809")), "{:#?}", lines(&state, 80, 24));
+    assert!(lines(&state, 80, 24).iter().any(|line| line.contains("nbd://a:7")), "{:#?}", lines(&state, 80, 24));
     assert_eq!(press(&mut state, KeyCode::Enter), Deed::Nothing);
     let screen = lines(&state, 80, 24).join("\n");
     assert!(screen.contains("Do this? y/N") && screen.contains("the whole server at /run/b.sock"), "{screen}");
@@ -269,7 +269,7 @@ fn a_drain_asks_first() {
     let mut state = begin();
     press(&mut state, KeyCode::Down);
     press(&mut state, KeyCode::Enter);
-    let to = vec!["nbd://a:10809".to_owned()];
+    let to = vec!["nbd://a:7".to_owned()];
     let deed = press(&mut state, KeyCode::Char('Y'));
     assert_eq!(deed, Deed::Carry(order(What::Drain(None, DrainOrder { to, ..DrainOrder::default() }))));
 }
@@ -277,7 +277,7 @@ fn a_drain_asks_first() {
 #[test]
 fn what_is_drained_is_taken_into_service() {
     let mut state = three();
-    let mut drained = seen("nbd://a:10809", rates(1.0, 1.0));
+    let mut drained = seen("nbd://a:7", rates(1.0, 1.0));
     drained.drain.exports = vec!["debian12".into()];
     state.handle_answer(0, Answer::Seen(Box::new(drained)));
     state.handle_answer(1, Answer::Silent("gone".into()));
@@ -294,7 +294,7 @@ fn what_is_drained_is_taken_into_service() {
 fn a_client_is_redirected_to_where_its_image_is() {
     let mut state = three();
     // The same name with other contents is no place for it.
-    let mut other = seen("nbd://c:10809", rates(0.0, 0.1));
+    let mut other = seen("nbd://c:7", rates(0.0, 0.1));
     other.status.as_mut().unwrap().images = vec![image("debian12", Some("blake3-bb"))];
     state.handle_answer(2, Answer::Seen(Box::new(other)));
     press(&mut state, KeyCode::Char('3'));
@@ -302,12 +302,12 @@ fn a_client_is_redirected_to_where_its_image_is() {
     press(&mut state, KeyCode::End);
     press(&mut state, KeyCode::Char('r'));
     let screen = lines(&state, 100, 24).join("\n");
-    assert!(screen.contains("nbd://b:10809/debian12") && !screen.contains("nbd://c"), "{screen}");
+    assert!(screen.contains("nbd://b:7/debian12") && !screen.contains("nbd://c"), "{screen}");
     press(&mut state, KeyCode::Enter);
     let screen = lines(&state, 100, 24).join("\n");
     assert!(screen.contains("client 2 (10.0.0.2:7)") && screen.contains("--clients 2"), "{screen}");
     let chosen =
-        RedirectOrder { to: vec!["nbd://b:10809/debian12".into()], clients: Some(vec![2]), ..RedirectOrder::default() };
+        RedirectOrder { to: vec!["nbd://b:7/debian12".into()], clients: Some(vec![2]), ..RedirectOrder::default() };
     let order = Order { server: 0, what: What::Redirect("debian12".into(), chosen) };
     assert_eq!(press(&mut state, KeyCode::Char('y')), Deed::Carry(order));
 }
@@ -347,7 +347,7 @@ fn of_the_clients_of_an_export_some_are_redirected() {
             continue;
         };
         press(&mut state, KeyCode::Enter);
-        let to = vec!["nbd://b:10809/debian12".to_owned()];
+        let to = vec!["nbd://b:7/debian12".to_owned()];
         let what = What::Redirect("debian12".into(), RedirectOrder { to, ..expected });
         assert_eq!(press(&mut state, KeyCode::Char('y')), Deed::Carry(Order { server: 0, what }), "{typed}");
     }

@@ -1,6 +1,7 @@
 //! What was typed. Nothing here looks at a file or a socket.
 
 mod fill;
+mod servers;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,6 +21,7 @@ use crate::net::ListenAddress;
 use crate::telemetry::LogFormat;
 use crate::units::ByteSize;
 pub(super) use fill::Fill;
+pub(super) use servers::{RunningServer, Servers, TokenFile};
 
 /// A tiered NBD server for people who start many machines from few disk images.
 ///
@@ -318,34 +320,6 @@ pub(super) struct Parts {
     /// A part of the image (repeatable): A..B, A.. to its end, ..B from its beginning. [default: all of it]
     #[arg(long, value_name = "A..B")]
     pub(super) range: Vec<Span>,
-}
-
-/// Which server is meant.
-#[derive(Debug, Clone, Args)]
-pub(super) struct RunningServer {
-    /// The server's --admin address, a path or HOST:PORT. [default: the only server that runs here]
-    #[arg(long, value_name = "ADDR")]
-    pub(super) at: Option<AdminAddress>,
-    #[command(flatten)]
-    pub(super) token: TokenFile,
-}
-
-/// What servers on TCP want to see.
-#[derive(Debug, Clone, Default, Args)]
-pub(super) struct TokenFile {
-    /// The file with the --admin-token of servers that are reached by TCP. [default: $HEADWATER_TOKEN_FILE]
-    #[arg(long = "token", value_name = "FILE")]
-    pub(super) file: Option<PathBuf>,
-}
-
-/// Which servers are meant.
-#[derive(Debug, Clone, Args)]
-pub(super) struct Servers {
-    /// The servers' --admin addresses, with commas between them. [default: all servers that run here]
-    #[arg(long, value_name = "ADDR,...", value_delimiter = ',')]
-    pub(super) servers: Vec<AdminAddress>,
-    #[command(flatten)]
-    pub(super) token: TokenFile,
 }
 
 /// What all servers have.

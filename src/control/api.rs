@@ -32,7 +32,7 @@ use super::load::Loads;
 use super::operated::{Operated, Refusal};
 use super::prefetch::OrderState;
 use super::redirect::{self, Redirects, order::RedirectState};
-use super::status::{Complaint, ImageStatus, Status};
+use super::status::{ClientStatus, Complaint, ImageStatus, Status};
 use super::{document, images, load, metrics, page, parts, profiles, settings, tree};
 use crate::clock;
 use crate::server::Steering;
@@ -120,7 +120,10 @@ impl Api {
 
     /// All images with the number of their clients. Blocks.
     pub(super) fn images(&self) -> Vec<ImageStatus> {
-        let clients = self.site.steering.clients.list();
+        self.images_of(&self.site.steering.clients.list())
+    }
+
+    fn images_of(&self, clients: &[ClientStatus]) -> Vec<ImageStatus> {
         let mut images = self.site.operated.images();
         for image in &mut images {
             image.clients = to_u64(clients.iter().filter(|client| client.export == image.name).count());
@@ -131,6 +134,7 @@ impl Api {
     /// Blocks.
     pub(super) fn status(&self) -> Status {
         let site = &self.site;
+        let clients = site.steering.clients.list();
         let mut orders = site.operated.orders();
         orders.retain(|order| order.state == OrderState::Active);
         let mut redirects = site.redirects.list();
@@ -142,8 +146,8 @@ impl Api {
             pid: std::process::id(),
             role: site.operated.role(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
-            images: self.images(),
-            clients: site.steering.clients.list(),
+            images: self.images_of(&clients),
+            clients,
             cache: site.operated.cache(),
             link: site.operated.link(),
             orders,

@@ -1,6 +1,7 @@
-//! A bounded cache in which nothing makes room.
+//! A bounded cache in which nothing makes room, and one whose bound is changed.
 
 use super::*;
+use crate::mirror::ResizeError;
 use crate::mirror::policy::{Admission, Kind};
 use crate::units::MIB;
 
@@ -32,5 +33,35 @@ fn nobody_waits_for_room_and_what_found_none_is_not_kept() {
         assert_eq!(space.stats().bypassed_chunks.value(), MIB / mirror.chunk_size());
         assert!(space.usage().used <= 4 * MIB);
         assert_eq!(space.usage().in_flight, 0);
+    });
+}
+
+#[test]
+fn a_limit_that_is_changed_holds_from_then_on_and_one_that_cannot_is_refused() {
+    on_both(|| async {
+        let contents = solid(6 << 20);
+        let root = tempfile::tempdir().unwrap();
+        let space = Space::new(root.path(), SpaceSettings::default());
+        let cache = Cache::open(root.path(), "image").unwrap();
+        let mirror = Mirror::open("image", cache, recorded(&contents), None, &space, &Settings::default()).unwrap();
+        for start in (0..6 * MIB).step_by(to_usize(MIB)) {
+            read(&mirror, start, start + MIB).await.unwrap();
+        }
+        mirror.0.stored().await;
+        assert!(space.usage().used > 6 * MIB);
+        mirror.pin(&[ByteRange::between(0, 2 * MIB)]).await.unwrap();
+        let before = space.settings();
+        let Err(ResizeError::TooSmall { limit, kept }) = space.resize(Some(2 * MIB), 4096) else { panic!("it fits?") };
+        assert!(limit == 2 * MIB && kept > limit && space.settings() == before);
+        space.resize(Some(4 * MIB), 0).unwrap();
+        // By whoever runs the evictor.
+        space.make_room().await;
+        assert!(space.usage().used <= 4 * MIB);
+        assert!(read(&mirror, 0, 6 * MIB).await.unwrap() == contents);
+        mirror.0.stored().await;
+        assert!(space.usage().used <= 4 * MIB);
+        assert!(space.resize(Some(kept), 0).is_err(), "nothing would be left for what comes");
+        space.resize(None, 0).unwrap();
+        assert_eq!(space.shortage(), 0);
     });
 }

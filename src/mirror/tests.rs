@@ -131,6 +131,8 @@ fn a_chunk_is_fetched_once_for_all_who_want_it() {
         }
         // Three chunks were wanted, all at once: one request.
         assert_eq!(lower.take_reads(), [ByteRange::between(0, 3 * CHUNK)]);
+        // 17 readers wanted two chunks and 33 three, and three of these parts began a fetch.
+        assert_eq!((mirror.stats().misses.value(), mirror.stats().joins.value()), (133, 130));
     });
 }
 

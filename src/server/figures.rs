@@ -107,7 +107,7 @@ pub(super) struct Answers {
     pub(super) error: Option<ErrorKind>,
 }
 
-/// The counts of one export; they outlive its clients. 18 KiB, and 3.6 KiB for each operation that a worker has answered.
+/// The counts of one export; they outlive its clients. 19 KiB, and 3.6 KiB for each operation that a worker has answered.
 #[derive(Debug, Default)]
 pub struct ExportFigures([OperationFigures; Operation::ALL.len()]);
 

@@ -14,7 +14,7 @@ use headwater::nbd::wire::{CommandFlags, command};
 use crate::admin::socket_of;
 use crate::support::cache::order;
 use crate::support::client::Client;
-use crate::support::{Daemon, ON_DEMAND, Scratch, noise, run};
+use crate::support::{Daemon, ON_DEMAND, Scratch, eventually, headwater, noise, run};
 
 const MIB: u64 = 1 << 20;
 
@@ -238,16 +238,18 @@ fn a_mirror_tells_where_its_bytes_came_from() {
     for _ in 0..2 {
         assert!(client.read(0, MIB) == bytes[..1 << 20]);
     }
+    // What was answered is stored afterwards.
+    let brought = "headwater_fill_bytes_total{image=\"\",cause=\"demand\"}";
+    eventually("everything is stored", || Scrape::of(&scratch, &mirror).value(brought) == MIB as f64);
     let scrape = Scrape::of(&scratch, &mirror);
     scrape.check();
     let of = |metric: &str| scrape.value(&format!("headwater_mirror_{metric}{{image=\"\"}}"));
     assert_eq!((of("misses_total"), of("miss_bytes_total")), (16.0, MIB as f64));
     assert_eq!((of("hits_total"), of("hit_bytes_total")), (16.0, MIB as f64));
     assert_eq!((of("joins_total"), of("evicted_chunks_total")), (0.0, 0.0));
-    assert_eq!(scrape.value("headwater_fill_bytes_total{image=\"\",cause=\"demand\"}"), MIB as f64);
     let labels = format!("image=\"\",upstream=\"{}\"", upstream.uri());
     let from = |metric: &str| scrape.value(&format!("headwater_upstream_{metric}{{{labels}}}"));
-    assert_eq!((from("up"), from("current"), from("requests_in_flight")), (1.0, 1.0, 0.0));
+    assert_eq!((from("up"), from("current"), from("set_aside")), (1.0, 1.0, 0.0));
     assert_eq!(from("received_bytes_total"), MIB as f64);
     assert_eq!(from("request_duration_seconds_count"), from("requests_total"));
     assert!(from("request_duration_seconds_sum") > 0.0 && from("connections") >= 1.0);
@@ -264,20 +266,22 @@ fn a_mirror_tells_where_its_bytes_came_from() {
 fn orders_to_move_clients_are_counted_by_result() {
     let scratch = Scratch::new();
     let image = scratch.file("image.raw", &noise(1 << 20, 11));
-    let first = Daemon::serve(&scratch, &image, &["--read-only"]);
-    let mut second = crate::support::headwater(&scratch.path("second.log"));
-    second.args(["serve", "--read-only"]).arg(&image).arg("--unix").arg(scratch.path("second.sock"));
-    let second = Daemon::start(second, 1, &scratch.path("second.log"));
+    let [first, second] = ["first", "second"].map(|name| {
+        let (log, socket) = (scratch.path(&format!("{name}.log")), scratch.path(&format!("{name}.sock")));
+        let mut command = headwater(&log);
+        command.arg("serve").arg(format!("image={}", image.display())).arg("--read-only").arg("--unix").arg(socket);
+        Daemon::start(command, 1, &log)
+    });
     let mut client = Client::open(first.uri());
     client.read(0, 4096);
-    run(order(&scratch, &first, &["redirect", "", "--to", second.uri(), "--wait"]).args(["--force"]));
+    run(&mut order(&scratch, &first, &["redirect", "image", "--to", second.uri(), "--wait", "--force"]));
     client.read(0, 4096);
     let scrape = Scrape::of(&scratch, &first);
     scrape.check();
     assert_eq!(scrape.value("headwater_redirects_ended_total{result=\"done\"}"), 1.0);
     assert_eq!(scrape.value("headwater_redirect_clients_total{result=\"moved\"}"), 1.0);
     assert_eq!(scrape.value("headwater_redirects_active"), 0.0);
-    assert_eq!(scrape.value("headwater_clients_relayed{export=\"\"}"), 1.0);
-    let reads = "headwater_requests_total{export=\"\",operation=\"read\"}";
+    assert_eq!(scrape.value("headwater_clients_relayed{export=\"image\"}"), 1.0);
+    let reads = "headwater_requests_total{export=\"image\",operation=\"read\"}";
     assert_eq!(scrape.value(reads), 2.0, "who is served from elsewhere is a client all the same");
 }

@@ -28,6 +28,7 @@ use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 use super::access::{Token, Way, ask_for_token, refuse_strangers};
 use super::casts::{self, Casts};
 use super::client::Client;
+use super::load::Loads;
 use super::operated::{Operated, Refusal};
 use super::prefetch::OrderState;
 use super::redirect::{self, Redirects, order::RedirectState};
@@ -63,6 +64,7 @@ pub struct Site {
 #[derive(Debug)]
 pub(super) struct Api {
     site: Site,
+    loads: Loads,
     started: Instant,
     /// Held while status is gathered, which may block on a disk: one thread is enough to find that out.
     gathering: Arc<Mutex<()>>,
@@ -74,8 +76,8 @@ pub(super) type Id = Result<Path<u64>, PathRejection>;
 pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
-    pub(super) fn new(site: Site) -> Self {
-        Self { site, started: clock::now(), gathering: Arc::default() }
+    pub(super) fn new(site: Site, loads: Loads) -> Self {
+        Self { site, loads, started: clock::now(), gathering: Arc::default() }
     }
 
     /// Answers requests; `token` is what they must carry, if they come by TCP.
@@ -105,6 +107,11 @@ impl Api {
 
     pub(super) const fn casts(&self) -> &Casts {
         &self.site.casts
+    }
+
+    /// What the server does just now.
+    pub(super) const fn loads(&self) -> &Loads {
+        &self.loads
     }
 
     pub(super) const fn site(&self) -> &Site {

@@ -359,6 +359,10 @@ pub(super) struct Daemon {
     /// [default: PID.sock in the runtime directory, such as /run/headwater]
     #[arg(long, value_name = "ADDR")]
     pub(super) admin: Option<AdminChoice>,
+    /// Other servers of the same tree, which the status page shows beside this one: their --admin addresses, with commas
+    /// between them.
+    #[arg(long, value_name = "ADMIN,...", value_delimiter = ',')]
+    pub(super) neighbours: Vec<AdminAddress>,
     /// How files are read and written: io_uring where the kernel allows it, or threads.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) disk_io: DiskIo,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -13,7 +13,8 @@ use super::output;
 use crate::control::casts::Casts;
 use crate::control::place::Surroundings;
 use crate::control::redirect::{Redirects, StatePlace};
-use crate::control::{Admin, AdminListener, Operated, Site};
+use crate::control::tree::MOST_NEIGHBOURS;
+use crate::control::{Admin, AdminListener, Client, Operated, Site};
 use crate::export::Registry;
 use crate::net::{ListenAddress, Listener};
 use crate::server::{Server, Settings};
@@ -54,6 +55,7 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
     // From here on a signal is an order to end well.
     let mut signals = Signals::new()?;
     let settings = settings(&daemon);
+    let neighbours = neighbours(&daemon)?;
     let listeners = listen(&daemon)?;
     let count = daemon.workers.map_or_else(default_workers, usize::from);
     let workers = Workers::start(count, daemon.disk_io.into()).context("cannot start the workers")?;
@@ -78,7 +80,6 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         (operated, casts)
     });
     let admin = admin.zip(casts.clone()).map(|(listener, (operated, casts))| {
-        let neighbours = Vec::new();
         Admin::start(listener, Site { operated, steering, redirects, casts, listen, neighbours })
     });
     output::print(&greeting)?;
@@ -111,6 +112,12 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         workers.stop();
     }
     Ok(())
+}
+
+/// The other servers of its tree.
+fn neighbours(daemon: &Daemon) -> anyhow::Result<Vec<Client>> {
+    ensure!(daemon.neighbours.len() <= MOST_NEIGHBOURS, "--neighbours: at most {MOST_NEIGHBOURS}");
+    Ok(daemon.neighbours.iter().cloned().map(Client::new).collect())
 }
 
 fn default_workers() -> usize {

@@ -43,6 +43,7 @@ use super::operated::{Operated, Refusal};
 use super::prefetch::{OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::redirect::{Redirects, order::RedirectState, routes};
 use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, Status, VerifyOrder};
+use super::tree::Neighbours;
 use crate::clock;
 use crate::ranges::ByteRange;
 use crate::server::Steering;
@@ -83,6 +84,7 @@ pub struct Site {
 #[derive(Debug)]
 pub(super) struct Api {
     site: Site,
+    neighbours: Neighbours,
     started: Instant,
     /// Held while status is gathered, which may block on a disk: one thread is enough to find that out.
     gathering: Arc<Mutex<()>>,
@@ -94,7 +96,8 @@ pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
     pub(super) fn new(site: Site) -> Self {
-        Self { site, started: clock::now(), gathering: Arc::default() }
+        let neighbours = Neighbours::new(site.neighbours.clone());
+        Self { site, neighbours, started: clock::now(), gathering: Arc::default() }
     }
 
     pub(super) fn router(self, reach: Reach) -> Router {
@@ -119,6 +122,7 @@ impl Api {
             .merge(casts::routes::router())
             .merge(super::settings::routes().split_for_parts().0)
             .merge(super::load::routes().split_for_parts().0)
+            .merge(super::residency::routes().split_for_parts().0)
             .merge(super::tree::routes().split_for_parts().0)
             .merge(super::metrics::routes().split_for_parts().0)
             .merge(super::page::routes().split_for_parts().0)
@@ -147,8 +151,16 @@ impl Api {
         &self.site
     }
 
+    pub(super) fn load(&self, _: u32) -> super::load::Load {
+        super::load::Load::default()
+    }
+
+    pub(super) const fn neighbours(&self) -> &Neighbours {
+        &self.neighbours
+    }
+
     /// Blocks.
-    fn status(&self) -> Status {
+    pub(super) fn status(&self) -> Status {
         let site = &self.site;
         let clients = site.steering.clients.list();
         let mut images = site.operated.images();
@@ -176,6 +188,9 @@ impl Api {
             receptions: site.operated.receptions(),
             draining: site.redirects.drain_status(),
             listen: site.listen.clone(),
+            server: site.steering.node.to_string(),
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            jobs: site.operated.jobs().running(),
         }
     }
 }
@@ -185,7 +200,10 @@ async fn status(State(api): Shared) -> Answered<Status> {
 }
 
 /// Gathers what may block, one at a time.
-async fn gather<T: Send + 'static>(api: Arc<Api>, what: impl FnOnce(&Api) -> T + Send + 'static) -> Result<T, Problem> {
+pub(super) async fn gather<T: Send + 'static>(
+    api: Arc<Api>,
+    what: impl FnOnce(&Api) -> T + Send + 'static,
+) -> Result<T, Problem> {
     let turn = Arc::clone(&api.gathering).lock_owned().await;
     let gather = move || {
         let _turn = turn;

@@ -85,6 +85,12 @@ impl Jobs {
         self.lock().jobs.get(&id).map(|job| job.status())
     }
 
+    /// Those at work, oldest first: a few.
+    pub fn running(&self) -> Vec<JobStatus> {
+        let statuses: Vec<_> = self.lock().jobs.values().map(|job| job.status()).collect();
+        statuses.into_iter().filter(|job| job.state == JobState::Running).collect()
+    }
+
     /// Calls a job off. It ends soon, if it has not ended already.
     pub fn cancel(&self, id: u64) -> Option<JobStatus> {
         let table = self.lock();

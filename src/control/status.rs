@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub use super::casts::order::{
     CastList, CastOrder, CastState, CastStatus, CastTaken, HeardStatus, ReceiverState, ReceiverStatus, ReceptionStatus,
@@ -57,6 +58,15 @@ pub struct Status {
     /// Where clients connect to: URIs without the name of an export, as they are seen from this machine.
     #[serde(default)]
     pub listen: Vec<String>,
+    /// Names this process, as long as it runs: drawn at random.
+    #[serde(default)]
+    pub server: String,
+    /// The name of the machine.
+    #[serde(default)]
+    pub host: String,
+    /// The jobs at work, oldest first.
+    #[serde(default)]
+    pub jobs: Vec<JobStatus>,
 }
 
 /// What a server does.
@@ -333,7 +343,7 @@ pub struct ProfileReport {
 }
 
 /// What everything that cannot be done is answered with, beside the status code.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Complaint {
     /// Why, for a human.
     pub error: String,

@@ -5,7 +5,7 @@ import { count, ms, perSecond } from "./format.js";
 
 const HEIGHT = 168;
 const LEFT = 52;
-const RIGHT = 76;
+const RIGHT = 100;
 const TOP = 8;
 /** Where the scale of latency ends, and the one of requests. */
 const BOTTOM = 118;
@@ -43,7 +43,7 @@ function picture(history, seconds, width) {
   const x = (index) => right - ((history.p50_ms.length - 1 - index) * (right - LEFT)) / span;
   const y = (value) => BOTTOM - ((Math.log10(Math.max(value, 0.001)) - low) * (BOTTOM - TOP)) / (high - low);
   return svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, width, height: HEIGHT, role: "img", "aria-label": describe(history) },
-    ...scale(low, high, y, right), ...times(span, right), ...bars(history.requests, x, right),
+    ...scale(low, high, y, right), ...times(span, right, width), ...bars(history.requests, x, right),
     svg("path", { class: "p99", d: line(history.p99_ms, x, y) }), svg("path", { class: "p50", d: line(history.p50_ms, x, y) }),
     ...ends(history, y, right));
 }
@@ -58,8 +58,8 @@ function scale(low, high, y, right) {
   return marks;
 }
 
-function times(span, right) {
-  const step = span > 120 ? 60 : 15;
+function times(span, right, width) {
+  const step = span <= 120 ? 30 : width < 420 && span > 150 ? 120 : 60;
   const marks = [];
   for (let ago = 0; ago <= span; ago += step) {
     const at = right - (ago * (right - LEFT)) / span;

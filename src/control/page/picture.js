@@ -59,7 +59,7 @@ function columnsOf(number, width) {
   const most = Math.max(1, Math.floor(width / 10.5));
   if (number <= most) return Math.max(number, 1);
   const rows = Math.ceil(number / most);
-  for (let columns = Math.ceil(number / rows); columns >= most * 0.6; columns--) if (number % columns === 0) return columns;
+  for (let columns = Math.ceil(number / rows); columns >= most * 0.5; columns--) if (number % columns === 0) return columns;
   return Math.ceil(number / rows);
 }
 

@@ -50,6 +50,7 @@ function newRow(columns) {
 function updateCell(cell, column, row) {
   say(cell.firstElementChild, column.text(row));
   if (column.value) mark(cell, "data-value", column.value(row));
+  mark(cell, "data-idle", column.number && /^(0|0\/s|–)$/.test(cell.firstElementChild.textContent));
   if (column.note) say(cell.children[1], column.note(row) ?? "");
   mark(cell, "data-bad", column.bad?.(row));
 }

@@ -2,7 +2,7 @@
 // indented. Where things go is computed from the API's answer alone; drawing comes after it.
 
 import { html, svg } from "./dom.js";
-import { count, many, ms, percent, perSecond, rate, shorten } from "./format.js";
+import { many, ms, percent, perSecond, rate, shorten } from "./format.js";
 
 /** An edge is slow when one request of a hundred takes so many milliseconds. */
 const SLOW_MS = 100;
@@ -46,8 +46,6 @@ function sumOfClients(groups) {
   return {
     count: total(groups, "count"),
     exports: groups.map((group) => group.export),
-    waiting: total(groups, "in_flight"),
-    errors: total(groups, "errors_per_second"),
   };
 }
 
@@ -88,6 +86,11 @@ function isAbove(node, other) {
   return false;
 }
 
+/** Whether nothing is known of a server but its name. */
+function isBare({ server }) {
+  return server.reachable === null || (server.images.length === 0 && !server.error);
+}
+
 /** Places from left to right: leaves have a row each, everybody else stands in the middle of what is read from it. */
 function placeWide(nodes, width) {
   const depth = Math.max(...nodes.map((node) => node.depth));
@@ -99,12 +102,13 @@ function placeWide(nodes, width) {
   };
   nodes.filter((node) => !node.parent).forEach(row);
   const dense = rows > 8;
-  const [box, step] = dense ? [44, 52] : [78, 96];
+  const [box, step] = dense ? [44, 52] : [80, 98];
   const across = Math.min(214, (width - depth * 96) / (depth + 1));
-  const pitch = depth ? (width - 2 * MARGIN - across) / depth : 0;
+  for (const node of nodes) node.width = node.server ? across : Math.min(across, 148);
+  const last = Math.max(...nodes.filter((node) => node.depth === depth).map((node) => node.width));
+  const pitch = depth ? (width - 2 * MARGIN - last) / depth : 0;
   for (const node of nodes) {
-    node.width = node.server ? across : Math.min(across, 132);
-    node.height = node.server ? box : 40;
+    node.height = !node.server ? 40 : isBare(node) ? 44 : box;
     node.x = MARGIN + node.depth * pitch;
     node.y = MARGIN + node.row * step + (box - node.height) / 2;
   }
@@ -119,7 +123,7 @@ function placeNarrow(nodes, width) {
     node.x = MARGIN + indent;
     node.width = width - 2 * MARGIN - indent;
     if (node.parent) y += 18;
-    node.height = node.server ? 78 : 36;
+    node.height = !node.server ? 36 : isBare(node) ? 44 : 80;
     node.y = y;
     y += node.height + 8;
   }
@@ -135,7 +139,7 @@ export function draw(place, tree) {
   const places = new Map(sorted.map((node) => [node.id, node]));
   const most = Math.max(1, ...edges.map((edge) => edge.bytes));
   const drawn = edges.filter((edge) => places.has(edge.from) && places.has(edge.to))
-    .map((edge) => drawEdge(edge, places, layout, most));
+    .map((edge) => drawEdge(edge, places, layout, most)).filter(Boolean);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${layout.height}`, width, height: layout.height, role: "img", "aria-label": describe(tree) },
     ...drawn.map(({ line }) => line), ...sorted.map((node) => drawNode(node, layout)), ...drawn.map(({ label }) => label));
   place.replaceChildren(picture, ...leftOut(tree));
@@ -154,22 +158,25 @@ function describe(tree) {
 
 function drawEdge(edge, places, layout, most) {
   const [from, to] = [places.get(edge.from), places.get(edge.to)];
-  const { path, x, y, anchor } = layout.narrow ? elbow(from, to) : curve(from, to);
-  const width = edge.state === "spare" || edge.state === "lost" ? 1.5 : 1.25 + 7 * Math.sqrt(edge.bytes / most);
+  // On a narrow screen there is room for one edge to each server; the table of links has the others.
+  if (layout.narrow && to.parent !== from) return null;
+  const { path, spine, x, y, anchor } = layout.narrow ? elbow(from, to) : curve(from, to);
+  const width = edge.state === "spare" || edge.state === "lost" ? 1.5 : 1.25 + 6 * Math.sqrt(edge.bytes / most);
   const line = svg("path", { class: `edge ${edge.state}`, d: path, "stroke-width": width.toFixed(2), "data-edge": edge.id, "data-state": edge.state, "data-bytes": edge.bytes });
-  const label = svg("text", { class: `flow ${edge.state}`, x, y, "text-anchor": anchor, "data-edge": edge.id }, ...words(edge, layout, x));
-  return { line, label };
+  const label = svg("text", { class: `flow ${edge.state}`, x, y, "text-anchor": anchor, "data-edge": edge.id }, ...words(edge, layout, x, width));
+  return { line: spine ? svg("g", {}, svg("path", { class: "spine", d: spine }), line) : line, label };
 }
 
 /** What is written on an edge: its rate, and under it how long requests take, or what is wrong. */
-function words(edge, layout, x) {
+function words(edge, layout, x, width) {
   const waited = edge.latency ? `p99 ${ms(edge.latency.p99_ms)}` : edge.mean ? `mean ${ms(edge.mean)}` : "";
   const more = { lost: "✕ fails", spare: "spare", slow: "⚠ " + waited }[edge.state] ?? waited;
   const flows = edge.state === "flows" || edge.state === "slow";
   if (layout.narrow) return [flows ? [rate(edge.bytes), more].filter(Boolean).join(" · ") : more];
   if (!flows) return [svg("tspan", { x, dy: "0.35em" }, more)];
-  if (!more || layout.dense) return [svg("tspan", { x, dy: "0.35em", class: "strong" }, rate(edge.bytes))];
-  return [svg("tspan", { x, dy: "-0.3em", class: "strong" }, rate(edge.bytes)), svg("tspan", { x, dy: "1.25em" }, more)];
+  const above = -(width / 2 + 4);
+  if (!more || layout.dense) return [svg("tspan", { x, dy: above, class: "strong" }, rate(edge.bytes))];
+  return [svg("tspan", { x, dy: above, class: "strong" }, rate(edge.bytes)), svg("tspan", { x, dy: width + 18 }, more)];
 }
 
 function curve(from, to) {
@@ -189,7 +196,7 @@ function backwards(from, to) {
 function elbow(from, to) {
   const x = Math.min(from.x, to.x - 10) + 9;
   const y = to.y + to.height / 2;
-  return { path: `M${x} ${from.y + from.height}V${y}H${to.x}`, x: to.x + 2, y: to.y - 6, anchor: "start" };
+  return { path: `M${x} ${y}H${to.x}`, spine: `M${x} ${from.y + from.height}V${y}`, x: to.x + 2, y: to.y - 6, anchor: "start" };
 }
 
 function drawNode(node, layout) {
@@ -198,12 +205,11 @@ function drawNode(node, layout) {
 
 function drawClients({ x, y, width, height, clients }) {
   const where = clients.exports.length === 1 ? clients.exports[0] : many(clients.exports.length, "export");
-  const waiting = clients.waiting > 0 ? `, ${count(clients.waiting)} waiting` : "";
-  const letters = Math.floor((width - 20) / 6.4);
+  const letters = Math.floor((width - 28) / 6.6);
   return svg("g", { class: "clients", transform: `translate(${x} ${y})`, "data-clients": clients.count },
     svg("rect", { class: "box", width, height, rx: height / 2 }),
     svg("text", { x: 16, y: height / 2 - 3, class: "strong" }, many(clients.count, "client")),
-    svg("text", { x: 16, y: height / 2 + 11, class: "dim" }, shorten(where + waiting, letters)));
+    svg("text", { x: 16, y: height / 2 + 11, class: "dim" }, shorten(where, letters)));
 }
 
 /** How a server is, by a sign and a word. */
@@ -236,8 +242,8 @@ function drawServer({ x, y, width, height, server }, { dense }) {
   svg("rect", { class: server.this ? "box this" : "box", width, height, rx: 8 }),
   svg("text", { x: 12, y: 19, class: `sign ${state}` }, sign),
   svg("text", { x: 28, y: 19, class: "strong" }, shorten(server.name, letters)),
-  svg("text", { x: 12, y: 36, class: "dim" }, shorten(kind, Math.floor((width - 20) / 5.9))),
-  ...(dense ? [] : [svg("text", { x: 12, y: 52 }, shorten(flow, Math.floor((width - 20) / 5.9))), ...bar(server, width, height)]));
+  svg("text", { x: 12, y: 36, class: "dim" }, shorten(kind, Math.floor((width - 20) / 6.4))),
+  ...(dense || isBare({ server }) ? [] : [svg("text", { x: 12, y: 52 }, shorten(flow, Math.floor((width - 20) / 6.8))), ...bar(server, width, height)]));
 }
 
 /** How much of its images a server has. */

@@ -17,7 +17,7 @@ pub struct MirrorFigures {
     pub hits: u64,
     /// Chunks that were not.
     pub misses: u64,
-    /// Of these, chunks for which somebody was waiting already: no fetch of their own.
+    /// Of these, chunks for which a fetch was under way already: no fetch of their own.
     pub joins: u64,
     /// Bytes answered from here.
     pub hit_bytes: u64,
@@ -54,7 +54,7 @@ pub struct UpstreamFigures {
     pub received_bytes: u64,
     /// Requests that it answered.
     pub requests: u64,
-    /// Requests that were tried again.
+    /// Requests that it was asked after they had failed, there or elsewhere.
     pub retries: u64,
     /// Replies with wrong bytes.
     pub wrong_replies: u64,

@@ -141,6 +141,8 @@ pub struct Stats {
     pub misses: Counter,
     /// Their bytes.
     pub miss_bytes: Counter,
+    /// Of the misses, those for which a fetch was under way already, so that there was none for them.
+    pub joins: Counter,
     /// Chunks that were evicted.
     pub evicted_chunks: Counter,
     /// Bytes that another chunk here had, and that were not fetched.

@@ -80,15 +80,14 @@ impl Jobs {
         Ok(RunningJob(job))
     }
 
+    /// The jobs at work and the last that ended, oldest first.
+    pub fn list(&self) -> Vec<JobStatus> {
+        self.lock().jobs.values().map(|job| job.status()).collect()
+    }
+
     /// How far a job has come; `None` if there is no such job, or it ended long ago.
     pub fn status(&self, id: u64) -> Option<JobStatus> {
         self.lock().jobs.get(&id).map(|job| job.status())
-    }
-
-    /// Those at work, oldest first: a few.
-    pub fn running(&self) -> Vec<JobStatus> {
-        let statuses: Vec<_> = self.lock().jobs.values().map(|job| job.status()).collect();
-        statuses.into_iter().filter(|job| job.state == JobState::Running).collect()
     }
 
     /// Calls a job off. It ends soon, if it has not ended already.

@@ -8,14 +8,12 @@ use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
-use axum::routing::get;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::api::{Answered, Api, Name, Problem, Shared, gather, image_name};
-use super::status::Complaint;
+use super::api::{Answered, Api, Name, OfName, Problem, Shared, gather, image_name, named};
 use crate::mirror::Cells;
 
 /// Cells of a picture that says nothing about their number.
@@ -71,23 +69,23 @@ struct Cut {
 
 /// `GET /v1/images/NAME/residency`.
 pub(super) fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new().routes(routes!(residency)).route("/v1/images//residency", get(residency))
+    named(OpenApiRouter::new(), routes!(residency))
 }
 
-/// What is here of an image, as a picture: absent, resident, zero, pinned, brought ahead and not read yet.
+/// What is here of an image, as a picture.
+///
+/// The image is cut into ranges of equal length; of each, how many bytes are resident, zero, pinned, brought ahead of demand
+/// and not read yet, or being fetched.
 #[utoipa::path(
     get,
     path = "/v1/images/{name}/residency",
+    tag = "images",
     params(
-        ("name" = String, Path, description = "The image"),
+        OfName,
         ("cells" = Option<u64>, Query, minimum = 1, maximum = 4096, description = "Ranges at most, 256 unless told: \
             less for an image that has not so many chunks"),
     ),
-    responses(
-        (status = 200, body = Residency),
-        (status = 400, body = Complaint, description = "The number of ranges makes no sense"),
-        (status = 404, body = Complaint, description = "There is no such image"),
-    )
+    responses((status = 200, body = Residency))
 )]
 async fn residency(State(api): Shared, name: Name, cut: Result<Query<Cut>, QueryRejection>) -> Answered<Residency> {
     let (name, Query(cut)) = (image_name(name)?, cut?);

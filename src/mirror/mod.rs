@@ -95,7 +95,7 @@ use policy::{Heat, Segment};
 pub use scrub::{Findings, Scrub};
 use segments::Segments;
 pub use segments::cost_of;
-pub use space::{Space, SpaceSettings, Usage};
+pub use space::{ResizeError, Space, SpaceSettings, Usage};
 use store::Store;
 pub use store::{Cache, CacheError};
 pub use truth::{ManifestError, Truth};
@@ -245,7 +245,7 @@ impl Mirror {
         let geometry = header.geometry();
         let (store, states, loaded) = Store::attach(cache, &header)?;
         loaded.tell(&name);
-        if space.settings().limit.is_some() || space.settings().reserve > 0 {
+        if space.settings().evicts() {
             store.try_punching()?;
         }
         let (pins, pins_error) = Pins::load(store.directory(), geometry.size());

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::orders::Desk;
 use super::steering::ClientHandle;
@@ -68,7 +69,7 @@ pub(super) struct Counts {
 }
 
 /// One client, as operators see it. The field names are those of the JSON.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ClientStatus {
     /// Names this connection as long as the server runs.
     pub id: u64,

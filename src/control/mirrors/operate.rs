@@ -5,11 +5,13 @@ use std::sync::Arc;
 use super::{Generation, Mirrors};
 use crate::control::casts::Words;
 use crate::control::figures::{MirrorFigures, UpstreamFigures};
+use crate::control::settings::Settings;
 use crate::control::status::{
     CacheStatus, CauseStatus, ImageStatus, Kind, LinkStatus, MirrorStatus, OrderStatus, PinReport, PrefetchOrder,
     PrefetchReport, ReceptionStatus, Role, UpstreamStatus, VerifyOrder,
 };
 use crate::control::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
+use crate::fill::engine::Rates;
 use crate::fill::profile::Store;
 use crate::mirror::{Cause, Cells, Mirror, PinError, Pinned, Scrub, Share, Tally};
 use crate::ranges::ByteRange;
@@ -282,6 +284,32 @@ impl Operated for Mirrors {
 
     fn words(&self) -> Words {
         self.0.receptions.words().clone()
+    }
+
+    fn settings(&self) -> Settings {
+        let (rates, space) = (self.0.engine.rates(), self.0.space.settings());
+        Settings {
+            fill_rate: Some(rates.server),
+            image_fill_rate: Some(rates.image),
+            cache_size: Some(space.limit),
+            reserve: Some(space.reserve),
+            ..Settings::default()
+        }
+    }
+
+    fn change_settings(&self, order: &Settings) -> Result<(), Refusal> {
+        let (rates, space) = (self.0.engine.rates(), self.0.space.settings());
+        if order.cache_size.is_some() || order.reserve.is_some() {
+            let resized =
+                self.0.space.resize(order.cache_size.unwrap_or(space.limit), order.reserve.unwrap_or(space.reserve));
+            resized.map_err(|error| Refusal::Conflict(error.to_string()))?;
+        }
+        // From here on nothing is refused.
+        self.0.engine.set_rates(Rates {
+            server: order.fill_rate.unwrap_or(rates.server),
+            image: order.image_fill_rate.unwrap_or(rates.image),
+        });
+        Ok(())
     }
 
     fn cancel_order(&self, id: u64) -> Answer<'_, Option<OrderStatus>> {

@@ -7,13 +7,13 @@
 use std::sync::Arc;
 
 use axum::extract::Path;
+use axum::extract::rejection::PathRejection;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::api::{Api, Problem};
-use super::status::Complaint;
 
 /// A file of the page: its name, its type, what is in it.
 type File = (&'static str, &'static str, &'static str);
@@ -36,11 +36,6 @@ const FILES: [File; 9] = [
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; \
                       form-action 'none'; base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'";
 
-/// Whether a path is one of the page's: whoever has no token may ask for it.
-pub(super) fn is_open(path: &str) -> bool {
-    path == "/" || path.strip_prefix("/page/").is_some_and(|name| find(name).is_some())
-}
-
 /// `GET /`, and what the page needs beside it. Served without a token.
 pub(super) fn routes() -> OpenApiRouter<Arc<Api>> {
     OpenApiRouter::new().routes(routes!(frame)).routes(routes!(file))
@@ -51,7 +46,7 @@ fn find(name: &str) -> Option<&'static File> {
 }
 
 /// The status page.
-#[utoipa::path(get, path = "/", responses((status = 200, body = String, content_type = "text/html")))]
+#[utoipa::path(get, path = "/", tag = "page", responses((status = 200, body = String, content_type = "text/html")))]
 async fn frame() -> Response {
     answer(&FRAME)
 }
@@ -60,15 +55,14 @@ async fn frame() -> Response {
 #[utoipa::path(
     get,
     path = "/page/{file}",
+    tag = "page",
     params(("file" = String, Path, description = "Its name")),
     responses(
-        (status = 200, content(
-            (String = "text/javascript"), (String = "text/css"), (String = "image/svg+xml"),
-        )),
-        (status = 404, body = Complaint, description = "The page has no such file"),
+        (status = 200, content((String = "text/javascript"), (String = "text/css"), (String = "image/svg+xml"))),
     )
 )]
-async fn file(Path(name): Path<String>) -> Result<Response, Problem> {
+async fn file(name: Result<Path<String>, PathRejection>) -> Result<Response, Problem> {
+    let Path(name) = name?;
     let nowhere = || Problem::new(StatusCode::NOT_FOUND, "the page has no such file");
     find(&name).map(answer).ok_or_else(nowhere)
 }
@@ -117,7 +111,5 @@ mod tests {
             }
         }
         assert!(used >= FILES.len());
-        assert!(is_open("/") && is_open("/page/page.js"));
-        assert!(!is_open("/page/") && !is_open("/page/x.js") && !is_open("/v1/status"));
     }
 }

@@ -103,6 +103,11 @@ impl Redirects {
         this
     }
 
+    /// What clients can connect to.
+    pub fn registry(&self) -> &Registry {
+        &self.0.registry
+    }
+
     /// Who is connected.
     pub fn clients(&self) -> &ClientTable {
         &self.0.steering.clients

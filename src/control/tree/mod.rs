@@ -22,7 +22,6 @@ use utoipa_axum::routes;
 
 use super::api::{Answered, Api, Shared};
 use super::load::{ExportLoad, Latency, Rates};
-use super::status::Complaint;
 pub use gather::{MOST_NEIGHBOURS, Neighbours};
 pub use join::{Said, Seen, join};
 
@@ -164,14 +163,9 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Api>> {
 }
 
 /// This server, its neighbours, and what flows between them.
-#[utoipa::path(
-    get,
-    path = "/v1/tree",
-    responses(
-        (status = 200, body = Tree),
-        (status = 500, body = Complaint, description = "What this server is doing could not be found out"),
-    )
-)]
+///
+/// The neighbours (`--neighbours`) are asked by their own admin API; the answer is a second old at most.
+#[utoipa::path(get, path = "/v1/tree", tag = "figures", responses((status = 200, body = Tree)))]
 async fn tree(State(api): Shared) -> Answered<Tree> {
     Ok(Json((*gather::tree(&api).await?).clone()))
 }

@@ -32,6 +32,7 @@
 //! | `follow` | mirrors that go to another upstream when they are told to |
 //! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
 //! | `cast` | one sending that fills many mirrors, and what becomes of them when it goes wrong |
+//! | `page` | the status page, in a real browser |
 //! | `command_line` | what it prints, refuses and returns |
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
@@ -66,6 +67,7 @@ mod kernel;
 mod lies;
 mod mirror;
 mod orders;
+mod page;
 mod prefetch;
 mod profile;
 mod qmp;

@@ -28,6 +28,7 @@ use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 use super::access::{Token, Way, ask_for_token, refuse_strangers};
 use super::casts::{self, Casts};
 use super::client::Client;
+use super::load::Loads;
 use super::operated::{Operated, Refusal};
 use super::prefetch::OrderState;
 use super::redirect::{self, Redirects, order::RedirectState};
@@ -65,6 +66,7 @@ pub struct Site {
 pub(super) struct Api {
     site: Site,
     neighbours: Neighbours,
+    loads: Loads,
     started: Instant,
     /// Held while status is gathered, which may block on a disk: one thread is enough to find that out.
     gathering: Arc<Mutex<()>>,
@@ -76,9 +78,9 @@ pub(super) type Id = Result<Path<u64>, PathRejection>;
 pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
-    pub(super) fn new(site: Site) -> Self {
+    pub(super) fn new(site: Site, loads: Loads) -> Self {
         let neighbours = Neighbours::new(site.neighbours.clone());
-        Self { site, neighbours, started: clock::now(), gathering: Arc::default() }
+        Self { site, neighbours, loads, started: clock::now(), gathering: Arc::default() }
     }
 
     /// Answers requests; `token` is what they must carry, if they come by TCP.
@@ -110,12 +112,13 @@ impl Api {
         &self.site.casts
     }
 
-    pub(super) const fn site(&self) -> &Site {
-        &self.site
+    /// What the server does just now.
+    pub(super) const fn loads(&self) -> &Loads {
+        &self.loads
     }
 
-    pub(super) fn load(&self, _: u32) -> load::Load {
-        load::Load::default()
+    pub(super) const fn site(&self) -> &Site {
+        &self.site
     }
 
     pub(super) const fn neighbours(&self) -> &Neighbours {

@@ -73,7 +73,7 @@ pub(super) async fn tree(api: &Arc<Api>) -> Result<Arc<Tree>, Problem> {
     }
     let own = async {
         let status = gather(Arc::clone(api), Api::status).await?;
-        Ok::<_, Problem>(Said { status, load: api.load(SPAN) })
+        Ok::<_, Problem>(Said { status, load: api.loads().load(SPAN) })
     };
     let (own, answers) = join(own, neighbours.ask()).await;
     let now = clock::now();

@@ -80,7 +80,7 @@ impl Browser {
     }
 
     /// Shows the page as a screen of this width would, light or dark.
-    pub(crate) fn look_like(&self, width: u32, scheme: &str) {
+    pub(crate) fn look_like(&self, width: u64, scheme: &str) {
         let metrics = json!({ "width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": false });
         self.native("Emulation.setDeviceMetricsOverride", &metrics);
         let features = json!({ "features": [{ "name": "prefers-color-scheme", "value": scheme }] });

@@ -160,7 +160,7 @@ function drawEdge(edge, places, layout, most) {
   const [from, to] = [places.get(edge.from), places.get(edge.to)];
   // On a narrow screen there is room for one edge to each server; the table of links has the others.
   if (layout.narrow && to.parent !== from) return null;
-  const { path, spine, x, y, anchor } = layout.narrow ? elbow(from, to) : curve(from, to);
+  const { path, spine, x, y, anchor } = layout.narrow ? elbow(from, to) : curve(from, to, layout.dense);
   const width = edge.state === "spare" || edge.state === "lost" ? 1.5 : 1.25 + 6 * Math.sqrt(edge.bytes / most);
   const line = svg("path", { class: `edge ${edge.state}`, d: path, "stroke-width": width.toFixed(2), "data-edge": edge.id, "data-state": edge.state, "data-bytes": edge.bytes });
   const label = svg("text", { class: `flow ${edge.state}`, x, y, "text-anchor": anchor, "data-edge": edge.id }, ...words(edge, layout, x, width));
@@ -179,11 +179,13 @@ function words(edge, layout, x, width) {
   return [svg("tspan", { x, dy: above, class: "strong" }, rate(edge.bytes)), svg("tspan", { x, dy: width + 18 }, more)];
 }
 
-function curve(from, to) {
+function curve(from, to, dense) {
   const [x1, y1, x2, y2] = [from.x + from.width, from.y + from.height / 2, to.x, to.y + to.height / 2];
   if (x2 <= x1) return backwards(from, to);
   const bend = (x2 - x1) * 0.45;
-  return { path: `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}`, x: x1 + (x2 - x1) * 0.57, y: y1 + (y2 - y1) * 0.66, anchor: "middle" };
+  // The point of the curve where its label stands: nearer to its end where many begin together.
+  const [along, across] = dense ? [0.67, 0.784] : [0.57, 0.66];
+  return { path: `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}`, x: x1 + (x2 - x1) * along, y: y1 + (y2 - y1) * across, anchor: "middle" };
 }
 
 /** An edge to a server that stands at the same depth or further left. */
@@ -230,7 +232,7 @@ export function kindOf(server) {
 
 function drawServer({ x, y, width, height, server }, { dense }) {
   const { state, sign, word } = condition(server);
-  const letters = Math.floor((width - 44) / 7.2);
+  const letters = Math.floor((width - 38) / 8);
   const kind = [kindOf(server), state === "fine" ? null : word, server.this ? "this server" : null].filter(Boolean).join(" · ");
   const p99 = server.total.latency ? ` · p99 ${ms(server.total.latency.p99_ms)}` : "";
   const out = rate(server.total.read_bytes_per_second + server.total.written_bytes_per_second);

@@ -27,6 +27,8 @@ pub struct MirrorFigures {
     pub evicted_chunks: u64,
     /// Chunks in the cache whose bytes were not what they should be.
     pub damaged_chunks: u64,
+    /// Replies of upstreams that were not the bytes of the image.
+    pub wrong_replies: u64,
     /// Chunks that were answered but could not be stored.
     pub unstored_chunks: u64,
     /// Bytes that were not fetched because another image of this cache had them.

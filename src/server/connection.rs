@@ -12,6 +12,7 @@ use super::Shared;
 use super::answered::Ledger;
 use super::clients::{Counts, Entry, Newcomer};
 use super::directory::{Exports, Offered};
+use super::figures::Parting;
 use super::limits::ConnectionBudget;
 use super::notices::Ears;
 use super::requests::Session;
@@ -72,7 +73,10 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
     let chosen = match negotiated {
         Ok(chosen) => chosen,
         // Port scanners and monitors do this all day.
-        Err(reason) => return tracing::debug!(peer, %reason, "no client"),
+        Err(reason) => {
+            shared.steering.figures.connections().note_ended(Parting::NotNegotiated);
+            return tracing::debug!(peer, %reason, "no client");
+        }
     };
     let export = chosen.listing.name.clone();
     let (mirror, connection) = (chosen.mirror.map(NodeId), chosen.connection);
@@ -95,9 +99,21 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
         reason = %end,
         "client left"
     );
+    shared.steering.figures.connections().note_ended(parting(&end));
     drop(entry);
     if matches!(end, End::Drained | End::Dismissed) {
         part_from(&stream).await;
+    }
+}
+
+const fn parting(end: &End) -> Parting {
+    match end {
+        End::Disconnected => Parting::Disconnected,
+        End::Closed => Parting::Closed,
+        End::Drained | End::Dismissed => Parting::Drained,
+        End::Violation(_) => Parting::Violation,
+        End::Broken => Parting::Broken,
+        End::Lost(_) => Parting::Lost,
     }
 }
 

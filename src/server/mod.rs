@@ -157,6 +157,7 @@ impl Acceptor {
         loop {
             match listener.accept().await {
                 Ok(socket) => {
+                    self.shared.steering.figures.connections().note_accepted();
                     // After accepting: an idle listener must not keep a place that another one's client could have.
                     if self.slots.available_permits() == 0 {
                         let limit = self.shared.settings.max_connections;

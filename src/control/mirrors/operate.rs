@@ -75,6 +75,7 @@ impl Generation {
             miss_bytes: stats.miss_bytes.value(),
             evicted_chunks: stats.evicted_chunks.value(),
             damaged_chunks: stats.damaged_chunks.value(),
+            wrong_replies: stats.wrong_replies.value(),
             unstored_chunks: stats.unstored_chunks.value(),
             deduplicated_bytes: stats.deduplicated_bytes.value(),
             fill: fill.collect(),

@@ -118,6 +118,11 @@ impl Redirects {
         self.0.table.list().iter().map(|order| order.status()).collect()
     }
 
+    /// What came of all orders so far.
+    pub(super) fn totals(&self) -> table::Totals {
+        self.0.table.totals()
+    }
+
     /// One of them.
     pub fn get(&self, id: u64) -> Option<RedirectStatus> {
         self.0.table.get(id).map(|order| order.status())

@@ -192,6 +192,18 @@ impl Counts {
         counts
     }
 
+    /// Adds others.
+    pub(super) fn add(&mut self, other: &Self) {
+        let Self { total, waiting, moving, moved, stayed, left, failed } = other;
+        self.total += total;
+        self.waiting += waiting;
+        self.moving += moving;
+        self.moved += moved;
+        self.stayed += stayed;
+        self.left += left;
+        self.failed += failed;
+    }
+
     fn place(&mut self, state: ClientState) -> &mut u64 {
         match state {
             ClientState::Waiting => &mut self.waiting,

@@ -11,6 +11,7 @@ use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use serde::Deserialize;
+use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -23,6 +24,12 @@ use crate::units::{to_u64, to_usize};
 pub(super) fn routes() -> OpenApiRouter<Arc<Api>> {
     named(OpenApiRouter::new(), routes!(export_profile, import_profile, forget_profile))
 }
+
+/// Profiles, as they lie in files.
+#[derive(ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[expect(dead_code, reason = "it describes what is told and taken as bytes")]
+struct ProfileFile(Vec<u8>);
 
 type Asked<T> = Result<Query<T>, QueryRejection>;
 
@@ -48,7 +55,7 @@ pub(super) struct Forget {
 ///
 /// `headwater profile`.
 #[utoipa::path(get, path = "/v1/images/{name}/profile", tag = "images", params(OfName),
-    responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream")))]
+    responses((status = 200, body = ProfileFile, content_type = "application/octet-stream")))]
 async fn export_profile(State(api): Shared, name: Name) -> Result<impl IntoResponse, Problem> {
     let (_, store) = find(&api, name)?;
     let profiles = store.profiles();
@@ -60,7 +67,7 @@ async fn export_profile(State(api): Shared, name: Name) -> Result<impl IntoRespo
 
 /// Put profiles in the place of those that an image has.
 #[utoipa::path(put, path = "/v1/images/{name}/profile", tag = "images", params(OfName, Import),
-    request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "A file of profiles."),
+    request_body(content = ProfileFile, content_type = "application/octet-stream", description = "A file of profiles."),
     responses((status = 200, body = ProfileReport),
         (status = 409, description = "They are of another image, or too many", body = Complaint)))]
 async fn import_profile(State(api): Shared, name: Name, asked: Asked<Import>, body: Body) -> Answered<ProfileReport> {

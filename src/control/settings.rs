@@ -27,30 +27,30 @@ use crate::telemetry;
 ///
 /// In an answer, what is not there this server does not have. In an order, what is not there stays as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields)]
 pub struct Settings {
     /// How much is logged.
-    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "named")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "named")]
     #[schema(nullable = false)]
     pub log_level: Option<LogLevel>,
     /// Bytes per second of all that a mirror fetches ahead of demand; `null`: what the link takes.
-    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "named")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "named")]
     #[schema(value_type = Option<u64>, minimum = 1)]
     pub fill_rate: Option<Option<u64>>,
     /// The same for each image; `null`: no limit of its own.
-    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "named")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "named")]
     #[schema(value_type = Option<u64>, minimum = 1)]
     pub image_fill_rate: Option<Option<u64>>,
     /// Bytes that the cache of all mirrors may take; `null`: as much as there is. What is too much is evicted at once.
-    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "named")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "named")]
     #[schema(value_type = Option<u64>, minimum = 1)]
     pub cache_size: Option<Option<u64>>,
     /// Bytes of the cache's file system that are left free.
-    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "named")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "named")]
     #[schema(nullable = false)]
     pub reserve: Option<u64>,
     /// Bytes per second that are read to make missing manifests (`serve --index`); `null`: as fast as it goes.
-    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "named")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "named")]
     #[schema(value_type = Option<u64>, minimum = 1)]
     pub index_rate: Option<Option<u64>>,
 }

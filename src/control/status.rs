@@ -251,6 +251,7 @@ pub struct Range {
     /// Its first byte.
     pub start: u64,
     /// Its bytes.
+    #[schema(minimum = 1)]
     pub length: u64,
 }
 
@@ -276,6 +277,7 @@ pub struct PinReport {
 #[serde(deny_unknown_fields, default)]
 pub struct VerifyOrder {
     /// Bytes per second at most; `null`: as fast as the disk allows.
+    #[schema(minimum = 1)]
     pub rate: Option<u64>,
     /// Whether what is wrong is fetched again.
     pub repair: bool,

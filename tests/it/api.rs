@@ -395,3 +395,54 @@ fn the_description_is_valid_and_the_one_in_the_documents() {
     assert!(kept == text, "docs/openapi.json is not what the server says: HEADWATER_RENEW=1 makes it anew");
     run(python_tool("openapi-spec-validator").arg(&path));
 }
+
+/// Sends a server the requests that a tool makes of its description: for each field and parameter the values at its
+/// bounds and beyond, with any names; then chosen at random, with the names of what there is, so that orders are carried
+/// out. The same requests each time.
+fn try_generated(host: &Cables, address: &str) {
+    let names = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/schemathesis.toml");
+    for (arguments, phase) in [(vec![], "coverage"), (vec!["--config-file", names.to_str().unwrap()], "fuzzing")] {
+        let mut tool = python_tool("schemathesis");
+        tool.args(arguments).args(["--no-color", "run", &format!("http://{address}/openapi.json"), "--phases", phase]);
+        tool.args(["-H", &format!("Authorization: Bearer {TOKEN}"), "--checks", CHECKS, "--continue-on-failure"]);
+        tool.args(["--seed=1", "--generation-database=none", "--max-examples=20"]);
+        let report = run(&mut host.on(0, &tool));
+        assert!(report.contains(" passed"), "nothing was tried: {report}");
+    }
+}
+
+/// No 500, no answer that is not described, no nonsense that is taken.
+const CHECKS: &str = "not_a_server_error,status_code_conformance,content_type_conformance,\
+    response_headers_conformance,response_schema_conformance,negative_data_rejection,unsupported_method";
+
+/// Starts a server on a host of its own, where nothing that is ordered reaches anybody.
+fn on_host(host: &Cables, scratch: &Scratch, mut command: Command, log: &Path) -> (Daemon, String) {
+    let token = token(scratch, "token", TOKEN, 0o600);
+    command.args(["--admin=127.0.0.1:0", "--admin-token"]).arg(token);
+    let mut command = host.on(0, &command);
+    command.stdout(Stdio::piped()).stderr(fs::File::options().append(true).open(log).unwrap());
+    let server = Daemon::start(command, 1, log);
+    let address = admin_of(&server);
+    (server, address)
+}
+
+#[test]
+fn generated_requests_get_described_answers_of_servers_and_mirrors() {
+    let (scratch, host) = (Scratch::new(), Cables::new());
+    let path = image(&scratch);
+    crate::support::cache::index(&scratch, &path, &[]);
+    let log = scratch.path("serve.log");
+    let mut command = headwater(&log);
+    command.arg("serve").arg(path).arg("--read-only").arg("--unix").arg(scratch.path("serve.sock"));
+    let (server, of_server) = on_host(&host, &scratch, command, &log);
+    let (log, command) = mirror_command(&scratch, "mirror", server.uri());
+    let (mirror, of_mirror) = on_host(&host, &scratch, command, &log);
+    std::thread::scope(|scope| [&of_server, &of_mirror].map(|address| scope.spawn(|| try_generated(&host, address))));
+    // And they serve as before, but for newcomers that were ordered to be sent away.
+    for (server, address) in [(&server, &of_server), (&mirror, &of_mirror)] {
+        let mut curl = Command::new("curl");
+        curl.args(["-sSf", "-X", "DELETE", "-H", &format!("Authorization: Bearer {TOKEN}")]);
+        run(&mut host.on(0, curl.arg(format!("http://{address}/v1/drain"))));
+        assert_eq!(Client::open(server.uri()).read(0, MIB), noise(1 << 20, 1));
+    }
+}

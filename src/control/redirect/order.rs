@@ -18,6 +18,7 @@ pub struct RedirectOrder {
     /// These clients, by their numbers. Any connection of a mirror stands for the mirror.
     pub clients: Option<Vec<u64>>,
     /// This part of them, above 0 and at most 1.
+    #[schema(exclusive_minimum = 0, maximum = 1)]
     pub fraction: Option<f64>,
     /// So many of them.
     pub count: Option<u64>,

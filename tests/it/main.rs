@@ -33,6 +33,7 @@
 //! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
 //! | `cast` | one sending that fills many mirrors, and what becomes of them when it goes wrong |
 //! | `page` | the status page, in a real browser |
+//! | `top` | `headwater top` in a terminal: what it shows, what its keys do |
 //! | `command_line` | what it prints, refuses and returns |
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
@@ -76,6 +77,7 @@ mod roles;
 mod serve;
 mod steps;
 mod support;
+mod top;
 mod transmission;
 mod verify;
 mod versions;

@@ -18,6 +18,8 @@ mod dialog;
 mod draw;
 mod rows;
 mod state;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::io::{self, IsTerminal};
@@ -31,7 +33,7 @@ use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event as Input, KeyEventKind};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
-use tokio::sync::mpsc::{Receiver, Sender, channel};
+use tokio::sync::mpsc::{Receiver, channel};
 
 use super::args::Servers;
 use super::running::{block_on, reach_all};

@@ -38,6 +38,8 @@ pub(super) struct Seen {
     pub(super) drain: DrainStatus,
     /// Asked less often.
     pub(super) status: Option<Status>,
+    /// Whether that was not answered in time, because a disk hangs.
+    pub(super) hangs: bool,
 }
 
 impl Server {
@@ -284,11 +286,11 @@ fn server_row(index: usize, server: &Server) -> Row {
 }
 
 fn answering_row(index: usize, name: &str, seen: &Seen) -> Row {
-    let Seen { load, drain, status } = seen;
+    let Seen { load, drain, status, hangs } = seen;
     let cache = status.as_ref().and_then(|status| status.cache.as_ref());
     let p99 = load.total.latency.map(|latency| latency.p99_ms);
     let (upstream, is_away) = upstream(&load.upstreams);
-    let (state, is_failed) = state(drain, cache);
+    let (state, is_failed) = state(drain, cache, *hangs);
     let hits = load.exports.iter().map(|export| export.hit_bytes_per_second).sum();
     let misses = load.exports.iter().map(|export| export.miss_bytes_per_second).sum();
     let is_warned = is_away || !state.is_empty() || load.total.errors_per_second > 0.0;
@@ -321,10 +323,13 @@ const fn tone(is_bad: bool, is_warned: bool) -> Tone {
     }
 }
 
-/// What an operator should know of a server, and whether its disk has failed.
-fn state(drain: &DrainStatus, cache: Option<&CacheStatus>) -> (String, bool) {
+/// What an operator should know of a server, and whether its disk has failed or hangs.
+fn state(drain: &DrainStatus, cache: Option<&CacheStatus>, hangs: bool) -> (String, bool) {
     let is_failed = cache.is_some_and(|cache| cache.failed);
     let mut words = Vec::new();
+    if hangs {
+        words.push("DISK HANGS".to_owned());
+    }
     if is_failed {
         words.push("DISK FAILED".to_owned());
     }
@@ -336,7 +341,7 @@ fn state(drain: &DrainStatus, cache: Option<&CacheStatus>) -> (String, bool) {
     if cache.is_some_and(|cache| cache.thrashing) {
         words.push("thrashing".to_owned());
     }
-    (words.join(", "), is_failed)
+    (words.join(", "), is_failed || hangs)
 }
 
 /// In what state the upstreams of a server's mirrors are, and whether one has none that can be used.
@@ -368,7 +373,7 @@ fn fullness(cache: Option<&CacheStatus>) -> Cell {
 }
 
 fn export_rows(index: usize, server: &Server) -> Vec<Row> {
-    let Some(Seen { load, drain, status }) = server.seen() else { return Vec::new() };
+    let Some(Seen { load, drain, status, .. }) = server.seen() else { return Vec::new() };
     let mut rows: Vec<_> = load.exports.iter().map(|export| export_row(index, server, drain, export)).collect();
     // Also those that nobody has used yet.
     let images = status.iter().flat_map(|status| &status.images);

@@ -88,6 +88,7 @@ impl State {
             Answer::Silent(why) => Condition::Silent(why),
             Answer::Seen(mut seen) => {
                 if seen.status.is_none() {
+                    seen.hangs |= server.seen().is_some_and(|before| before.hangs);
                     seen.status = server.seen().and_then(|before| before.status.clone());
                 }
                 Condition::Answers(seen)

@@ -17,6 +17,8 @@ use crate::control::{CallError, Client};
 
 /// How long a server may take to answer.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// And of that, with all that takes a look at its disks.
+const STATUS_PATIENCE: Duration = Duration::from_secs(1);
 /// What takes a look at every chunk is asked for each so many times.
 const STATUS_EACH: u32 = 5;
 /// Rates are about so many seconds.
@@ -66,8 +68,15 @@ pub(super) async fn watch(server: usize, client: Client, interval: Duration, nud
 }
 
 async fn ask(client: &Client, wants_status: bool) -> Result<Seen, CallError> {
-    let status = if wants_status { Some(client.status().await?.1) } else { None };
-    Ok(Seen { load: client.load(SECONDS).await?, drain: client.draining().await?, status })
+    let seen = Seen { load: client.load(SECONDS).await?, drain: client.draining().await?, ..Seen::default() };
+    if !wants_status {
+        return Ok(seen);
+    }
+    // It waits for disks, and nothing else does: a disk that hangs is not to hide how clients fare.
+    Ok(match tokio::time::timeout(STATUS_PATIENCE, client.status()).await {
+        Ok(status) => Seen { status: Some(status?.1), ..seen },
+        Err(_) => Seen { hangs: true, ..seen },
+    })
 }
 
 /// Gives an order, and tells what came of it, as long as somebody listens.

@@ -225,13 +225,19 @@ impl Span {
 impl ClientSpan {
     fn between(before: Option<&ClientStatus>, now: &ClientStatus) -> Self {
         let was = |figure: fn(&ClientStatus) -> u64| before.map_or(0, figure);
+        let is_anew = before.is_some_and(|before| now.timed_requests < before.timed_requests);
+        let timed = grown(now.timed_requests, was(|client| client.timed_requests));
         Self {
             requests: grown(now.requests, was(|client| client.requests)),
             read_bytes: grown(now.read_bytes, was(|client| client.read_bytes)),
             written_bytes: grown(now.written_bytes, was(|client| client.written_bytes)),
             errors: grown(now.errors, was(|client| client.errors)),
-            timed: 0,
-            took_seconds: 0.0,
+            timed,
+            took_seconds: if is_anew {
+                now.latency_seconds
+            } else {
+                now.latency_seconds - before.map_or(0.0, |it| it.latency_seconds)
+            },
         }
     }
 

@@ -73,8 +73,8 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
         Err(reason) => return tracing::debug!(peer, %reason, "no client"),
     };
     let export = chosen.listing.name.clone();
-    let (mirror, connection) = (chosen.mirror.map(NodeId), chosen.connection);
-    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection };
+    let (mirror, connection, is_relay) = (chosen.mirror.map(NodeId), chosen.connection, chosen.is_relay);
+    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay };
     let entry = shared.steering.clients.enter(newcomer);
     let session = Rc::new(session(*chosen, &entry, &shared.steering.notices));
     tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");

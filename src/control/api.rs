@@ -39,6 +39,7 @@ use tokio::sync::Mutex;
 
 use super::casts::{self, Casts};
 use super::client::Client;
+use super::load::Loads;
 use super::operated::{Operated, Refusal};
 use super::prefetch::{OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::redirect::{Redirects, order::RedirectState, routes};
@@ -83,6 +84,7 @@ pub struct Site {
 #[derive(Debug)]
 pub(super) struct Api {
     site: Site,
+    loads: Loads,
     started: Instant,
     /// Held while status is gathered, which may block on a disk: one thread is enough to find that out.
     gathering: Arc<Mutex<()>>,
@@ -93,8 +95,8 @@ pub(super) type Name = Result<Path<HashMap<String, String>>, PathRejection>;
 pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
-    pub(super) fn new(site: Site) -> Self {
-        Self { site, started: clock::now(), gathering: Arc::default() }
+    pub(super) fn new(site: Site, loads: Loads) -> Self {
+        Self { site, loads, started: clock::now(), gathering: Arc::default() }
     }
 
     pub(super) fn router(self, reach: Reach) -> Router {
@@ -141,6 +143,11 @@ impl Api {
 
     pub(super) const fn casts(&self) -> &Casts {
         &self.site.casts
+    }
+
+    /// What the server does just now.
+    pub(super) const fn loads(&self) -> &Loads {
+        &self.loads
     }
 
     pub(super) const fn site(&self) -> &Site {

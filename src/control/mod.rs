@@ -68,6 +68,7 @@ pub use client::{CallError, Client};
 pub use jobs::{Jobs, Outcome, RunningJob};
 use listen::Socket;
 pub use listen::{AdminListener, BindError};
+use load::Loads;
 pub use operated::{Answer, Operated, Refusal};
 pub use place::AdminAddress;
 
@@ -92,8 +93,10 @@ impl Admin {
     /// Answers requests about `site`. Call within the `LocalRuntime` that the listener belongs to.
     pub fn start(listener: AdminListener, site: Site) -> Self {
         let reach = if listener.is_tcp() { Reach::Machine } else { Reach::Owner };
-        let service = TowerToHyperService::new(Api::new(site).router(reach));
         let mut serving = JoinSet::new();
+        let (loads, sampling) = Loads::keep(&site);
+        serving.spawn_local(sampling);
+        let service = TowerToHyperService::new(Api::new(site, loads).router(reach));
         serving.spawn_local(accept(listener, service));
         Self { _serving: serving }
     }

@@ -333,7 +333,7 @@ pub struct ProfileReport {
 }
 
 /// What everything that cannot be done is answered with, beside the status code.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Complaint {
     /// Why, for a human.
     pub error: String,

@@ -1,7 +1,7 @@
 //! What is told about a running server: logs, and counters that are cheap enough to keep always.
 //!
-//! Owns: the form of logs, the counter type. Does not own: what is counted and what it means (each room counts its
-//! own), and nothing that is served to monitoring, which comes with the admin API.
+//! Owns: the form of logs, the types of counters and of histograms. Does not own: what is counted and what it means (each
+//! room counts its own), and how it is told (`control`).
 
 pub mod latency;
 
@@ -62,7 +62,7 @@ impl fmt::Debug for Counter {
     }
 }
 
-/// Places of a [`ShardedCounter`]; threads beyond share them.
+/// Places of what is counted by thread; threads beyond share them.
 const SHARDS: usize = 16;
 
 static NEXT_SHARD: AtomicUsize = AtomicUsize::new(0);
@@ -70,6 +70,11 @@ static NEXT_SHARD: AtomicUsize = AtomicUsize::new(0);
 thread_local! {
     /// Where this thread adds.
     static SHARD: usize = NEXT_SHARD.fetch_add(1, Ordering::Relaxed) % SHARDS;
+}
+
+/// Where this thread adds.
+fn shard() -> usize {
+    SHARD.with(|shard| *shard)
 }
 
 /// A [`Counter`] for what happens a million times a second: each thread adds in a place of its own, so that no two
@@ -85,7 +90,7 @@ struct Shard(AtomicU64);
 impl ShardedCounter {
     /// Adds `amount`.
     pub fn add(&self, amount: u64) {
-        self.0[SHARD.with(|shard| *shard)].0.fetch_add(amount, Ordering::Relaxed);
+        self.0[shard()].0.fetch_add(amount, Ordering::Relaxed);
     }
 
     /// The value now.

@@ -1,15 +1,41 @@
-//! STUB (part O). What a server does just now: rates and latencies of the last seconds, as types that the server writes and
-//! commands, the status page and the balancer read.
+//! What a server does just now: rates and latencies of the last seconds, as types that the server writes and commands,
+//! the status page and the balancer read.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | this one | what is said, and [`Loads`]: one sample a second, for whoever asks |
+//! | `sample` | all counters at one moment |
+//! | `series` | what follows from one sample after the other (pure) |
+//! | `routes` | requests |
 //!
 //! Owns: one sample a second, of counters that others keep, and what follows from two of them. Does not own: the
 //! counters (`server::figures`, [`super::figures`]).
+//!
+//! A sample that is late counts for the time that it covers; those that were missed meanwhile are not made up for. Whoever
+//! asks gets what the last sample left, and waits for nobody.
+//!
+//! **Bounds.** 60 samples are kept whole, for rates, and 300 as four numbers for each export, for the history. 256 exports
+//! and 256 upstreams have rates of their own; what is beyond them counts in the total alone, until one of the 256 has done
+//! nothing for 5 minutes. In memory: 300 x 64 bytes for each export (5 MiB at most), 60 x 56 bytes for each client, and 60
+//! histograms of one second for each export and upstream: as much as M times the number of different latencies in it,
+//! nothing if it had no requests.
+
+mod routes;
+mod sample;
+mod series;
+
+use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 
-use super::api::Api;
-use std::sync::Arc;
+use super::api::Site;
+pub(super) use routes::routes;
+use sample::Source;
+use series::{Series, View};
 
 /// `GET /v1/load?seconds=N`: what a server did in the last N seconds, 5 unless told, 60 at most.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -49,7 +75,8 @@ pub struct Rates {
     pub latency: Option<Latency>,
 }
 
-/// How long requests took, from their arrival until the answer was on its way, in milliseconds.
+/// How long reads, writes, flushes, trims and zeroing took, from their arrival until the answer was on its way, in
+/// milliseconds. BLOCK_STATUS and CACHE are not in it: no machine stands still for them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Latency {
@@ -147,7 +174,44 @@ pub struct ExportHistory {
     pub p99_ms: Vec<Option<f64>>,
 }
 
-/// `GET /v1/load` and `GET /v1/history`.
-pub(super) fn routes() -> OpenApiRouter<Arc<Api>> {
-    OpenApiRouter::new()
+/// Between two samples.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// What a server does just now, for whoever asks. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub(super) struct Loads(watch::Receiver<Arc<View>>);
+
+impl Loads {
+    /// Takes the first sample of a server, and gives the work of taking the others, which never ends.
+    pub(super) fn keep(site: &Site) -> (Self, impl Future<Output = ()> + use<>) {
+        let (source, mut series) = (Source::of(site), Series::default());
+        series.note(source.sample());
+        let (sender, receiver) = watch::channel(series.view());
+        let work = async move {
+            let mut ticks = tokio::time::interval(PERIOD);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+            ticks.tick().await;
+            loop {
+                ticks.tick().await;
+                series.note(source.sample());
+                sender.send_replace(series.view());
+            }
+        };
+        (Self(receiver), work)
+    }
+
+    /// What it did in the last `seconds`, 1 to 60.
+    pub(super) fn load(&self, seconds: u32) -> Load {
+        self.view().load(seconds)
+    }
+
+    /// Its last minutes.
+    pub(super) fn history(&self) -> History {
+        self.view().history()
+    }
+
+    /// Nothing is computed while others wait to put the next one there.
+    fn view(&self) -> Arc<View> {
+        Arc::clone(&self.0.borrow())
+    }
 }

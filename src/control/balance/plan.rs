@@ -6,7 +6,7 @@
 //! To put loads of different sizes on servers with few moves is bin packing, and NP-hard, so this is a beam search
 //! (Lowerre 1976): of all ways to make one move more, the best are kept; from each a move goes from a server above its
 //! share to one below it. The first number of moves that is enough is the answer. Where no number is enough, each move
-//! must still be worth [`COST`].
+//! must still be worth its [`COST`].
 //!
 //! A *giant* is a client that is more than a server's share and the tolerance together. Its server can never be within
 //! tolerance of what all would have without it, so giants are put aside, each with a server for itself as long as there
@@ -22,8 +22,11 @@ pub const MOST_SERVERS: usize = 64;
 pub const MOST_MOVES: usize = 64;
 /// What plans are to reach, as a part of the tolerance: less, so that a small change does not call for the next plan.
 pub const AIM: f64 = 0.75;
-/// What a move must be worth: this part of the tolerance, nearer to it.
+/// What a move must be worth: this part of the tolerance, nearer to it; or, of a client so small that it cannot bring that
+/// much, [`SMALL`] of its load.
 pub const COST: f64 = 0.1;
+/// See [`COST`]. A move that helps both servers is worth twice its load.
+pub const SMALL: f64 = 0.25;
 /// Up to so many clients all of them are candidates in each move; of more, those whose size fits.
 const FEW: usize = 64;
 
@@ -54,7 +57,7 @@ pub struct Problem {
     pub servers: Vec<Slot>,
     /// The clients.
     pub clients: Vec<Item>,
-    /// How far from its share a server may be, as a part of the mean.
+    /// How far from its share a server may be, as a part of it.
     pub tolerance: f64,
     /// A difference that is too small to matter, in the unit of loads.
     pub floor: f64,
@@ -67,7 +70,8 @@ pub struct Plan {
     pub moves: Vec<(usize, usize)>,
     /// Each server's load after that.
     pub loads: Vec<f64>,
-    /// By how much servers are further from their shares than the tolerance then, together; in units of the mean.
+    /// By how much servers are further from their shares than the tolerance then, together; in shares of a server of
+    /// weight 1.
     pub excess: f64,
 }
 
@@ -80,26 +84,26 @@ pub struct Shares {
     pub slack: Vec<f64>,
     /// Clients that are too large for any share.
     giants: Vec<usize>,
-    /// The mean, for a server of weight 1.
-    mean: f64,
+    /// The share of a server of weight 1.
+    unit: f64,
 }
 
 impl Problem {
     /// What servers ought to have.
     pub fn shares(&self) -> Shares {
-        let weights: f64 = self.servers.iter().map(|server| server.weight).sum();
-        let fixed: f64 = self.servers.iter().map(|server| server.fixed).sum();
-        let movable: f64 = self.clients.iter().map(|client| client.load).sum();
-        let mean = if weights > 0.0 { (fixed + movable) / weights } else { 0.0 };
-        let slack_of = |server: &Slot| (self.tolerance * mean * server.weight).max(self.floor);
-        let slack: Vec<f64> = self.servers.iter().map(slack_of).collect();
-        let (giants, level) = self.giants(movable, &slack);
+        let (giants, level) = self.giants();
         let fair = self.servers.iter().map(|server| level * server.weight).collect();
-        Shares { fair, slack, giants, mean }
+        let slack = self.servers.iter().map(|server| self.slack(level, server)).collect();
+        Shares { fair, slack, giants, unit: if level > 0.0 { level } else { 1.0 } }
+    }
+
+    fn slack(&self, level: f64, server: &Slot) -> f64 {
+        (self.tolerance * level * server.weight).max(self.floor)
     }
 
     /// The giants, and the level up to which servers are filled with all the others.
-    fn giants(&self, movable: f64, slack: &[f64]) -> (Vec<usize>, f64) {
+    fn giants(&self) -> (Vec<usize>, f64) {
+        let movable: f64 = self.clients.iter().map(|client| client.load).sum();
         let mut bases: Vec<f64> = self.servers.iter().map(|server| server.fixed).collect();
         let mut largest: Vec<usize> = (0..self.clients.len()).collect();
         largest.sort_by(|one, other| self.clients[*other].load.total_cmp(&self.clients[*one].load));
@@ -107,8 +111,8 @@ impl Problem {
         for index in largest {
             let level = self.level(&bases, rest);
             let client = &self.clients[index];
-            let fits = |(server, slack): (&Slot, &f64)| client.load <= level * server.weight + slack;
-            if self.servers.iter().zip(slack).any(fits) || taken.len() == self.servers.len() {
+            let fits = |server: &Slot| client.load <= level * server.weight + self.slack(level, server);
+            if self.servers.iter().any(fits) || taken.len() == self.servers.len() {
                 break;
             }
             // Where it is, unless another giant is there already.
@@ -149,7 +153,7 @@ impl Problem {
         loads
     }
 
-    /// By how much servers are further from their shares than the tolerance, together; in units of the mean.
+    /// By how much servers are further from their shares than the tolerance, together; in shares of a server of weight 1.
     pub fn excess(&self) -> f64 {
         let shares = self.shares();
         let search = Search { problem: self, shares: &shares, aim: 1.0 };
@@ -170,6 +174,8 @@ struct State {
     moves: Vec<(usize, usize)>,
     loads: Vec<f64>,
     excess: f64,
+    /// What the moves must be worth.
+    cost: f64,
     /// The sum of the squares of what shares are missed by: tells states apart that are alike otherwise.
     roughness: f64,
 }
@@ -184,11 +190,7 @@ struct Search<'a> {
 impl Search<'_> {
     fn run(&self) -> Plan {
         let first = self.state(Vec::new(), self.problem.loads());
-        let cost = COST * self.problem.tolerance;
-        let value = |state: &State| {
-            let moves = u32::try_from(state.moves.len()).unwrap_or(u32::MAX);
-            state.excess + cost * f64::from(moves)
-        };
+        let value = |state: &State| state.excess + state.cost;
         let sorted = self.sorted();
         let mut best = first.clone();
         let mut beam = vec![first];
@@ -207,7 +209,7 @@ impl Search<'_> {
 
     /// How many states are kept: fewer where each has many ways to go on.
     fn width(&self) -> usize {
-        if self.problem.servers.len() <= 8 { 48 } else { 8 }
+        if self.problem.servers.len() <= 8 && self.problem.clients.len() <= 256 { 48 } else { 8 }
     }
 
     /// The clients of each server, largest first.
@@ -234,7 +236,7 @@ impl Search<'_> {
                 if state.loads[from] <= self.shares.fair[from] {
                     continue;
                 }
-                for to in (0..state.loads.len()).filter(|to| state.loads[*to] < self.shares.fair[*to]) {
+                for to in (0..state.loads.len()).filter(|to| self.takes(state, from, *to)) {
                     for client in self.candidates(state, clients, from, to) {
                         let next = self.with(state, client, to);
                         let mut key = next.moves.clone();
@@ -246,11 +248,19 @@ impl Search<'_> {
         }
         let mut next: Vec<State> = found.into_values().collect();
         let order = |one: &State, other: &State| {
-            one.excess.total_cmp(&other.excess).then(one.roughness.total_cmp(&other.roughness))
+            let first = one.excess.total_cmp(&other.excess).then(one.cost.total_cmp(&other.cost));
+            first.then(one.roughness.total_cmp(&other.roughness))
         };
         next.sort_by(order);
         next.truncate(self.width());
         next
+    }
+
+    /// Whether a client of `from` might do better on `to`.
+    fn takes(&self, state: &State, from: usize, to: usize) -> bool {
+        let height = |server: usize| state.loads[server] / self.problem.servers[server].weight;
+        let is_few = self.problem.servers.len() <= 8 || !self.shares.giants.is_empty();
+        state.loads[to] < self.shares.fair[to] || (is_few && height(to) < height(from))
     }
 
     /// Clients of `from` that might go to `to`: one of each size, and of many those whose size fits.
@@ -294,17 +304,29 @@ impl Search<'_> {
         let excess = self.excess(&loads, &moves);
         let square = |(load, fair): (&f64, &f64)| (load - fair).powi(2);
         let roughness = loads.iter().zip(&self.shares.fair).map(square).sum();
-        State { moves, loads, excess, roughness }
+        let cost = moves.iter().map(|(client, _)| self.cost(*client)).sum();
+        State { moves, loads, excess, cost, roughness }
     }
 
-    /// How much more than its share a server may have: all of the largest giant that is there, or what cannot be moved.
-    fn allowed(&self, server: usize, moves: &[(usize, usize)]) -> f64 {
+    /// What a move of this client must be worth. Giants are better left where they are.
+    fn cost(&self, client: usize) -> f64 {
+        let scale = if self.shares.giants.contains(&client) { 2.0 } else { 1.0 };
+        scale * (COST * self.problem.tolerance).min(SMALL * self.load(client) / self.shares.unit)
+    }
+
+    /// The giants that are on a server after these moves.
+    fn giants_at(&self, server: usize, moves: &[(usize, usize)]) -> Vec<usize> {
         let place = |giant: usize| {
             let moved = moves.iter().find(|(client, _)| *client == giant).map(|(_, to)| *to);
             moved.unwrap_or(self.problem.clients[giant].at)
         };
-        let here = self.shares.giants.iter().filter(|giant| place(**giant) == server);
-        let largest = here.map(|giant| self.load(*giant)).fold(0.0, f64::max);
+        self.shares.giants.iter().copied().filter(|giant| place(*giant) == server).collect()
+    }
+
+    /// How much more than its share a server may have: all of the largest giant that is there, or what cannot be moved.
+    fn allowed(&self, server: usize, moves: &[(usize, usize)]) -> f64 {
+        let here = self.giants_at(server, moves).into_iter();
+        let largest = here.map(|giant| self.load(giant)).fold(0.0, f64::max);
         self.shares.fair[server].max(self.problem.servers[server].fixed).max(largest)
     }
 
@@ -315,10 +337,9 @@ impl Search<'_> {
             let below = self.shares.fair[server] - slack - loads[server];
             // What is left over by adding and subtracting is no excess.
             let excess = above.max(below);
-            if excess > 1e-9 * self.shares.mean { excess } else { 0.0 }
+            if excess > 1e-9 * self.shares.unit { excess } else { 0.0 }
         };
-        let mean = if self.shares.mean > 0.0 { self.shares.mean } else { 1.0 };
-        (0..loads.len()).map(of).sum::<f64>() / mean
+        (0..loads.len()).map(of).sum::<f64>() / self.shares.unit
     }
 }
 
@@ -353,7 +374,7 @@ mod tests {
         // Half of six small ones would do, and so does one large one.
         let plan = problem(&[&[1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 6.0], &[]]).solve();
         assert_eq!((plan.moves, plan.excess), (vec![(6, 1)], 0.0));
-        let plan = problem(&[&[4.0, 3.0, 3.0, 2.0], &[], &[]]).solve();
+        let plan = problem(&[&[4.0, 4.0, 2.0, 2.0], &[], &[]]).solve();
         assert_eq!((plan.moves.len(), plan.excess), (2, 0.0));
     }
 
@@ -461,8 +482,9 @@ mod tests {
             let shares = problem.shares();
             let search = Search { problem: &problem, shares: &shares, aim: AIM };
             let before = search.excess(&problem.loads(), &[]);
-            let cost = COST * problem.tolerance * f64::from(u32::try_from(plan.moves.len()).unwrap());
-            prop_assert!(plan.moves.is_empty() || plan.excess + cost < before);
+            let after = search.excess(&plan.loads, &plan.moves);
+            let cost: f64 = plan.moves.iter().map(|(client, _)| search.cost(*client)).sum();
+            prop_assert!(plan.moves.is_empty() || after + cost < before);
         }
 
         #[test]

@@ -19,7 +19,7 @@ const QUIET: f64 = 0.5;
 /// Below this part of the load that called for it, a standby may go.
 const FALLEN: f64 = 0.7;
 /// The longest dwell, in first ones.
-const LONGEST: u32 = 64;
+const LONGEST: u32 = 8;
 
 /// How standbys are managed.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -175,7 +175,7 @@ mod tests {
         fn with_a_load_that_stands_still_it_comes_to_rest(
             history in prop::collection::vec((0.0f64..400.0, 1u32..30), 0..12),
             load in 0.0f64..400.0,
-            noise in prop::collection::vec(0.85f64..1.15, 400),
+            noise in prop::collection::vec(0.85f64..1.15, 600),
         ) {
             let (mut manager, mut now) = (Manager::new(SETTINGS), clock::now());
             for (load, looks) in history {
@@ -188,10 +188,10 @@ mod tests {
                 calls.push(manager.look(now, Some(p99), load * factor, 3));
             }
             let changes: Vec<_> = calls.iter().filter(|call| matches!(call, Call::BringIn | Call::StandDown)).collect();
-            // Down by one that is too many and up again at most, beside the way up or down.
-            prop_assert!(changes.len() <= 7, "{changes:?}");
-            let late = &calls[300..];
-            prop_assert!(late.iter().filter(|call| matches!(call, Call::BringIn | Call::StandDown)).count() <= 1);
+            // The way up or down, and one too many down and up again: then it is known what one less cannot carry.
+            prop_assert!(changes.len() <= 9, "{changes:?}");
+            let late = calls[400..].iter().filter(|call| matches!(call, Call::BringIn | Call::StandDown)).count();
+            prop_assert!(late <= 2, "{late} changes late");
             let p99 = p99(load, manager.active() + 1, 100.0);
             prop_assert!(manager.active() == 3 || p99 <= SETTINGS.target_ms / 0.85, "{p99} ms with {}", manager.active());
         }

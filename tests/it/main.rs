@@ -27,6 +27,7 @@
 //! | `cast_orders` | `headwater cast`: what is refused, what mirrors are told, the order behind each session |
 //! | `redirect` | running clients moved to another server, and servers taken out of service |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
+//! | `balance` | clients of uneven load, moved until servers share it; standbys |
 //! | `fleet` | many mirrors and a tree of them, redirected while their clients read |
 //! | `fill` | what is fetched ahead of demand, why, and how fast at most |
 //! | `follow` | mirrors that go to another upstream when they are told to |
@@ -49,6 +50,7 @@
 mod admin;
 mod api;
 mod attach;
+mod balance;
 mod bound;
 mod cast;
 mod cast_orders;

@@ -299,8 +299,16 @@ fn who_is_relayed_is_moved_on_and_back_from_where_it_is_connected() {
     let crowd = ground.crowd(&[2; 6]);
     crowd.go_on(3);
     let to = ground.servers[1].uri().to_owned();
-    run(Command::new(env!("CARGO_BIN_EXE_headwater"))
-        .args(["redirect", "image", "--all", "--wait", "--to", &to, "--at", &ground.admin(&ground.servers[0])]));
+    run(Command::new(env!("CARGO_BIN_EXE_headwater")).args([
+        "redirect",
+        "image",
+        "--all",
+        "--wait",
+        "--to",
+        &to,
+        "--at",
+        &ground.admin(&ground.servers[0]),
+    ]));
     crowd.go_on(3);
     let output = ground.command(&["--by=clients"]).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

@@ -437,7 +437,11 @@ fn generated_requests_get_described_answers_of_servers_and_mirrors() {
     let (server, of_server) = on_host(&host, &scratch, command, &log);
     let (log, command) = mirror_command(&scratch, "mirror", server.uri());
     let (mirror, of_mirror) = on_host(&host, &scratch, command, &log);
-    std::thread::scope(|scope| [&of_server, &of_mirror].map(|address| scope.spawn(|| try_generated(&host, address))));
+    std::thread::scope(|scope| {
+        for address in [&of_server, &of_mirror] {
+            scope.spawn(|| try_generated(&host, address));
+        }
+    });
     // And they serve as before, but for newcomers that were ordered to be sent away.
     for (server, address) in [(&server, &of_server), (&mirror, &of_mirror)] {
         let mut curl = Command::new("curl");

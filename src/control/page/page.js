@@ -45,6 +45,8 @@ async function round() {
   const timer = setTimeout(() => control.abort(new Error("it takes too long")), PATIENCE);
   try {
     const of = (path) => ask(path, control.signal);
+    // One question alone before the first round: it may be answered with a question for the token.
+    if (!latest) await of("/v1/load?seconds=5");
     const [tree, load, history, status] = await Promise.all(["/v1/tree", "/v1/load?seconds=5", "/v1/history", "/v1/status"].map(of));
     const pictures = await residencies(status, of);
     return { tree, load, history, status, pictures };

@@ -348,6 +348,13 @@ pub(super) struct Daemon {
     /// What whoever reaches --admin ADDR:PORT must show: a file with 16 bytes or more that only its owner may read.
     #[arg(long, value_name = "FILE")]
     pub(super) admin_token: Option<PathBuf>,
+    /// Other servers of the same tree, which the status page shows beside this one: their --admin addresses, with commas
+    /// between them.
+    #[arg(long, value_name = "ADMIN,...", value_delimiter = ',')]
+    pub(super) neighbours: Vec<AdminAddress>,
+    /// What the neighbours with TCP addresses are shown. [default: the file of --admin-token]
+    #[arg(long, value_name = "FILE")]
+    pub(super) neighbours_token: Option<PathBuf>,
     /// How files are read and written: io_uring where the kernel allows it, or threads.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) disk_io: DiskIo,

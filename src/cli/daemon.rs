@@ -3,17 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::args::{AdminChoice, Daemon};
+use super::args::{AdminChoice, Daemon, TokenFile};
 use super::output;
+use super::running::clients;
 use crate::control::casts::Casts;
 use crate::control::place::Surroundings;
 use crate::control::redirect::{Redirects, StatePlace};
-use crate::control::{Admin, AdminListener, Operated, Site, Token};
+use crate::control::tree::MOST_NEIGHBOURS;
+use crate::control::{Admin, AdminListener, Client, Operated, Site, Token};
 use crate::export::Registry;
 use crate::net::{ListenAddress, Listener};
 use crate::server::{Server, Settings};
@@ -55,6 +57,7 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
     let mut signals = Signals::new()?;
     let settings = settings(&daemon);
     let token = daemon.admin_token.as_deref().map(Token::read).transpose()?;
+    let neighbours = neighbours(&daemon)?;
     let listeners = listen(&daemon)?;
     let count = daemon.workers.map_or_else(default_workers, usize::from);
     let workers = Workers::start(count, daemon.disk_io.into()).context("cannot start the workers")?;
@@ -79,7 +82,6 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         (operated, casts)
     });
     let admin = admin.zip(casts.clone()).map(|(listener, (operated, casts))| {
-        let neighbours = Vec::new();
         Admin::start(listener, Site { operated, steering, redirects, casts, listen, neighbours })
     });
     output::print(&greeting)?;
@@ -112,6 +114,13 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         workers.stop();
     }
     Ok(())
+}
+
+/// The other servers of its tree.
+fn neighbours(daemon: &Daemon) -> anyhow::Result<Vec<Client>> {
+    ensure!(daemon.neighbours.len() <= MOST_NEIGHBOURS, "--neighbours: at most {MOST_NEIGHBOURS}");
+    let token = TokenFile { file: daemon.neighbours_token.clone().or_else(|| daemon.admin_token.clone()) };
+    clients(daemon.neighbours.clone(), &token)
 }
 
 fn default_workers() -> usize {

@@ -32,8 +32,9 @@ use super::load::Loads;
 use super::operated::{Operated, Refusal};
 use super::prefetch::OrderState;
 use super::redirect::{self, Redirects, order::RedirectState};
-use super::status::{ClientStatus, Complaint, ImageStatus, Status};
-use super::{document, images, load, metrics, page, parts, profiles, settings, tree};
+use super::status::{ClientStatus, Complaint, ImageStatus, JobState, Status};
+use super::tree::Neighbours;
+use super::{document, images, load, metrics, page, parts, profiles, residency, settings, tree};
 use crate::clock;
 use crate::server::Steering;
 use crate::units::to_u64;
@@ -64,6 +65,7 @@ pub struct Site {
 #[derive(Debug)]
 pub(super) struct Api {
     site: Site,
+    neighbours: Neighbours,
     loads: Loads,
     started: Instant,
     /// Held while status is gathered, which may block on a disk: one thread is enough to find that out.
@@ -77,7 +79,8 @@ pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
     pub(super) fn new(site: Site, loads: Loads) -> Self {
-        Self { site, loads, started: clock::now(), gathering: Arc::default() }
+        let neighbours = Neighbours::new(site.neighbours.clone());
+        Self { site, neighbours, loads, started: clock::now(), gathering: Arc::default() }
     }
 
     /// Answers requests; `token` is what they must carry, if they come by TCP.
@@ -118,6 +121,10 @@ impl Api {
         &self.site
     }
 
+    pub(super) const fn neighbours(&self) -> &Neighbours {
+        &self.neighbours
+    }
+
     /// All images with the number of their clients. Blocks.
     pub(super) fn images(&self) -> Vec<ImageStatus> {
         self.images_of(&self.site.steering.clients.list())
@@ -141,6 +148,8 @@ impl Api {
         redirects.retain(|order| order.state == RedirectState::Active);
         let mut casts = site.casts.list();
         casts.retain(|cast| !cast.is_over());
+        let mut jobs = site.operated.jobs().list();
+        jobs.retain(|job| job.state == JobState::Running);
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -156,6 +165,9 @@ impl Api {
             receptions: site.operated.receptions(),
             draining: site.redirects.drain_status(),
             listen: site.listen.clone(),
+            server: site.steering.node.to_string(),
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            jobs,
         }
     }
 }
@@ -170,6 +182,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Api>> {
         casts::routes::routes(),
         settings::routes(),
         load::routes(),
+        residency::routes(),
         tree::routes(),
         metrics::routes(),
     ];

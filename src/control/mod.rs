@@ -19,6 +19,7 @@
 //! | `settings` | what may be changed while a server runs |
 //! | [`figures`] | what happened to images, as counters |
 //! | [`load`] | what a server does just now |
+//! | [`residency`] | pictures of what is here of an image |
 //! | [`tree`] | several servers, and what flows between them |
 //! | `metrics` | what it has done, for Prometheus |
 //! | `page` | the status page |
@@ -57,6 +58,7 @@ pub mod prefetch;
 mod profiles;
 pub mod real;
 pub mod redirect;
+pub mod residency;
 pub mod settings;
 pub mod status;
 pub mod tree;

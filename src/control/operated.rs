@@ -13,6 +13,7 @@ use super::prefetch::{OrderStatus, PrefetchOrder, PrefetchReport};
 use super::settings::Settings;
 use super::status::{CacheStatus, ImageStatus, LinkStatus, PinReport, Role, VerifyOrder};
 use crate::fill::profile::Store;
+use crate::mirror::Cells;
 use crate::ranges::ByteRange;
 
 /// What comes of an order.
@@ -35,6 +36,12 @@ pub trait Operated: Send + Sync + std::fmt::Debug {
     /// What happened to each mirror, by name: cheap.
     fn figures(&self) -> Vec<MirrorFigures> {
         Vec::new()
+    }
+
+    /// A picture of what is here of an image, in so many cells at most. May block.
+    fn residency(&self, image: &str, most: u64) -> Result<Cells, Refusal> {
+        let _ = most;
+        Err(Refusal::UnknownImage(image.to_owned()))
     }
 
     /// The cache, if there is one. May block.

@@ -13,6 +13,7 @@ use crate::export::SharedExport;
 use crate::fill::profile::Store;
 use crate::image::index::{Check, CheckError, Checked, Damaged, Rate, run_aside};
 use crate::image::{CannotSeal, Format, Seal};
+use crate::mirror::{Cells, DEFAULT_CHUNK_SIZE};
 use crate::ranges::ByteRange;
 use crate::units::{to_u64, to_usize};
 
@@ -141,6 +142,11 @@ impl Operated for RealImages {
 
     fn images(&self) -> Vec<ImageStatus> {
         self.images.iter().map(RealImage::status).collect()
+    }
+
+    fn residency(&self, image: &str, most: u64) -> Result<Cells, Refusal> {
+        let image = self.find(image)?.status();
+        Ok(Cells::full(image.size, u64::from(image.chunk_size.unwrap_or(DEFAULT_CHUNK_SIZE)), most))
     }
 
     fn cache(&self) -> Option<CacheStatus> {

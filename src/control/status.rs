@@ -58,6 +58,15 @@ pub struct Status {
     /// Where clients connect to: URIs without the name of an export, as they are seen from this machine.
     #[serde(default)]
     pub listen: Vec<String>,
+    /// Names this process, as long as it runs: drawn at random.
+    #[serde(default)]
+    pub server: String,
+    /// The name of the machine.
+    #[serde(default)]
+    pub host: String,
+    /// The jobs at work, oldest first.
+    #[serde(default)]
+    pub jobs: Vec<JobStatus>,
 }
 
 /// What a server does.

@@ -28,7 +28,7 @@ use bytes::{Bytes, BytesMut};
 
 pub use facts::{Context, Facts, ImageId, NodeId, Residency};
 pub use file::FileExport;
-pub use registry::{DuplicateName, Registry, split_content_name};
+pub use registry::{DuplicateName, Registry, image_name, split_content_name};
 
 use crate::disk::File;
 use crate::error::{Error, ErrorKind, Result};

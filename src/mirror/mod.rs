@@ -25,6 +25,7 @@
 //! | `twins` | chunks with the same bytes, in one image or several |
 //! | `pins` | what is never evicted |
 //! | `here` | how much of some ranges is here, and whether all of them could be |
+//! | `cells` | a picture of what is here |
 //! | `scrub` | reading all that is here again, and mending it |
 //!
 //! Order of events for a chunk: its bytes arrive, are answered to all who wait, are written to `data`, are made
@@ -36,6 +37,7 @@
 pub mod ahead;
 mod arrival;
 mod cause;
+mod cells;
 mod chart;
 mod chunks;
 mod evict;
@@ -76,6 +78,7 @@ use crate::ranges::ByteRange;
 use crate::telemetry::{Counter, Seldom, ShardedCounter};
 use ahead::Observer;
 pub use cause::Cause;
+pub use cells::Cells;
 use chart::Chart;
 use chunks::{Chunk, Geometry, State, States};
 use fetch::Queues;

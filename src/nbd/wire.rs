@@ -186,6 +186,9 @@ pub const MIRROR: &str = "x-headwater:mirror";
 /// The same with the name of the mirror: `x-headwater:mirror=NODE`.
 pub const MIRROR_NODE: &str = "x-headwater:mirror=";
 
+/// A query by which a Headwater server says in LIST_META_CONTEXT that it asks for clients of its own, which it relays.
+pub const RELAY: &str = "x-headwater:relay";
+
 /// The metadata context whose BLOCK_STATUS is held back until there is news for the client.
 pub const NOTICE: &str = "x-headwater:notice";
 

@@ -100,6 +100,9 @@ pub struct ClientStatus {
     /// Where it is served from, if not from here: a URI.
     #[serde(default)]
     pub relayed_to: Option<String>,
+    /// Whether it is another server, which asks for clients of its own that it relays to here.
+    #[serde(default)]
+    pub is_relay: bool,
     /// Requests that were asked of a second export after the first one had been left.
     #[serde(default)]
     pub replayed: u64,
@@ -131,6 +134,7 @@ pub(super) struct Client {
     is_remote: bool,
     pub(super) export: String,
     pub(super) mirror: Option<NodeId>,
+    is_relay: bool,
     connection: Option<Id>,
     since: Instant,
     pub(super) counts: Arc<Counts>,
@@ -149,6 +153,8 @@ pub(super) struct Newcomer {
     pub(super) mirror: Option<NodeId>,
     /// What it calls this connection.
     pub(super) connection: Option<Id>,
+    /// Whether it is a relay of another server.
+    pub(super) is_relay: bool,
 }
 
 impl ClientTable {
@@ -181,12 +187,13 @@ impl ClientTable {
 
     /// Adds a client, who stays until what this gives is dropped.
     pub(super) fn enter(&self, newcomer: Newcomer) -> Entry {
-        let Newcomer { peer, export, mirror, connection } = newcomer;
+        let Newcomer { peer, export, mirror, connection, is_relay } = newcomer;
         let client = Arc::new(Client {
             is_remote: is_remote(&peer),
             peer,
             export,
             mirror,
+            is_relay,
             connection,
             since: clock::now(),
             counts: Arc::default(),
@@ -241,6 +248,7 @@ impl Client {
             mirror: self.mirror.map(|mirror| mirror.to_string()),
             hears_notices: self.hears_notices(),
             relayed_to: self.lock_relayed().clone(),
+            is_relay: self.is_relay,
             replayed: counts.replayed.get(),
             timed_requests: counts.timed_requests.get(),
             latency_seconds: Duration::from_nanos(counts.latency_nanoseconds.get()).as_secs_f64(),

@@ -79,8 +79,8 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
         }
     };
     let export = chosen.listing.name.clone();
-    let (mirror, connection) = (chosen.mirror.map(NodeId), chosen.connection);
-    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection };
+    let (mirror, connection, is_relay) = (chosen.mirror.map(NodeId), chosen.connection, chosen.is_relay);
+    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay };
     let entry = shared.steering.clients.enter(newcomer);
     let session = Rc::new(session(*chosen, &entry, &shared.steering));
     tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");

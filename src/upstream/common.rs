@@ -18,6 +18,8 @@ pub enum Role {
     /// A client like any other.
     #[default]
     Plain,
+    /// A server that asks for clients of its own, which it relays.
+    Relay,
     /// A mirror: its servers need not learn from what it reads. It has no name yet: see [`super::Remote::expect`].
     Mirror,
     /// The mirror with this name.
@@ -29,7 +31,7 @@ impl Role {
     pub const fn node(self) -> Option<NodeId> {
         match self {
             Self::Named(node) => Some(node),
-            Self::Plain | Self::Mirror => None,
+            Self::Plain | Self::Relay | Self::Mirror => None,
         }
     }
 }

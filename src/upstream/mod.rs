@@ -230,7 +230,7 @@ impl Remote {
         self.change_expectation(|terms| {
             terms.expectation.identity = identity;
             terms.expectation.not_through = Some(node);
-            if terms.role != Role::Plain {
+            if matches!(terms.role, Role::Mirror | Role::Named(_)) {
                 terms.role = Role::Named(node);
             }
         });

@@ -15,7 +15,7 @@ use crate::export::{Context, Facts, ImageId};
 use crate::nbd::handshake::ReplyMode;
 use crate::nbd::handshake::client::{Agreed, Ask, ClientHandshake, Outcome, Refusal};
 use crate::nbd::uri::Security;
-use crate::nbd::wire::{MIRROR, MIRROR_NODE, NOTICE, TransmissionFlags, command};
+use crate::nbd::wire::{MIRROR, MIRROR_NODE, NOTICE, RELAY, TransmissionFlags, command};
 use crate::nbd::{Uri, request};
 use crate::net::{Stream, connect};
 
@@ -189,9 +189,11 @@ pub(super) struct Introduction {
 /// What we ask to be listed: everything that only Headwater servers say, as whoever we are.
 pub(super) fn queries(role: Role) -> Vec<String> {
     let mut list = vec![NAMESPACE.to_owned()];
-    if role != Role::Plain {
+    match role {
+        Role::Plain => {}
+        Role::Relay => list.push(RELAY.to_owned()),
         // Also without a name: servers that do not know names take this.
-        list.push(MIRROR.to_owned());
+        Role::Mirror | Role::Named(_) => list.push(MIRROR.to_owned()),
     }
     list.extend(role.node().map(|node| format!("{MIRROR_NODE}{node}")));
     list

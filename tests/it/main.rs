@@ -28,11 +28,13 @@
 //! | `cast_orders` | `headwater cast`: what is refused, what mirrors are told, the order behind each session |
 //! | `redirect` | running clients moved to another server, and servers taken out of service |
 //! | `verify` | `headwater verify`, and what `headwater status` counts |
+//! | `balance` | clients of uneven load, moved until servers share it; standbys |
 //! | `fleet` | many mirrors and a tree of them, redirected while their clients read |
 //! | `fill` | what is fetched ahead of demand, why, and how fast at most |
 //! | `follow` | mirrors that go to another upstream when they are told to |
 //! | `profile` | what clients read in earlier runs: kept, moved, exchanged |
 //! | `cast` | one sending that fills many mirrors, and what becomes of them when it goes wrong |
+//! | `page` | the status page, in a real browser |
 //! | `top` | `headwater top` in a terminal: what it shows, what its keys do |
 //! | `command_line` | what it prints, refuses and returns |
 //!
@@ -49,6 +51,7 @@
 mod admin;
 mod api;
 mod attach;
+mod balance;
 mod bound;
 mod cast;
 mod cast_orders;
@@ -69,6 +72,7 @@ mod lies;
 mod metrics;
 mod mirror;
 mod orders;
+mod page;
 mod prefetch;
 mod profile;
 mod qmp;

@@ -116,11 +116,11 @@ impl Shape {
 
 /// A mirror to deploy to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Target {
+pub(in crate::cli) struct Target {
     /// Its admin API.
-    pub(super) address: AdminAddress,
+    pub(in crate::cli) address: AdminAddress,
     /// How other mirrors reach its export.
-    pub(super) uri: Option<Uri>,
+    pub(in crate::cli) uri: Option<Uri>,
 }
 
 impl FromStr for Target {

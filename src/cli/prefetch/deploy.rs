@@ -112,6 +112,9 @@ mod tests {
             receptions: Vec::new(),
             draining: DrainStatus::default(),
             listen,
+            server: String::new(),
+            host: String::new(),
+            jobs: Vec::new(),
         }
     }
 

@@ -81,6 +81,9 @@ fn seen(listen: &str, total: Rates) -> Seen {
         receptions: Vec::new(),
         draining: DrainStatus::default(),
         listen: vec![listen.into()],
+        server: String::new(),
+        host: String::new(),
+        jobs: Vec::new(),
     };
     Seen { load, drain: DrainStatus::default(), status: Some(status), hangs: false }
 }

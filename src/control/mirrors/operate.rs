@@ -13,7 +13,7 @@ use crate::control::status::{
 use crate::control::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
 use crate::fill::engine::Rates;
 use crate::fill::profile::Store;
-use crate::mirror::{Cause, Mirror, PinError, Pinned, Scrub, Share, Tally};
+use crate::mirror::{Cause, Cells, Mirror, PinError, Pinned, Scrub, Share, Tally};
 use crate::ranges::ByteRange;
 use crate::telemetry::Counter;
 use crate::units::to_u64;
@@ -205,6 +205,10 @@ impl Operated for Mirrors {
         let mut images: Vec<_> = generations.iter().map(status).collect();
         images.sort_by(|one, other| one.name.cmp(&other.name));
         images
+    }
+
+    fn residency(&self, image: &str, most: u64) -> Result<Cells, Refusal> {
+        Ok(self.find(image)?.mirror.cells(most))
     }
 
     fn figures(&self) -> Vec<MirrorFigures> {

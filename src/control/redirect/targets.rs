@@ -108,7 +108,7 @@ async fn ask(uri: &Uri) -> Result<Said, String> {
 pub(super) async fn open_relay(targets: &Targets, old: &SharedExport) -> Result<Arc<Relay>, String> {
     let facts = old.facts();
     let expectation = Expectation { size: Some(facts.size), identity: facts.identity, ..Expectation::default() };
-    let defaults = upstream::Settings::default();
+    let defaults = upstream::Settings { role: upstream::Role::Relay, ..upstream::Settings::default() };
     let settings = if facts.writable {
         upstream::Settings { patience: PATIENCE, ..defaults }
     } else if targets.uris.len() > 1 {

@@ -101,6 +101,14 @@ fn what_is_brought_is_here_and_unread_until_a_client_reads_it() {
         assert!(lower.take_reads().is_empty(), "nothing is fetched twice");
         assert_eq!(figures(&mirror, Cause::Profile), [CHUNK * 3, CHUNK * 2, 0, 0]);
         assert_eq!(mirror.bring(range, profile(&pace)).await, Brought::default(), "nothing is missing");
+
+        // A picture of it, in cells of two chunks.
+        mirror.pin(&[ByteRange::between(CHUNK + 1, CHUNK * 2 + 5)]).await.unwrap();
+        let Cells { length, resident, zero, pinned, unread, fetching, .. } = mirror.cells(4);
+        assert_eq!((length, mirror.share().pinned), (CHUNK * 2, CHUNK + 4));
+        assert_eq!(resident, [CHUNK, CHUNK * 2, 0, 0]);
+        assert_eq!((unread, pinned), (vec![0, CHUNK, 0, 0], vec![CHUNK - 1, 5, 0, 0]));
+        assert_eq!((zero, fetching), (vec![0; 4], vec![0; 4]));
     });
 }
 

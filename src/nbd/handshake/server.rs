@@ -76,6 +76,8 @@ pub struct Negotiated<E> {
     pub is_mirror: bool,
     /// Which mirror, if it says that too.
     pub mirror: Option<Id>,
+    /// Whether it is another server that asks for its own clients, as it says.
+    pub is_relay: bool,
     /// What the client calls this connection.
     pub connection: Option<Id>,
 }
@@ -144,6 +146,7 @@ pub struct ServerHandshake {
     no_zeroes: bool,
     knows_block_sizes: bool,
     is_mirror: bool,
+    is_relay: bool,
     mirror: Option<Id>,
     connection: Option<Id>,
     replies: ReplyMode,
@@ -163,6 +166,7 @@ impl ServerHandshake {
             no_zeroes: false,
             knows_block_sizes: false,
             is_mirror: false,
+            is_relay: false,
             mirror: None,
             connection: None,
             replies: ReplyMode::Simple,
@@ -448,6 +452,7 @@ impl ServerHandshake {
                 put_context(output, number, 0, fact);
             }
             self.is_mirror |= said.is_mirror;
+            self.is_relay |= said.is_relay;
             self.mirror = said.mirror.or(self.mirror);
             self.connection = said.connection.or(self.connection);
             if let Some(connection) = said.close {
@@ -470,7 +475,7 @@ impl ServerHandshake {
             Some((name, contexts)) if name == listing.name => contexts,
             _ => Vec::new(),
         };
-        let Self { replies, knows_block_sizes, is_mirror, mirror, connection, .. } = *self;
+        let Self { replies, knows_block_sizes, is_mirror, is_relay, mirror, connection, .. } = *self;
         Progress::Finished(Box::new(Negotiated {
             export,
             listing,
@@ -478,6 +483,7 @@ impl ServerHandshake {
             contexts,
             knows_block_sizes,
             is_mirror,
+            is_relay,
             mirror,
             connection,
         }))

@@ -1,5 +1,6 @@
 //! The program under test, and what is put around it.
 
+pub(crate) mod browser;
 pub(crate) mod cables;
 pub(crate) mod cache;
 pub(crate) mod client;

@@ -39,6 +39,15 @@ pub(crate) fn with_holes(lab: &Lab, data: u64) -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
+/// An image of this name, whose first half is full and whose second half has holes.
+pub(crate) fn named(lab: &Lab, name: &str, half: u64) -> anyhow::Result<PathBuf> {
+    let path = lab.scratch().join(format!("{name}.raw"));
+    let half = half / BLOCK;
+    let sparse = (half..half * 2).filter(|block| block / 32 % 3 == 0);
+    make(&path, half * 2 * BLOCK, (0..half).chain(sparse).collect())?;
+    Ok(path)
+}
+
 /// The blocks that a trace touches, in order.
 fn blocks(trace: &Trace) -> Vec<u64> {
     let of = |range: headwater::ranges::ByteRange| range.start() / BLOCK..range.end().div_ceil(BLOCK);

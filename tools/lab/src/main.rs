@@ -3,6 +3,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | `bed` | network namespaces, the links between them, and their end |
+//! | `browser` | a browser without a screen |
 //! | `delay` | a proxy that makes a link long |
 //! | `forger` | who says wrong things in a group |
 //! | `servers` | the origin, mirrors, and clients: how they are started, and what they say |
@@ -15,6 +16,7 @@
 //! Each scenario takes turns between its variants, for several rounds, with a new mirror and an empty cache each time.
 
 mod bed;
+mod browser;
 mod delay;
 mod forger;
 mod image;
@@ -33,7 +35,7 @@ use clap::{Args, Parser, Subcommand};
 use load::children::Stop;
 
 use bed::{Bed, Link, Rate};
-use scenarios::{background, boot, cast, chain, cloud, forge, link, reads, redirect, vm};
+use scenarios::{background, boot, cast, chain, cloud, forge, link, page, reads, redirect, vm};
 use table::Table;
 
 /// Measures mirrors over links that have a rate and a latency.
@@ -102,6 +104,8 @@ enum What {
     Cloud(cloud::Options),
     /// A mirror in a group where another host says millions of wrong things.
     Forge(forge::Options),
+    /// Pictures of the status page of a tree of three tiers under load.
+    Page(page::Options),
     /// Records what a virtual machine reads while it boots, as a trace for replay.
     Record(machine::Record),
     /// The proxy that makes a link long; the bed runs it.
@@ -144,6 +148,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         What::Cast(options) => cast::run(&lab, options)?,
         What::Cloud(options) => cloud::run(&lab, options)?,
         What::Forge(options) => forge::run(&lab, options)?,
+        What::Page(options) => return page::run(&lab, options),
         What::Record(options) => return machine::record(&lab, options),
         What::Delay(_) | What::Forger(_) => Table::default(),
     };

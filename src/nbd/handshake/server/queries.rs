@@ -29,6 +29,7 @@ pub(super) fn is_namespace_of(query: &str, context: &str) -> bool {
 pub(super) struct Said {
     pub(super) is_mirror: bool,
     pub(super) mirror: Option<Id>,
+    pub(super) is_relay: bool,
     pub(super) connection: Option<Id>,
     pub(super) close: Option<Id>,
 }
@@ -40,6 +41,7 @@ impl Said {
         Self {
             is_mirror: mirror.is_some() || queries.contains(&wire::MIRROR),
             mirror,
+            is_relay: queries.contains(&wire::RELAY),
             connection: id(wire::CONNECTION),
             close: id(wire::CLOSE),
         }
@@ -80,5 +82,7 @@ mod tests {
             assert!(!said.is_mirror && !said.is_let_in(), "{wrong:?}");
         }
         assert!(Said::by(&["base:allocation", &digits]).mirror.is_none());
+        let said = Said::by(&[wire::RELAY]);
+        assert!(said.is_relay && !said.is_mirror && !Said::by(&["x-headwater:"]).is_relay);
     }
 }

@@ -8,6 +8,7 @@ pub(crate) mod chain;
 pub(crate) mod cloud;
 pub(crate) mod forge;
 pub(crate) mod link;
+pub(crate) mod page;
 pub(crate) mod reads;
 pub(crate) mod redirect;
 pub(crate) mod vm;

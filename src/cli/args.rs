@@ -323,9 +323,19 @@ pub(super) struct Parts {
 /// Which server is meant.
 #[derive(Debug, Clone, Args)]
 pub(super) struct RunningServer {
-    /// The server's --admin address. [default: the only server that runs here]
+    /// The server's --admin address, a path or HOST:PORT. [default: the only server that runs here]
     #[arg(long, value_name = "ADDR")]
     pub(super) at: Option<AdminAddress>,
+    #[command(flatten)]
+    pub(super) token: TokenFile,
+}
+
+/// What servers on TCP want to see.
+#[derive(Debug, Clone, Default, Args)]
+pub(super) struct TokenFile {
+    /// The file with the --admin-token of servers that are reached by TCP. [default: $HEADWATER_TOKEN_FILE]
+    #[arg(long = "token", value_name = "FILE")]
+    pub(super) file: Option<PathBuf>,
 }
 
 /// Which servers are meant.
@@ -334,6 +344,8 @@ pub(super) struct Servers {
     /// The servers' --admin addresses, with commas between them. [default: all servers that run here]
     #[arg(long, value_name = "ADDR,...", value_delimiter = ',')]
     pub(super) servers: Vec<AdminAddress>,
+    #[command(flatten)]
+    pub(super) token: TokenFile,
 }
 
 /// What all servers have.
@@ -355,10 +367,13 @@ pub(super) struct Daemon {
     /// How long a client may take to negotiate.
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub(super) handshake_timeout: Duration,
-    /// Where `headwater status` and the like reach this server: the path of a unix socket, a loopback ADDR:PORT, or none.
-    /// [default: PID.sock in the runtime directory, such as /run/headwater]
+    /// Where `headwater status` and the like reach this server: the path of a unix socket, ADDR:PORT with --admin-token,
+    /// or none. [default: PID.sock in the runtime directory, such as /run/headwater]
     #[arg(long, value_name = "ADDR")]
     pub(super) admin: Option<AdminChoice>,
+    /// What whoever reaches --admin ADDR:PORT must show: a file with 16 bytes or more that only its owner may read.
+    #[arg(long, value_name = "FILE")]
+    pub(super) admin_token: Option<PathBuf>,
     /// How files are read and written: io_uring where the kernel allows it, or threads.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) disk_io: DiskIo,
@@ -515,7 +530,12 @@ impl std::str::FromStr for AdminChoice {
         if text == "none" {
             return Ok(Self::None);
         }
-        text.parse().map(Self::At).map_err(|error: crate::control::place::ParseAdminError| error.to_string())
+        let address: AdminAddress =
+            text.parse().map_err(|error: crate::control::place::ParseAdminError| error.to_string())?;
+        if matches!(address, AdminAddress::Tcp(_)) && address.socket().is_none() {
+            return Err("a server listens on an address, as in 0.0.0.0:9000, not on a name".to_owned());
+        }
+        Ok(Self::At(address))
     }
 }
 
@@ -645,7 +665,8 @@ mod tests {
     fn the_admin_api_is_somewhere_or_nowhere() {
         assert_eq!("none".parse(), Ok(AdminChoice::None));
         assert_eq!("/run/a".parse(), Ok(AdminChoice::At(AdminAddress::Unix("/run/a".into()))));
-        assert!("0.0.0.0:1".parse::<AdminChoice>().unwrap_err().contains("ssh -L"));
+        assert!("0.0.0.0:1".parse::<AdminChoice>().is_ok() && "localhost:1".parse::<AdminChoice>().is_ok());
+        assert!("server2:1".parse::<AdminChoice>().unwrap_err().contains("not on a name"));
         assert_eq!(positive_size("1M"), Ok(1 << 20));
         assert!(positive_size("0").is_err() && positive_size("fast").is_err());
     }

@@ -13,7 +13,7 @@ use super::output;
 use crate::control::casts::Casts;
 use crate::control::place::Surroundings;
 use crate::control::redirect::{Redirects, StatePlace};
-use crate::control::{Admin, AdminListener, Operated, Site};
+use crate::control::{Admin, AdminListener, Operated, Site, Token};
 use crate::export::Registry;
 use crate::net::{ListenAddress, Listener};
 use crate::server::{Server, Settings};
@@ -54,6 +54,7 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
     // From here on a signal is an order to end well.
     let mut signals = Signals::new()?;
     let settings = settings(&daemon);
+    let token = daemon.admin_token.as_deref().map(Token::read).transpose()?;
     let listeners = listen(&daemon)?;
     let count = daemon.workers.map_or_else(default_workers, usize::from);
     let workers = Workers::start(count, daemon.disk_io.into()).context("cannot start the workers")?;
@@ -63,7 +64,7 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         result = exports.open(&registry, &workers, &listeners) => result?,
         () = signals.next() => return Ok(()),
     }
-    let admin = listen_to_operators(daemon.admin)?;
+    let admin = listen_to_operators(daemon.admin, token.as_ref())?;
     let greeting = greeting(&registry, &listeners)?;
     let listen: Vec<_> = listeners.iter().filter_map(|listener| Some(listener.uri("").ok()?.to_string())).collect();
     for listener in &listeners {
@@ -155,10 +156,10 @@ fn listen(daemon: &Daemon) -> anyhow::Result<Vec<Listener>> {
 }
 
 /// The admin socket. One that was asked for must be had; without the default one, clients can still be served.
-fn listen_to_operators(choice: Option<AdminChoice>) -> anyhow::Result<Option<AdminListener>> {
+fn listen_to_operators(choice: Option<AdminChoice>, token: Option<&Token>) -> anyhow::Result<Option<AdminListener>> {
     let listener = match choice {
         Some(AdminChoice::None) => return Ok(None),
-        Some(AdminChoice::At(address)) => AdminListener::bind(&address)?,
+        Some(AdminChoice::At(address)) => AdminListener::bind(&address, token)?,
         None => match default_admin() {
             Ok(listener) => listener,
             Err(error) => {
@@ -168,14 +169,21 @@ fn listen_to_operators(choice: Option<AdminChoice>) -> anyhow::Result<Option<Adm
             }
         },
     };
-    tracing::info!(address = %listener.address()?, "admin API");
+    let address = listener.address()?;
+    if address.socket().is_some_and(|socket| !socket.ip().is_loopback()) {
+        tracing::warn!(
+            %address,
+            "the admin API is not encrypted: who can listen on the network can learn its token; use ssh -L across networks that are not yours"
+        );
+    }
+    tracing::info!(%address, "admin API");
     Ok(Some(listener))
 }
 
 fn default_admin() -> anyhow::Result<AdminListener> {
     let place =
         Surroundings::of_process().default_place(std::process::id()).context("cannot use the runtime directory")?;
-    Ok(AdminListener::bind(&place)?)
+    Ok(AdminListener::bind(&place, None)?)
 }
 
 /// One line for each export: how to reach it by the first listener.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::args;
 use super::long_work;
 use super::output;
-use crate::image::index::{self, IndexError, Made, Progress, Settings};
+use crate::image::index::{self, IndexError, Made, Progress, Rate, Settings};
 use crate::image::{Format, manifest_path};
 use crate::manifest::Header;
 
@@ -55,7 +55,7 @@ fn index_one(path: PathBuf, arguments: &args::Index, cancel: &AtomicBool) -> any
         tracing::info!(path = %path.display(), "the manifest still fits: nothing to do");
         return Ok(Indexed::new(path, header, false, 0));
     }
-    let mut settings = Settings { rate: arguments.rate, ..Settings::default() };
+    let mut settings = Settings { rate: Rate::new(arguments.rate), ..Settings::default() };
     settings.chunk_size = arguments.chunk_size.unwrap_or(settings.chunk_size);
     settings.threads = arguments.threads.map_or(settings.threads, usize::from);
     let bar = progress_bar(&path)?;

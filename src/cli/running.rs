@@ -1,12 +1,14 @@
 //! Finding the running server that a command is for, and its images.
 
+use std::path::PathBuf;
+
 use anyhow::bail;
 use tokio::runtime::{Builder, LocalOptions};
 
-use super::args::{RunningServer, Servers, Span};
-use crate::control::Client;
+use super::args::{RunningServer, Servers, Span, TokenFile};
 use crate::control::place::Surroundings;
 use crate::control::status::{ImageStatus, Range};
+use crate::control::{AdminAddress, Client, Token};
 use crate::units::ByteSize;
 
 /// Runs what a command does.
@@ -17,7 +19,10 @@ pub(super) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyh
 /// The server that was named, or the only one there is.
 pub(super) async fn reach(server: RunningServer) -> anyhow::Result<Client> {
     match server.at {
-        Some(address) => Ok(Client::new(address)),
+        Some(address) => {
+            let token = read_token(&server.token, std::slice::from_ref(&address))?;
+            Ok(Client::new(address).with_token(token))
+        }
         None => Ok(Surroundings::of_process().find_server().await?),
     }
 }
@@ -27,7 +32,20 @@ pub(super) async fn reach_all(servers: Servers) -> anyhow::Result<Vec<Client>> {
     if servers.servers.is_empty() {
         return Ok(Surroundings::of_process().find_servers().await?);
     }
-    Ok(servers.servers.into_iter().map(Client::new).collect())
+    clients(servers.servers, &servers.token)
+}
+
+/// Whom to speak to at these addresses.
+pub(super) fn clients(addresses: Vec<AdminAddress>, token: &TokenFile) -> anyhow::Result<Vec<Client>> {
+    let token = read_token(token, &addresses)?;
+    Ok(addresses.into_iter().map(|address| Client::new(address).with_token(token.clone())).collect())
+}
+
+/// The token that was named, if any of these servers may ask for it.
+fn read_token(token: &TokenFile, addresses: &[AdminAddress]) -> anyhow::Result<Option<Token>> {
+    let is_wanted = addresses.iter().any(|address| matches!(address, AdminAddress::Tcp(_)));
+    let file = token.file.clone().or_else(|| std::env::var_os("HEADWATER_TOKEN_FILE").map(PathBuf::from));
+    Ok(file.filter(|_| is_wanted).map(|file| Token::read(&file)).transpose()?)
 }
 
 /// The image called `name`.

@@ -14,7 +14,7 @@ use crate::control::redirect::StatePlace;
 use crate::control::redirect::file::{default_directory, name_of};
 use crate::export::{Registry, SharedExport};
 use crate::fill::profile::{Kept, Store, profile_path};
-use crate::image::index::{Background, Settings};
+use crate::image::index::{Background, Rate, Settings};
 use crate::image::{self, Options};
 use crate::net::Listener;
 use crate::worker::Workers;
@@ -33,11 +33,13 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
         backing_directories: arguments.backing,
     };
     // One thread: it has the time.
-    let settings = Settings { threads: 1, rate: Some(arguments.index_rate), ..Settings::default() };
+    let rate = Rate::new(Some(arguments.index_rate));
+    let settings = Settings { threads: 1, rate: rate.clone(), ..Settings::default() };
     let images = Images {
         images: arguments.images,
         options,
         index: arguments.index.then_some(settings),
+        index_rate: arguments.index.then_some(rate),
         state: arguments.state,
         indexing: Mutex::default(),
         open: Vec::new(),
@@ -50,6 +52,8 @@ struct Images {
     options: Options,
     /// How missing manifests are made, if they are to be.
     index: Option<Settings>,
+    /// How fast, which operators may change.
+    index_rate: Option<Rate>,
     /// Where orders are kept, if that was said.
     state: Option<PathBuf>,
     /// That being done.
@@ -84,7 +88,7 @@ impl Exports for Images {
     }
 
     fn operated(&self) -> Option<Arc<dyn Operated>> {
-        Some(Arc::new(RealImages::new(self.open.clone(), self.options.format)))
+        Some(Arc::new(RealImages::new(self.open.clone(), self.options.format, self.index_rate.clone())))
     }
 
     fn state(&self, listeners: &[Listener]) -> Option<StatePlace> {

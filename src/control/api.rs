@@ -1,51 +1,40 @@
-//! Requests: routes, bodies, errors.
+//! All routes, and what requests are answered from.
 //!
-//! | request | body | answer |
-//! | --- | --- | --- |
-//! | `GET /v1/status` | | [`Status`] |
-//! | `POST /v1/images/NAME/pin`, `.../unpin` | [`PinOrder`] | [`PinReport`] |
-//! | `POST /v1/images/NAME/verify` | [`VerifyOrder`] | [`JobStarted`] |
-//! | `GET /v1/images/NAME/profile` | | profiles, as they lie in files |
-//! | `PUT /v1/images/NAME/profile?force=true` | the same | [`ProfileReport`](super::status::ProfileReport) |
-//! | `DELETE /v1/images/NAME/profile?tag=TAG` | | the same |
-//! | `GET /v1/jobs/ID`, `DELETE /v1/jobs/ID` | | [`JobStatus`] |
-//! | `POST /v1/images/NAME/prefetch` | [`PrefetchOrder`] | [`PrefetchReport`] |
-//! | `GET /v1/orders` | | [`OrderList`] |
-//! | `GET /v1/orders/ID`, `DELETE /v1/orders/ID` | | [`OrderStatus`] |
+//! A room's routes are where its handlers are, each with what is said of it for programs (`document`): `routes()` of
+//! `parts`, `images`, `profiles`, `redirect`, `casts`, `settings`, `load`, `tree`, `metrics`, `page`.
 //!
-//! `redirect::routes` has those that move clients, `casts::routes` those that send images to groups.
-//!
-//! `NAME` is percent-encoded, its slashes too. An empty body stands for `{}`. What cannot be done is answered with a
-//! [`Complaint`]: 400 it makes no sense, 403 a browser, 404 no such thing, 409 not as things are, 413 too long a body,
-//! 500 it was tried and failed.
+//! Names in paths are percent-encoded, their slashes too. An empty body stands for `{}`. What cannot be done is answered
+//! with a [`Complaint`]: 400 it makes no sense, 401 the token is missing or wrong, 403 the page of a stranger, 404 no
+//! such thing, 405 not with this method, 408 the body took too long, 409 not as things are, 413 too long a body, 500 it
+//! was tried and failed.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, Request, State};
-use axum::http::{HeaderMap, StatusCode, Uri, header};
-use axum::middleware::{self, Next};
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Json, Router, middleware};
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 use tokio::sync::Mutex;
+use utoipa::IntoParams;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 
+use super::access::{Token, Way, ask_for_token, refuse_strangers};
 use super::casts::{self, Casts};
 use super::client::Client;
 use super::load::Loads;
 use super::operated::{Operated, Refusal};
-use super::prefetch::{OrderList, OrderState, OrderStatus, PrefetchOrder, PrefetchReport};
-use super::redirect::{Redirects, order::RedirectState, routes};
-use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, Status, VerifyOrder};
+use super::prefetch::OrderState;
+use super::redirect::{self, Redirects, order::RedirectState};
+use super::status::{Complaint, ImageStatus, Status};
+use super::{document, images, load, metrics, page, parts, profiles, settings, tree};
 use crate::clock;
-use crate::ranges::ByteRange;
 use crate::server::Steering;
 use crate::units::to_u64;
 
@@ -53,15 +42,6 @@ use crate::units::to_u64;
 const LONGEST_BODY: usize = 64 << 10;
 /// How long a body may take to arrive.
 const BODY_PATIENCE: Duration = Duration::from_secs(10);
-
-/// Who can send requests.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reach {
-    /// Whom the file system lets open the socket.
-    Owner,
-    /// Everybody on this machine, and every page that a browser on it shows.
-    Machine,
-}
 
 /// A server, as its admin API needs it.
 #[derive(Debug)]
@@ -92,6 +72,7 @@ pub(super) struct Api {
 
 pub(super) type Shared = State<Arc<Api>>;
 pub(super) type Name = Result<Path<HashMap<String, String>>, PathRejection>;
+pub(super) type Id = Result<Path<u64>, PathRejection>;
 pub(super) type Answered<T> = Result<Json<T>, Problem>;
 
 impl Api {
@@ -99,38 +80,21 @@ impl Api {
         Self { site, loads, started: clock::now(), gathering: Arc::default() }
     }
 
-    pub(super) fn router(self, reach: Reach) -> Router {
+    /// Answers requests; `token` is what they must carry, if they come by TCP.
+    pub(super) fn router(self, token: Option<&Token>) -> Router {
         let nowhere = async || Problem::new(StatusCode::NOT_FOUND, "there is no such thing in this API");
         let not_so = async || Problem::new(StatusCode::METHOD_NOT_ALLOWED, "this cannot be done with it");
-        let router = Router::new()
-            .route("/v1/status", get(status))
-            .route("/v1/images/{name}/pin", post(pin))
-            .route("/v1/images//pin", post(pin))
-            .route("/v1/images/{name}/unpin", post(unpin))
-            .route("/v1/images//unpin", post(unpin))
-            .route("/v1/images/{name}/verify", post(verify))
-            .route("/v1/images//verify", post(verify))
-            .route("/v1/images/{name}/profile", super::profiles::routes())
-            .route("/v1/images//profile", super::profiles::routes())
-            .route("/v1/jobs/{id}", get(job).delete(cancel))
-            .route("/v1/images/{name}/prefetch", post(prefetch))
-            .route("/v1/images//prefetch", post(prefetch))
-            .route("/v1/orders", get(orders))
-            .route("/v1/orders/{id}", get(order).delete(cancel_order))
-            .merge(routes::router())
-            .merge(casts::routes::router())
-            .merge(super::settings::routes().split_for_parts().0)
-            .merge(super::load::routes().split_for_parts().0)
-            .merge(super::tree::routes().split_for_parts().0)
-            .merge(super::metrics::routes().split_for_parts().0)
-            .merge(super::page::routes().split_for_parts().0)
+        let (mut guarded, open) = (Router::from(routes()), Router::from(open_routes()));
+        if let Some(token) = token {
+            guarded = guarded.route_layer(middleware::from_fn_with_state(token.clone(), ask_for_token));
+        }
+        let way = if token.is_some() { Way::Tcp } else { Way::Unix };
+        guarded
+            .merge(open)
             .fallback(nowhere)
             .method_not_allowed_fallback(not_so)
-            .with_state(Arc::new(self));
-        match reach {
-            Reach::Owner => router,
-            Reach::Machine => router.layer(middleware::from_fn(refuse_browsers)),
-        }
+            .layer(middleware::from_fn_with_state(way, refuse_strangers))
+            .with_state(Arc::new(self))
     }
 
     pub(super) fn operated(&self) -> &dyn Operated {
@@ -154,14 +118,19 @@ impl Api {
         &self.site
     }
 
-    /// Blocks.
-    fn status(&self) -> Status {
-        let site = &self.site;
-        let clients = site.steering.clients.list();
-        let mut images = site.operated.images();
+    /// All images with the number of their clients. Blocks.
+    pub(super) fn images(&self) -> Vec<ImageStatus> {
+        let clients = self.site.steering.clients.list();
+        let mut images = self.site.operated.images();
         for image in &mut images {
             image.clients = to_u64(clients.iter().filter(|client| client.export == image.name).count());
         }
+        images
+    }
+
+    /// Blocks.
+    pub(super) fn status(&self) -> Status {
+        let site = &self.site;
         let mut orders = site.operated.orders();
         orders.retain(|order| order.state == OrderState::Active);
         let mut redirects = site.redirects.list();
@@ -173,8 +142,8 @@ impl Api {
             pid: std::process::id(),
             role: site.operated.role(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
-            images,
-            clients,
+            images: self.images(),
+            clients: site.steering.clients.list(),
             cache: site.operated.cache(),
             link: site.operated.link(),
             orders,
@@ -187,12 +156,60 @@ impl Api {
     }
 }
 
-async fn status(State(api): Shared) -> Answered<Status> {
-    gather(api, Api::status).await.map(Json)
+/// What whoever may ask can ask for.
+pub(super) fn routes() -> OpenApiRouter<Arc<Api>> {
+    let rooms = [
+        parts::routes(),
+        images::routes(),
+        profiles::routes(),
+        redirect::routes::routes(),
+        casts::routes::routes(),
+        settings::routes(),
+        load::routes(),
+        tree::routes(),
+        metrics::routes(),
+    ];
+    rooms.into_iter().fold(OpenApiRouter::new(), OpenApiRouter::merge)
+}
+
+/// What anybody may ask for: it says nothing of the server.
+pub(super) fn open_routes() -> OpenApiRouter<Arc<Api>> {
+    document::routes().merge(page::routes())
+}
+
+/// Adds what can be done with something at a path with `{name}` in it, also for the one whose name is empty.
+pub(super) fn named(
+    router: OpenApiRouter<Arc<Api>>,
+    (schemas, paths, methods): UtoipaMethodRouter<Arc<Api>>,
+) -> OpenApiRouter<Arc<Api>> {
+    let unnamed: Vec<_> = paths.paths.keys().map(|path| path.replace("{name}", "")).collect();
+    let router = router.routes((schemas, paths, methods.clone()));
+    unnamed.into_iter().fold(router, |router, path| router.route(&path, methods.clone()))
+}
+
+/// The name of an image or an export.
+#[derive(Debug, IntoParams)]
+#[into_params(parameter_in = Path)]
+#[expect(dead_code, reason = "it describes what `image_name` reads")]
+pub(super) struct OfName {
+    /// Its name, as the status has it. The name may also be empty, where there are two slashes then.
+    name: String,
+}
+
+/// The number of something.
+#[derive(Debug, IntoParams)]
+#[into_params(parameter_in = Path)]
+#[expect(dead_code, reason = "it describes what `Id` reads")]
+pub(super) struct OfId {
+    /// Its number.
+    id: u64,
 }
 
 /// Gathers what may block, one at a time.
-async fn gather<T: Send + 'static>(api: Arc<Api>, what: impl FnOnce(&Api) -> T + Send + 'static) -> Result<T, Problem> {
+pub(super) async fn gather<T: Send + 'static>(
+    api: Arc<Api>,
+    what: impl FnOnce(&Api) -> T + Send + 'static,
+) -> Result<T, Problem> {
     let turn = Arc::clone(&api.gathering).lock_owned().await;
     let gather = move || {
         let _turn = turn;
@@ -200,76 +217,6 @@ async fn gather<T: Send + 'static>(api: Arc<Api>, what: impl FnOnce(&Api) -> T +
     };
     let gathered = tokio::task::spawn_blocking(gather).await;
     gathered.map_err(|_| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "gathering the status failed"))
-}
-
-async fn pin(State(api): Shared, name: Name, body: Body) -> Answered<PinReport> {
-    let (name, ranges) = pin_order(name, body).await?;
-    let report = api.site.operated.pin(name.clone(), ranges).await?;
-    tracing::info!(name, pinned_bytes = report.pinned_bytes, "pinned");
-    Ok(Json(report))
-}
-
-async fn unpin(State(api): Shared, name: Name, body: Body) -> Answered<PinReport> {
-    let (name, ranges) = pin_order(name, body).await?;
-    let report = api.site.operated.unpin(name.clone(), ranges).await?;
-    tracing::info!(name, pinned_bytes = report.pinned_bytes, "unpinned");
-    Ok(Json(report))
-}
-
-async fn verify(State(api): Shared, name: Name, body: Body) -> Answered<JobStarted> {
-    let order: VerifyOrder = read_order(body).await?;
-    if order.rate == Some(0) {
-        return Err(Problem::new(StatusCode::BAD_REQUEST, "at a rate of 0 it would never end"));
-    }
-    let job = api.site.operated.verify(image_name(name)?, order).await?;
-    Ok(Json(JobStarted { job }))
-}
-
-async fn job(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<JobStatus> {
-    api.site.operated.jobs().status(id?.0).map(Json).ok_or_else(no_such_job)
-}
-
-async fn cancel(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<JobStatus> {
-    api.site.operated.jobs().cancel(id?.0).map(Json).ok_or_else(no_such_job)
-}
-
-async fn prefetch(State(api): Shared, name: Name, body: Body) -> Answered<PrefetchReport> {
-    let order: PrefetchOrder = read_order(body).await?;
-    Ok(Json(api.site.operated.prefetch(image_name(name)?, order).await?))
-}
-
-async fn orders(State(api): Shared) -> Answered<OrderList> {
-    let orders = gather(api, |api| api.site.operated.orders()).await?;
-    Ok(Json(OrderList { orders }))
-}
-
-async fn order(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<OrderStatus> {
-    let Path(id) = id?;
-    gather(api, move |api| api.site.operated.order(id)).await?.map(Json).ok_or_else(no_such_order)
-}
-
-async fn cancel_order(State(api): Shared, id: Result<Path<u64>, PathRejection>) -> Answered<OrderStatus> {
-    api.site.operated.cancel_order(id?.0).await?.map(Json).ok_or_else(no_such_order)
-}
-
-fn no_such_order() -> Problem {
-    Problem::new(StatusCode::NOT_FOUND, "there is no such order, or it ended long ago")
-}
-
-fn no_such_job() -> Problem {
-    Problem::new(StatusCode::NOT_FOUND, "there is no such job, or it ended long ago")
-}
-
-async fn pin_order(name: Name, body: Body) -> Result<(String, Option<Vec<ByteRange>>), Problem> {
-    let PinOrder { ranges } = read_order(body).await?;
-    let checked = |ranges: Vec<super::status::Range>| {
-        let ranges = ranges.into_iter().map(|range| {
-            let range = ByteRange::new(range.start, range.length).filter(|range| !range.is_empty());
-            range.ok_or_else(|| Problem::new(StatusCode::BAD_REQUEST, "a range is empty, or ends beyond 2^64 bytes"))
-        });
-        ranges.collect::<Result<Vec<_>, _>>()
-    };
-    Ok((image_name(name)?, ranges.map(checked).transpose()?))
 }
 
 /// The image that a path names: the one whose name is empty if there is nothing between the slashes.
@@ -299,35 +246,6 @@ pub(super) async fn read_body(body: Body, longest: usize) -> Result<Bytes, Probl
         Ok(Err(_)) => Err(Problem::new(StatusCode::BAD_REQUEST, "the body broke off")),
         Err(_) => Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "the body took too long")),
     }
-}
-
-/// Refuses what a page in a browser may have sent: it has an origin, or it came here by a name that somebody else's
-/// name server gave this machine (DNS rebinding).
-async fn refuse_browsers(request: Request, next: Next) -> Response {
-    if request.headers().contains_key(header::ORIGIN) {
-        return Problem::new(StatusCode::FORBIDDEN, "browsers are not served here").into_response();
-    }
-    if !is_for_loopback(request.headers(), request.uri()) {
-        let why = "the Host of a request must be localhost or a loopback address";
-        return Problem::new(StatusCode::FORBIDDEN, why).into_response();
-    }
-    next.run(request).await
-}
-
-fn is_for_loopback(headers: &HeaderMap, uri: &Uri) -> bool {
-    let mut hosts = headers.get_all(header::HOST).iter();
-    let (host, second) = (hosts.next().and_then(|host| host.to_str().ok()), hosts.next());
-    let in_target = uri.authority().is_none_or(|authority| is_loopback(authority.as_str()));
-    second.is_none() && host.is_some_and(is_loopback) && in_target
-}
-
-/// Whether `HOST[:PORT]` names this machine by itself.
-fn is_loopback(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
-        Some(rest) => rest.split_once(']').map_or("", |(name, _)| name),
-        None => host.split_once(':').map_or(host, |(name, _)| name),
-    };
-    name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(|address: IpAddr| address.is_loopback())
 }
 
 /// Why a request is not done.
@@ -364,39 +282,5 @@ impl From<Refusal> for Problem {
             Refusal::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self::new(status, refusal.to_string())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn loopback_has_few_names() {
-        for host in ["localhost", "LOCALHOST:80", "127.0.0.1", "127.1.2.3:9", "[::1]", "[::1]:9"] {
-            assert!(is_loopback(host), "{host}");
-        }
-        for host in
-            ["", "evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "[::2]", "0.0.0.0", "[", "::1"]
-        {
-            assert!(!is_loopback(host), "{host}");
-        }
-    }
-
-    #[test]
-    fn a_request_is_for_loopback_only_if_all_of_it_says_so() {
-        let with = |hosts: &[&'static str]| {
-            let mut headers = HeaderMap::new();
-            for host in hosts {
-                headers.append(header::HOST, host.parse().unwrap());
-            }
-            headers
-        };
-        let path = Uri::from_static("/v1/status");
-        assert!(is_for_loopback(&with(&["localhost:1"]), &path));
-        assert!(!is_for_loopback(&with(&[]), &path));
-        assert!(!is_for_loopback(&with(&["localhost", "evil.example"]), &path));
-        assert!(is_for_loopback(&with(&["localhost"]), &Uri::from_static("http://127.0.0.1:1/v1/status")));
-        assert!(!is_for_loopback(&with(&["localhost"]), &Uri::from_static("http://evil.example/v1/status")));
     }
 }

@@ -7,21 +7,26 @@ use bytes::Bytes;
 use futures_util::future::join;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1;
+use hyper::http::request::Builder;
 use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
+use super::access::Token;
 use super::casts::order::{CastList, CastOrder, CastStatus, CastTaken};
 use super::load::{History, Load};
 use super::place::AdminAddress;
 use super::prefetch::{OrderList, OrderStatus, PrefetchOrder, PrefetchReport};
 use super::redirect::order::{DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectStatus, RedirectTaken};
-use super::status::{Complaint, JobStarted, JobStatus, PinOrder, PinReport, ProfileReport, Status, VerifyOrder};
+use super::status::{
+    ClientStatus, Complaint, JobStarted, JobStatus, PinOrder, PinReport, ProfileReport, Status, VerifyOrder,
+};
 use crate::fill::profile::Tag;
 
 /// How long a server may take to say something about itself. Longer than it lets others keep a place of a connection
@@ -36,6 +41,7 @@ const LONGEST_ANSWER: usize = 64 << 20;
 #[derive(Debug, Clone)]
 pub struct Client {
     address: AdminAddress,
+    token: Option<Token>,
 }
 
 /// Why a request has no answer.
@@ -105,7 +111,13 @@ impl CallError {
 impl Client {
     /// For the server at `address`, which is not asked anything yet.
     pub const fn new(address: AdminAddress) -> Self {
-        Self { address }
+        Self { address, token: None }
+    }
+
+    /// Shows this token to the server. It is sent by TCP only: a unix socket asks for none.
+    #[must_use]
+    pub fn with_token(self, token: Option<Token>) -> Self {
+        Self { token, ..self }
     }
 
     /// Where the server is.
@@ -130,19 +142,34 @@ impl Client {
         self.get("/v1/history").await
     }
 
+    /// What may be changed while it runs, by name.
+    pub async fn settings(&self) -> Result<Map<String, Value>, CallError> {
+        self.get("/v1/settings").await
+    }
+
+    /// Changes what is named, all of it or nothing; gives all settings as they are then.
+    pub async fn change_settings(&self, order: &Map<String, Value>) -> Result<Map<String, Value>, CallError> {
+        self.order(Method::PATCH, "/v1/settings", order).await
+    }
+
+    /// Closes the connection of a client when all is answered; gives what it had done.
+    pub async fn close_client(&self, id: u64) -> Result<ClientStatus, CallError> {
+        self.delete(&format!("/v1/clients/{id}")).await
+    }
+
     /// Pins ranges of an image, or all of it.
     pub async fn pin(&self, image: &str, order: &PinOrder) -> Result<PinReport, CallError> {
-        self.order(&of_image(image, "pin"), order).await
+        self.post(&of_image(image, "pin"), order).await
     }
 
     /// Ends that.
     pub async fn unpin(&self, image: &str, order: &PinOrder) -> Result<PinReport, CallError> {
-        self.order(&of_image(image, "unpin"), order).await
+        self.post(&of_image(image, "unpin"), order).await
     }
 
     /// Has an image checked; gives the number of the job.
     pub async fn verify(&self, image: &str, order: &VerifyOrder) -> Result<u64, CallError> {
-        let JobStarted { job } = self.order(&of_image(image, "verify"), order).await?;
+        let JobStarted { job } = self.post(&of_image(image, "verify"), order).await?;
         Ok(job)
     }
 
@@ -177,7 +204,7 @@ impl Client {
 
     /// Orders parts of an image to be fetched.
     pub async fn prefetch(&self, image: &str, order: &PrefetchOrder) -> Result<PrefetchReport, CallError> {
-        self.order(&of_image(image, "prefetch"), order).await
+        self.post(&of_image(image, "prefetch"), order).await
     }
 
     /// The orders to prefetch: the active ones and the last that ended.
@@ -197,7 +224,7 @@ impl Client {
 
     /// Orders clients of an export to be moved.
     pub async fn redirect(&self, export: &str, order: &RedirectOrder) -> Result<RedirectTaken, CallError> {
-        self.order(&of_export(export, "redirect"), order).await
+        self.post(&of_export(export, "redirect"), order).await
     }
 
     /// The orders to move clients: the active ones and the last that ended.
@@ -217,7 +244,7 @@ impl Client {
 
     /// Has an image sent to a group.
     pub async fn cast(&self, image: &str, order: &CastOrder) -> Result<CastTaken, CallError> {
-        self.order(&of_image(image, "cast"), order).await
+        self.post(&of_image(image, "cast"), order).await
     }
 
     /// The casts of a server: those at work and the last that ended.
@@ -237,7 +264,7 @@ impl Client {
 
     /// Takes an export, or the whole server, out of service.
     pub async fn drain(&self, export: Option<&str>, order: &DrainOrder) -> Result<DrainStatus, CallError> {
-        self.order(&of_drain(export), order).await
+        self.post(&of_drain(export), order).await
     }
 
     /// What is out of service, and who is still there.
@@ -251,19 +278,25 @@ impl Client {
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, CallError> {
-        let json = self.send(Method::GET, path, Bytes::new(), PATIENCE).await?;
-        self.decode(&json)
+        self.decode(&self.send(Method::GET, path, Bytes::new(), PATIENCE).await?)
     }
 
     async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, CallError> {
-        let json = self.send(Method::DELETE, path, Bytes::new(), ORDER_PATIENCE).await?;
-        self.decode(&json)
+        self.decode(&self.send(Method::DELETE, path, Bytes::new(), ORDER_PATIENCE).await?)
     }
 
-    async fn order<T: DeserializeOwned>(&self, path: &str, order: &impl Serialize) -> Result<T, CallError> {
+    async fn post<T: DeserializeOwned>(&self, path: &str, order: &impl Serialize) -> Result<T, CallError> {
+        self.order(Method::POST, path, order).await
+    }
+
+    async fn order<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        order: &impl Serialize,
+    ) -> Result<T, CallError> {
         let body = serde_json::to_vec(order).map_err(|error| self.misunderstood(&error))?;
-        let json = self.send(Method::POST, path, body.into(), ORDER_PATIENCE).await?;
-        self.decode(&json)
+        self.decode(&self.send(method, path, body.into(), ORDER_PATIENCE).await?)
     }
 
     fn decode<T: DeserializeOwned>(&self, json: &[u8]) -> Result<T, CallError> {
@@ -275,16 +308,21 @@ impl Client {
     }
 
     async fn send(&self, method: Method, path: &str, body: Bytes, limit: Duration) -> Result<Bytes, CallError> {
+        let request = Request::builder().method(method).uri(path).header(header::CONTENT_TYPE, "application/json");
         let exchange = async {
             let failed = |source| CallError::Connect { address: self.address.clone(), source };
             match &self.address {
                 AdminAddress::Unix(socket) => {
                     let socket = UnixStream::connect(socket).await.map_err(failed)?;
-                    self.exchange(socket, "localhost", method, path, body).await
+                    self.exchange(socket, request.header(header::HOST, "localhost"), body).await
                 }
                 AdminAddress::Tcp(address) => {
                     let socket = TcpStream::connect(address).await.map_err(failed)?;
-                    self.exchange(socket, &address.to_string(), method, path, body).await
+                    let mut request = request.header(header::HOST, address);
+                    if let Some(token) = self.token.as_ref().and_then(Token::header) {
+                        request = request.header(header::AUTHORIZATION, token);
+                    }
+                    self.exchange(socket, request, body).await
                 }
             }
         };
@@ -300,15 +338,11 @@ impl Client {
     async fn exchange(
         &self,
         socket: impl AsyncRead + AsyncWrite + Unpin,
-        host: &str,
-        method: Method,
-        path: &str,
+        request: Builder,
         body: Bytes,
     ) -> Result<(StatusCode, Bytes), CallError> {
         let lost = |source| CallError::Lost { address: self.address.clone(), source };
-        let request = Request::builder().method(method).uri(path).header(header::HOST, host);
-        let request = request.header(header::CONTENT_TYPE, "application/json").body(Full::new(body));
-        let request = request.map_err(|error| lost(error.into()))?;
+        let request = request.body(Full::new(body)).map_err(|error| lost(error.into()))?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(socket)).await.map_err(|error| lost(error.into()))?;
         let asking = async move {

@@ -17,7 +17,7 @@ pub struct MirrorFigures {
     pub hits: u64,
     /// Chunks that were not.
     pub misses: u64,
-    /// Of these, chunks for which somebody was waiting already: no fetch of their own.
+    /// Of these, chunks for which a fetch was under way already: no fetch of their own.
     pub joins: u64,
     /// Bytes answered from here.
     pub hit_bytes: u64,
@@ -27,6 +27,8 @@ pub struct MirrorFigures {
     pub evicted_chunks: u64,
     /// Chunks in the cache whose bytes were not what they should be.
     pub damaged_chunks: u64,
+    /// Replies of upstreams that were not the bytes of the image.
+    pub wrong_replies: u64,
     /// Chunks that were answered but could not be stored.
     pub unstored_chunks: u64,
     /// Bytes that were not fetched because another image of this cache had them.
@@ -54,7 +56,7 @@ pub struct UpstreamFigures {
     pub received_bytes: u64,
     /// Requests that it answered.
     pub requests: u64,
-    /// Requests that were tried again.
+    /// Requests that it was asked after they had failed, there or elsewhere.
     pub retries: u64,
     /// Replies with wrong bytes.
     pub wrong_replies: u64,

@@ -80,6 +80,11 @@ impl Jobs {
         Ok(RunningJob(job))
     }
 
+    /// The jobs at work and the last that ended, oldest first.
+    pub fn list(&self) -> Vec<JobStatus> {
+        self.lock().jobs.values().map(|job| job.status()).collect()
+    }
+
     /// How far a job has come; `None` if there is no such job, or it ended long ago.
     pub fn status(&self, id: u64) -> Option<JobStatus> {
         self.lock().jobs.get(&id).map(|job| job.status())

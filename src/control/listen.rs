@@ -14,6 +14,7 @@ use socket2::{Domain, SockAddr, Socket as Socket2, Type};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
+use super::access::{HOW, Token};
 use super::place::AdminAddress;
 
 /// Bytes of the longest path in a unix socket's address (`unix(7)`).
@@ -33,6 +34,12 @@ pub enum BindError {
     /// Another process answers there.
     #[error("cannot make the admin socket {0}: another server answers there")]
     InUse(PathBuf),
+    /// A port without a token would be everybody's.
+    #[error("the admin API at {0} needs a token: make one by {HOW}, and name it with --admin-token FILE")]
+    NoToken(AdminAddress),
+    /// A name is no place to listen.
+    #[error("cannot listen at {0}: an address is wanted, as in 0.0.0.0:9000")]
+    NoAddress(AdminAddress),
     /// There is something else at the path.
     #[error("cannot make the admin socket {0}: there is a file that is not a socket")]
     NotASocket(PathBuf),
@@ -50,7 +57,7 @@ pub struct AdminListener(Kind);
 
 #[derive(Debug)]
 enum Kind {
-    Tcp(TcpListener),
+    Tcp { socket: TcpListener, token: Token },
     Unix { socket: UnixListener, made: SocketFile },
 }
 
@@ -70,12 +77,14 @@ struct SocketFile {
 
 impl AdminListener {
     /// Listens at `address`. The directory of a unix socket is made if only it is missing; the socket is for its owner
-    /// alone, and takes the place of one that a dead server left.
-    pub fn bind(address: &AdminAddress) -> Result<Self, BindError> {
+    /// alone, and takes the place of one that a dead server left. Requests by TCP must carry `token`.
+    pub fn bind(address: &AdminAddress, token: Option<&Token>) -> Result<Self, BindError> {
         match address {
-            AdminAddress::Tcp(loopback) => {
+            AdminAddress::Tcp(_) => {
                 let failed = |source| BindError::System { address: address.clone(), source };
-                Ok(Self(Kind::Tcp(bind_tcp(*loopback).map_err(failed)?)))
+                let token = token.ok_or_else(|| BindError::NoToken(address.clone()))?.clone();
+                let place = address.socket().ok_or_else(|| BindError::NoAddress(address.clone()))?;
+                Ok(Self(Kind::Tcp { socket: bind_tcp(place).map_err(failed)?, token }))
             }
             AdminAddress::Unix(path) => bind_unix(path),
         }
@@ -84,19 +93,23 @@ impl AdminListener {
     /// Where it listens.
     pub fn address(&self) -> io::Result<AdminAddress> {
         match &self.0 {
-            Kind::Tcp(socket) => Ok(AdminAddress::Tcp(socket.local_addr()?)),
+            Kind::Tcp { socket, .. } => Ok(AdminAddress::Tcp(socket.local_addr()?.to_string())),
             Kind::Unix { made, .. } => Ok(AdminAddress::Unix(made.path.clone())),
         }
     }
 
-    pub(super) const fn is_tcp(&self) -> bool {
-        matches!(self.0, Kind::Tcp(_))
+    /// What requests must carry; nothing on a unix socket.
+    pub(super) const fn token(&self) -> Option<&Token> {
+        match &self.0 {
+            Kind::Tcp { token, .. } => Some(token),
+            Kind::Unix { .. } => None,
+        }
     }
 
     /// Cancel safety: no connection is lost.
     pub(super) async fn accept(&self) -> io::Result<Socket> {
         Ok(match &self.0 {
-            Kind::Tcp(socket) => Socket::Tcp(socket.accept().await?.0),
+            Kind::Tcp { socket, .. } => Socket::Tcp(socket.accept().await?.0),
             Kind::Unix { socket, .. } => Socket::Unix(socket.accept().await?.0),
         })
     }
@@ -200,12 +213,12 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("run/a.sock");
         let address = AdminAddress::Unix(path.clone());
-        let listener = AdminListener::bind(&address).unwrap();
+        let listener = AdminListener::bind(&address, None).unwrap();
         assert_eq!((mode(&path), mode(path.parent().unwrap())), (0o600, 0o700));
         assert_eq!(listener.address().unwrap(), address);
         assert!(!is_dead(&path));
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
-        assert!(matches!(AdminListener::bind(&address), Err(BindError::InUse(_))));
+        assert!(matches!(AdminListener::bind(&address, None), Err(BindError::InUse(_))));
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "a failure leaves something behind");
         drop(listener);
         assert!(!path.exists());
@@ -218,23 +231,23 @@ mod tests {
         let address = AdminAddress::Unix(path.clone());
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(is_dead(&path));
-        drop(AdminListener::bind(&address).unwrap());
+        drop(AdminListener::bind(&address, None).unwrap());
         fs::write(&path, "data").unwrap();
-        assert!(matches!(AdminListener::bind(&address), Err(BindError::NotASocket(_))));
+        assert!(matches!(AdminListener::bind(&address, None), Err(BindError::NotASocket(_))));
         assert_eq!(fs::read(&path).unwrap(), b"data");
         let long = scratch.path().join("x".repeat(LONGEST_PATH));
-        assert!(matches!(AdminListener::bind(&AdminAddress::Unix(long)), Err(BindError::PathTooLong(_))));
+        assert!(matches!(AdminListener::bind(&AdminAddress::Unix(long), None), Err(BindError::PathTooLong(_))));
         let deep = scratch.path().join("no/such/a.sock");
-        assert!(matches!(AdminListener::bind(&AdminAddress::Unix(deep)), Err(BindError::System { .. })));
+        assert!(matches!(AdminListener::bind(&AdminAddress::Unix(deep), None), Err(BindError::System { .. })));
     }
 
     #[tokio::test]
     async fn a_socket_that_took_our_place_is_left_alone() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("a.sock");
-        let listener = AdminListener::bind(&AdminAddress::Unix(path.clone())).unwrap();
+        let listener = AdminListener::bind(&AdminAddress::Unix(path.clone()), None).unwrap();
         fs::remove_file(&path).unwrap();
-        let other = AdminListener::bind(&AdminAddress::Unix(path.clone())).unwrap();
+        let other = AdminListener::bind(&AdminAddress::Unix(path.clone()), None).unwrap();
         drop(listener);
         assert!(path.exists());
         drop(other);

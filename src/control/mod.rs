@@ -1,4 +1,4 @@
-//! The admin API: HTTP and JSON, on a unix socket or on loopback.
+//! The admin API: HTTP and JSON, on a unix socket or on TCP.
 //!
 //! | file | holds |
 //! | --- | --- |
@@ -11,7 +11,11 @@
 //! | [`prefetch`] | what is said of orders to prefetch |
 //! | `operated` | [`Operated`]: what a server must be able to do to be operated |
 //! | `jobs` | orders that take long: their progress, and calling them off |
-//! | `api` | requests: routes, bodies, errors |
+//! | `api` | all routes, and what they are answered from |
+//! | `access` | who may ask |
+//! | `parts` | the parts of the status, each by itself |
+//! | `images` | orders for images, and those that take long |
+//! | `document` | the API described for programs (OpenAPI) |
 //! | `settings` | what may be changed while a server runs |
 //! | [`figures`] | what happened to images, as counters |
 //! | [`load`] | what a server does just now |
@@ -27,17 +31,19 @@
 //! Owns: how operators reach a server, and how their orders look. Does not own: what an order does; the server's roles
 //! do it behind [`Operated`].
 //!
-//! Whoever can open the unix socket may do everything. On loopback that is everybody on this machine, and browsers too
-//! if they were not refused: a request with an `Origin`, or for a `Host` that is not loopback, is answered with 403.
+//! Whoever can open the unix socket, or has the token on TCP, may do everything.
 //!
 //! It runs on the main thread, beside accepting. What may block (counting chunks, asking a file system) goes to a
 //! thread of its own, one at a time.
 
+mod access;
 mod api;
 pub mod balance;
 pub mod casts;
 mod client;
+mod document;
 pub mod figures;
+mod images;
 mod jobs;
 mod listen;
 pub mod load;
@@ -45,6 +51,7 @@ mod metrics;
 pub mod mirrors;
 mod operated;
 mod page;
+mod parts;
 pub mod place;
 pub mod prefetch;
 mod profiles;
@@ -62,8 +69,9 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 
+pub use access::{Token, TokenError};
+use api::Api;
 pub use api::Site;
-use api::{Api, Reach};
 pub use client::{CallError, Client};
 pub use jobs::{Jobs, Outcome, RunningJob};
 use listen::Socket;
@@ -92,11 +100,10 @@ pub struct Admin {
 impl Admin {
     /// Answers requests about `site`. Call within the `LocalRuntime` that the listener belongs to.
     pub fn start(listener: AdminListener, site: Site) -> Self {
-        let reach = if listener.is_tcp() { Reach::Machine } else { Reach::Owner };
         let mut serving = JoinSet::new();
         let (loads, sampling) = Loads::keep(&site);
         serving.spawn_local(sampling);
-        let service = TowerToHyperService::new(Api::new(site, loads).router(reach));
+        let service = TowerToHyperService::new(Api::new(site, loads).router(listener.token()));
         serving.spawn_local(accept(listener, service));
         Self { _serving: serving }
     }

@@ -10,6 +10,7 @@ use super::casts::order::ReceptionStatus;
 use super::figures::MirrorFigures;
 use super::jobs::Jobs;
 use super::prefetch::{OrderStatus, PrefetchOrder, PrefetchReport};
+use super::settings::Settings;
 use super::status::{CacheStatus, ImageStatus, LinkStatus, PinReport, Role, VerifyOrder};
 use crate::fill::profile::Store;
 use crate::ranges::ByteRange;
@@ -83,6 +84,18 @@ pub trait Operated: Send + Sync + std::fmt::Debug {
     /// Where it says to which groups its images are sent, as far as it was told by others.
     fn words(&self) -> Words {
         Words::default()
+    }
+
+    /// What may be changed of it while it runs, as it is now.
+    fn settings(&self) -> Settings {
+        Settings::default()
+    }
+
+    /// Changes those settings that are named, all of them or none. Only such that [`Self::settings`] has are named, and
+    /// the level of the log, which is not its own. May block.
+    fn change_settings(&self, order: &Settings) -> Result<(), Refusal> {
+        let _ = order;
+        Ok(())
     }
 
     /// Calls an order off; `None` if there is none with this number.

@@ -15,7 +15,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -38,22 +38,24 @@ const EXTENSION: &str = "sock";
 pub enum AdminAddress {
     /// A unix socket.
     Unix(PathBuf),
-    /// A port of this machine that others cannot reach.
-    Tcp(SocketAddr),
+    /// `HOST:PORT`; HOST is an address, in brackets if it has colons, or a name that the system can look up.
+    Tcp(String),
 }
 
-/// Why a text is no place for the admin API.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum ParseAdminError {
-    /// Neither form.
-    #[error("write the path of a unix socket with a / in it, or a loopback address and port, as in 127.0.0.1:9000")]
-    Nonsense,
-    /// Others could reach it.
-    #[error(
-        "{0} can be reached from other machines, and the admin API has no passwords: use a loopback address or a unix \
-         socket, and ssh -L to reach it from elsewhere"
-    )]
-    NotLoopback(IpAddr),
+/// A text is no place for the admin API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("write the path of a unix socket with a / in it, or a host and a port, as in 127.0.0.1:9000")]
+pub struct ParseAdminError;
+
+impl AdminAddress {
+    /// Where a server listens that is told this one; `None` for a unix socket, and for a name.
+    pub fn socket(&self) -> Option<SocketAddr> {
+        let Self::Tcp(text) = self else { return None };
+        match text.strip_prefix("localhost:") {
+            Some(port) => port.parse().ok().map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
+            None => text.parse().ok(),
+        }
+    }
 }
 
 impl FromStr for AdminAddress {
@@ -63,15 +65,13 @@ impl FromStr for AdminAddress {
         if text.contains('/') {
             return Ok(Self::Unix(text.into()));
         }
-        let address = match text.strip_prefix("localhost:") {
-            Some(port) => port.parse().map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port))).ok(),
-            None => text.parse().ok(),
+        let (host, port) = text.rsplit_once(':').ok_or(ParseAdminError)?;
+        let is_name = |host: &str| {
+            !host.is_empty() && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte))
         };
-        let address: SocketAddr = address.ok_or(ParseAdminError::Nonsense)?;
-        if !address.ip().is_loopback() {
-            return Err(ParseAdminError::NotLoopback(address.ip()));
-        }
-        Ok(Self::Tcp(address))
+        let is_port = |port: &str| port.parse::<u16>().is_ok() && port.bytes().all(|byte| byte.is_ascii_digit());
+        let is_one = text.parse::<SocketAddr>().is_ok() || is_name(host) && is_port(port);
+        if is_one { Ok(Self::Tcp(text.to_owned())) } else { Err(ParseAdminError) }
     }
 }
 
@@ -79,7 +79,7 @@ impl fmt::Display for AdminAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unix(path) => path.display().fmt(f),
-            Self::Tcp(address) => address.fmt(f),
+            Self::Tcp(address) => f.write_str(address),
         }
     }
 }
@@ -280,26 +280,33 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_paths_or_loopback() {
-        let tcp = |text: &str| Ok(AdminAddress::Tcp(text.parse().unwrap()));
+    fn addresses_are_paths_or_hosts_with_a_port() {
+        let tcp = |text: &str| Ok(AdminAddress::Tcp(text.to_owned()));
         for (text, address) in [
             ("/run/a.sock", Ok(AdminAddress::Unix("/run/a.sock".into()))),
             ("./a:b", Ok(AdminAddress::Unix("./a:b".into()))),
             ("127.0.0.1:9", tcp("127.0.0.1:9")),
             ("127.9.9.9:0", tcp("127.9.9.9:0")),
             ("[::1]:9", tcp("[::1]:9")),
-            ("localhost:9", tcp("127.0.0.1:9")),
-            ("0.0.0.0:9", Err(ParseAdminError::NotLoopback([0, 0, 0, 0].into()))),
-            ("192.0.2.1:9", Err(ParseAdminError::NotLoopback([192, 0, 2, 1].into()))),
-            ("[::]:9", Err(ParseAdminError::NotLoopback([0u16; 8].into()))),
-            ("", Err(ParseAdminError::Nonsense)),
-            ("a.sock", Err(ParseAdminError::Nonsense)),
-            ("127.0.0.1", Err(ParseAdminError::Nonsense)),
-            ("example.com:9", Err(ParseAdminError::Nonsense)),
-            ("localhost:99999", Err(ParseAdminError::Nonsense)),
+            ("localhost:9", tcp("localhost:9")),
+            ("0.0.0.0:9", tcp("0.0.0.0:9")),
+            ("server-2.example:9000", tcp("server-2.example:9000")),
+            ("", Err(ParseAdminError)),
+            ("a.sock", Err(ParseAdminError)),
+            ("127.0.0.1", Err(ParseAdminError)),
+            (":9", Err(ParseAdminError)),
+            ("::1:9", Err(ParseAdminError)),
+            ("a b:9", Err(ParseAdminError)),
+            ("a@b:9", Err(ParseAdminError)),
+            ("localhost:+9", Err(ParseAdminError)),
+            ("localhost:99999", Err(ParseAdminError)),
         ] {
             assert_eq!(text.parse(), address, "{text}");
         }
+        let socket = |text: &str| text.parse::<AdminAddress>().unwrap().socket().map(|socket| socket.to_string());
+        assert_eq!(socket("localhost:9"), Some("127.0.0.1:9".to_owned()));
+        assert_eq!(socket("[::1]:9"), Some("[::1]:9".to_owned()));
+        assert_eq!((socket("server2:9"), socket("/run/a.sock")), (None, None));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::status::Range;
 use crate::clock::Moment;
@@ -12,7 +13,7 @@ use crate::fill::orders::{Expected, Forecast, Order, State, What};
 use crate::mirror::Here;
 
 /// `POST /v1/images/NAME/prefetch`. Of `ranges`, `profile` and `all` at most one; none of them means all.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PrefetchOrder {
     /// Which parts.
@@ -34,7 +35,7 @@ pub struct PrefetchOrder {
 }
 
 /// The answer to it.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct PrefetchReport {
     /// The number of the order.
@@ -52,7 +53,7 @@ pub struct PrefetchReport {
 }
 
 /// An order that is expected to miss its deadline.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Late {
     /// Its number.
@@ -64,14 +65,14 @@ pub struct Late {
 }
 
 /// `GET /v1/orders`: the active ones and the last that ended, oldest first.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct OrderList {
     /// Each of them.
     pub orders: Vec<OrderStatus>,
 }
 
 /// `GET /v1/orders/N`: one order.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct OrderStatus {
     /// Its number.
@@ -113,7 +114,7 @@ pub struct OrderStatus {
 }
 
 /// Whether an order is still to be carried out.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OrderState {
     /// It is.

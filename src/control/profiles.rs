@@ -10,22 +10,24 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
-use axum::routing::{MethodRouter, get};
 use serde::Deserialize;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
-use super::api::{Answered, Api, Name, Problem, Shared, image_name, read_body};
-use super::status::ProfileReport;
+use super::api::{Answered, Api, Name, OfName, Problem, Shared, image_name, named, read_body};
+use super::status::{Complaint, ProfileReport};
 use crate::fill::profile::{LARGEST, Profiles, Refused, Store, Tag};
 use crate::units::{to_u64, to_usize};
 
 /// What can be done with the profiles of an image.
-pub(super) fn routes() -> MethodRouter<Arc<Api>> {
-    get(export).put(import).delete(forget)
+pub(super) fn routes() -> OpenApiRouter<Arc<Api>> {
+    named(OpenApiRouter::new(), routes!(export_profile, import_profile, forget_profile))
 }
 
 type Asked<T> = Result<Query<T>, QueryRejection>;
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Import {
     /// Whether profiles of an image of another identity are taken.
@@ -33,14 +35,21 @@ pub(super) struct Import {
     force: bool,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Forget {
     /// The workload; all of them without.
+    #[param(min_length = 1, max_length = 64, pattern = "^[A-Za-z0-9._-]+$")]
     tag: Option<String>,
 }
 
-async fn export(State(api): Shared, name: Name) -> Result<impl IntoResponse, Problem> {
+/// The profiles of an image, as they lie in files.
+///
+/// `headwater profile`.
+#[utoipa::path(get, path = "/v1/images/{name}/profile", tag = "images", params(OfName),
+    responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream")))]
+async fn export_profile(State(api): Shared, name: Name) -> Result<impl IntoResponse, Problem> {
     let (_, store) = find(&api, name)?;
     let profiles = store.profiles();
     if profiles.is_empty() {
@@ -49,7 +58,12 @@ async fn export(State(api): Shared, name: Name) -> Result<impl IntoResponse, Pro
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], profiles.encode()))
 }
 
-async fn import(State(api): Shared, name: Name, asked: Asked<Import>, body: Body) -> Answered<ProfileReport> {
+/// Put profiles in the place of those that an image has.
+#[utoipa::path(put, path = "/v1/images/{name}/profile", tag = "images", params(OfName, Import),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "A file of profiles."),
+    responses((status = 200, body = ProfileReport),
+        (status = 409, description = "They are of another image, or too many", body = Complaint)))]
+async fn import_profile(State(api): Shared, name: Name, asked: Asked<Import>, body: Body) -> Answered<ProfileReport> {
     let Query(Import { force }) = asked?;
     let (name, store) = find(&api, name)?;
     let bytes = read_body(body, to_usize(LARGEST)).await?;
@@ -61,7 +75,10 @@ async fn import(State(api): Shared, name: Name, asked: Asked<Import>, body: Body
     Ok(Json(ProfileReport { tags }))
 }
 
-async fn forget(State(api): Shared, name: Name, asked: Asked<Forget>) -> Answered<ProfileReport> {
+/// Forget the profile of a workload, or all of an image.
+#[utoipa::path(delete, path = "/v1/images/{name}/profile", tag = "images", params(OfName, Forget),
+    responses((status = 200, body = ProfileReport)))]
+async fn forget_profile(State(api): Shared, name: Name, asked: Asked<Forget>) -> Answered<ProfileReport> {
     let Query(Forget { tag }) = asked?;
     let tag: Option<Tag> = tag.map(|tag| tag.parse()).transpose().map_err(bad_request)?;
     let (name, store) = find(&api, name)?;

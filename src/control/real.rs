@@ -6,11 +6,12 @@
 use std::sync::Arc;
 
 use super::prefetch::{PrefetchOrder, PrefetchReport};
+use super::settings::Settings;
 use super::status::{CacheStatus, ImageStatus, Kind, LinkStatus, PinReport, Role, VerifyOrder};
 use super::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
 use crate::export::SharedExport;
 use crate::fill::profile::Store;
-use crate::image::index::{Check, CheckError, Checked, Damaged, run_aside};
+use crate::image::index::{Check, CheckError, Checked, Damaged, Rate, run_aside};
 use crate::image::{CannotSeal, Format, Seal};
 use crate::ranges::ByteRange;
 use crate::units::{to_u64, to_usize};
@@ -35,6 +36,7 @@ pub struct RealImage {
 pub struct RealImages {
     images: Vec<RealImage>,
     format: Format,
+    index_rate: Option<Rate>,
     jobs: Jobs,
 }
 
@@ -45,10 +47,10 @@ const NOTHING_TO_FETCH: &str = "this is a real image: all of it is here";
 const NOTHING_TO_PIN: &str = "this is a real image: all of it is here, and stays";
 
 impl RealImages {
-    /// All were opened with this format.
-    pub fn new(mut images: Vec<RealImage>, format: Format) -> Self {
+    /// All were opened with this format. `index_rate`: how fast missing manifests are made, if they are.
+    pub fn new(mut images: Vec<RealImage>, format: Format, index_rate: Option<Rate>) -> Self {
         images.sort_by(|one, other| one.name.cmp(&other.name));
-        Self { images, format, jobs: Jobs::default() }
+        Self { images, format, index_rate, jobs: Jobs::default() }
     }
 
     fn find(&self, name: &str) -> Result<&RealImage, Refusal> {
@@ -169,6 +171,17 @@ impl Operated for RealImages {
 
     fn verify(&self, image: String, order: VerifyOrder) -> Answer<'_, u64> {
         Box::pin(self.begin_check(image, order))
+    }
+
+    fn settings(&self) -> Settings {
+        Settings { index_rate: self.index_rate.as_ref().map(Rate::get), ..Settings::default() }
+    }
+
+    fn change_settings(&self, order: &Settings) -> Result<(), Refusal> {
+        if let Some((rate, wanted)) = self.index_rate.as_ref().zip(order.index_rate) {
+            rate.set(wanted);
+        }
+        Ok(())
     }
 
     fn prefetch(&self, image: String, _: PrefetchOrder) -> Answer<'_, PrefetchReport> {

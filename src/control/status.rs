@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub use super::casts::order::{
     CastList, CastOrder, CastState, CastStatus, CastTaken, HeardStatus, ReceiverState, ReceiverStatus, ReceptionStatus,
@@ -20,7 +21,7 @@ pub use super::redirect::order::{
 pub use crate::server::ClientStatus;
 
 /// `GET /v1/status`: all that is to be known of a server.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
     /// The version of the program.
     pub version: String,
@@ -60,7 +61,7 @@ pub struct Status {
 }
 
 /// What a server does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// `headwater serve`.
@@ -79,7 +80,7 @@ impl fmt::Display for Role {
 }
 
 /// Where the bytes of an image are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// All of them are here.
@@ -89,7 +90,7 @@ pub enum Kind {
 }
 
 /// One image.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ImageStatus {
     /// Its name.
     pub name: String,
@@ -113,7 +114,7 @@ pub struct ImageStatus {
 }
 
 /// What a mirror has and has done.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct MirrorStatus {
     /// Whether there is a manifest that everything is held against.
@@ -153,7 +154,7 @@ pub struct MirrorStatus {
 }
 
 /// What came of what was brought because of one thing.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct CauseStatus {
     /// Brought here, whole chunks.
@@ -169,7 +170,7 @@ pub struct CauseStatus {
 }
 
 /// How the link to the upstreams is used by what nobody waits for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct LinkStatus {
     /// Bytes that may be on their way.
@@ -181,7 +182,7 @@ pub struct LinkStatus {
 }
 
 /// One server that a mirror is filled from.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct UpstreamStatus {
     /// Its address.
@@ -203,7 +204,7 @@ pub struct UpstreamStatus {
 }
 
 /// The cache of a server's mirrors.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct CacheStatus {
     /// Its directory.
@@ -235,7 +236,7 @@ pub struct CacheStatus {
 }
 
 /// A part of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Range {
     /// Its first byte.
@@ -245,7 +246,7 @@ pub struct Range {
 }
 
 /// `POST /v1/images/NAME/pin` and `.../unpin`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PinOrder {
     /// Which parts; `null` for all of it.
@@ -253,7 +254,7 @@ pub struct PinOrder {
 }
 
 /// The answer to it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PinReport {
     /// Pinned of the image now.
     pub pinned_bytes: u64,
@@ -262,7 +263,7 @@ pub struct PinReport {
 }
 
 /// `POST /v1/images/NAME/verify`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct VerifyOrder {
     /// Bytes per second at most; `null`: as fast as the disk allows.
@@ -278,14 +279,14 @@ impl Default for VerifyOrder {
 }
 
 /// The answer to orders that take long: ask for `GET /v1/jobs/ID`, or call them off with `DELETE`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct JobStarted {
     /// The number of the job.
     pub job: u64,
 }
 
 /// `GET /v1/jobs/ID`: how far a job has come.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct JobStatus {
     /// Its number.
     pub job: u64,
@@ -312,7 +313,7 @@ pub struct JobStatus {
 }
 
 /// Whether a job is at work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum JobState {
     /// It is at work.
@@ -326,14 +327,80 @@ pub enum JobState {
 }
 
 /// The answer to `PUT` and `DELETE /v1/images/NAME/profile`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ProfileReport {
     /// Profiles that were replaced, or forgotten.
     pub tags: u64,
 }
 
+/// `GET /v1/exports`: what clients can connect to, by name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ExportList {
+    /// Each of them.
+    pub exports: Vec<ExportStatus>,
+}
+
+/// One export.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ExportStatus {
+    /// Its name.
+    pub name: String,
+    /// Its size.
+    pub size: u64,
+    /// Whether clients may write to it.
+    pub writable: bool,
+    /// What clients are told that it can do, as `headwater info` prints it.
+    pub flags: Vec<String>,
+    /// How many clients use it now.
+    pub clients: u64,
+    /// Whether newcomers are sent away.
+    pub draining: bool,
+    /// What it holds, as `blake3-...`; `null` if that is not known.
+    pub identity: Option<String>,
+    /// A line for a human.
+    pub description: String,
+}
+
+/// `GET /v1/clients`: who is connected, oldest first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ClientList {
+    /// Each of them.
+    pub clients: Vec<ClientStatus>,
+}
+
+/// `GET /v1/images`: all images, by name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ImageList {
+    /// Each of them.
+    pub images: Vec<ImageStatus>,
+}
+
+/// `GET /v1/upstreams`: the servers that mirrors are filled from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct UpstreamList {
+    /// By image, in order of preference.
+    pub upstreams: Vec<ImageUpstream>,
+}
+
+/// A server that an image is filled from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ImageUpstream {
+    /// The image.
+    pub image: String,
+    /// The server.
+    #[serde(flatten)]
+    pub upstream: UpstreamStatus,
+}
+
+/// `GET /v1/jobs`: those at work and the last that ended, oldest first.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct JobList {
+    /// Each of them.
+    pub jobs: Vec<JobStatus>,
+}
+
 /// What everything that cannot be done is answered with, beside the status code.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Complaint {
     /// Why, for a human.
     pub error: String,

@@ -25,6 +25,19 @@ impl Budget {
         Self { rate, due: None }
     }
 
+    /// Bytes per second; `None`: no limit.
+    pub(super) const fn rate(&self) -> Option<u64> {
+        self.rate
+    }
+
+    /// From now on at most `rate` bytes per second. What has left is still owed, and is waited off at the new rate.
+    pub(super) fn set_rate(&mut self, now: Instant, rate: Option<u64>) {
+        let debt = self.wait(now).map_or(Duration::ZERO, |due| due - now);
+        let owed = self.rate.map_or(0, |rate| bytes_in(debt, rate));
+        self.rate = rate;
+        self.due = rate.map(|rate| now + time_for(owed, rate).min(LONGEST));
+    }
+
     /// When something may leave, if not now.
     pub(super) fn wait(&self, now: Instant) -> Option<Instant> {
         self.due.filter(|due| *due > now)
@@ -50,6 +63,11 @@ impl Budget {
 pub(super) fn time_for(bytes: u64, rate: u64) -> Duration {
     let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
     u64::try_from(nanoseconds).map_or(Duration::MAX, Duration::from_nanos)
+}
+
+/// How many bytes `time` is for at `rate` bytes per second.
+fn bytes_in(time: Duration, rate: u64) -> u64 {
+    u64::try_from(time.as_nanos() * u128::from(rate) / 1_000_000_000).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -98,6 +116,24 @@ mod tests {
         assert_eq!(budget.wait(now), Some(now + Duration::from_secs(1)));
         budget.refund(1_000_000);
         assert_eq!(budget.wait(now), None);
+    }
+
+    #[test]
+    fn a_new_rate_holds_at_once_and_forgets_no_debt() {
+        let now = clock::now();
+        let mut budget = Budget::new(Some(1_000_000));
+        budget.spend(now, 10_000_000);
+        budget.set_rate(now, Some(5_000_000));
+        assert_eq!(budget.wait(now), Some(now + Duration::from_secs(2)));
+        budget.set_rate(now, Some(2_000_000));
+        assert_eq!(budget.wait(now), Some(now + Duration::from_secs(5)));
+        budget.set_rate(now, None);
+        assert_eq!(budget.wait(now), None);
+        budget.spend(now, u64::MAX);
+        budget.set_rate(now, Some(1_000_000));
+        assert_eq!(budget.wait(now), None, "nothing is owed for what left without a limit");
+        budget.spend(now, 1_000_000);
+        assert_eq!(budget.wait(now), Some(now + Duration::from_secs(1)));
     }
 
     #[test]

@@ -10,8 +10,8 @@
 //! clients would feel; the *budgets* of the server, the image and the order; and, for what can wait, whether clients leave the link to
 //! it (`calm`).
 //!
-//! Locks: the orders', an image's plan, the link's, in this order, and the mirror's own within them. Never held across
-//! an await.
+//! Locks: the list of images, the orders', an image's plan, the link's or the rates', in this order, and the mirror's own
+//! within them. Never held across an await.
 
 mod paced;
 
@@ -83,7 +83,7 @@ pub struct Engine(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    rates: Rates,
+    rates: Mutex<Rates>,
     link: Mutex<Link>,
     images: Mutex<Vec<Arc<Image>>>,
     tasks: Mutex<Tasks>,
@@ -155,7 +155,7 @@ impl Engine {
     pub fn new(rates: Rates, orders: Orders) -> Self {
         let link = Link::new(rates);
         Self(Arc::new(Shared {
-            rates,
+            rates: Mutex::new(rates),
             link: Mutex::new(link),
             images: Mutex::default(),
             tasks: Mutex::default(),
@@ -168,18 +168,38 @@ impl Engine {
 
     /// How fills are bounded.
     pub fn rates(&self) -> Rates {
-        self.0.rates
+        *self.0.lock_rates()
     }
 
-    /// Fills `image` too.
+    /// Bounds them otherwise, from now on. What is under way comes to its end.
+    pub fn set_rates(&self, rates: Rates) {
+        let now = clock::now();
+        // Under the lock of the images, so that one that comes meanwhile gets the old rate and then the new one.
+        let images = self.lock_images();
+        *self.0.lock_rates() = rates;
+        images.iter().for_each(|image| image.set_rate(now, rates.image));
+        drop(images);
+        self.0.link().budget.set_rate(now, rates.server);
+        self.0.news.notify_waiters();
+        self.0.wake.notify_one();
+    }
+
+    /// Fills `image` too, at the rate that each image has.
     pub fn add(&self, image: Arc<Image>) {
-        self.0.images.lock().unwrap_or_else(PoisonError::into_inner).push(image);
+        let mut images = self.lock_images();
+        image.set_rate(clock::now(), self.rates().image);
+        images.push(image);
+        drop(images);
         self.0.wake.notify_one();
     }
 
     /// The images that are filled.
     pub fn images(&self) -> Vec<Arc<Image>> {
-        self.0.images.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lock_images().clone()
+    }
+
+    fn lock_images(&self) -> MutexGuard<'_, Vec<Arc<Image>>> {
+        self.0.images.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Carries out an order for `image`, whose bytes come from `source` if that has them. `is_held`: as told to
@@ -385,10 +405,14 @@ impl Shared {
         }
     }
 
+    fn lock_rates(&self) -> MutexGuard<'_, Rates> {
+        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Bytes per second that orders can count on; 0 while that is not known.
     fn rate(&self) -> f64 {
         let measured = self.link().window.rate();
-        let rate = match (measured, self.rates.server) {
+        let rate = match (measured, self.lock_rates().server) {
             (Some(measured), Some(limit)) => Some(measured.min(limit)),
             (measured, limit) => measured.or(limit),
         };

@@ -73,8 +73,6 @@ struct Plan {
 /// How an image is filled.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Filling {
-    /// Bytes per second at most.
-    pub rate: Option<u64>,
     /// Bytes that one reader's readahead is ahead of it, at most; 0: none.
     pub readahead: u64,
     /// Whether what clients read in earlier runs is fetched when one comes.
@@ -108,7 +106,7 @@ impl Image {
             readahead: VecDeque::new(),
             profile: VecDeque::new(),
             background: Sweep::default(),
-            budget: Budget::new(filling.rate),
+            budget: Budget::new(None),
             paused: None,
             failures: 0,
             played: None,
@@ -229,6 +227,16 @@ impl Image {
         self.is_asking.store(false, Ordering::Relaxed);
         self.begin_to_play();
         engine.pump();
+    }
+
+    /// Bytes per second at most; `None`: no limit of its own.
+    pub fn rate(&self) -> Option<u64> {
+        self.plan().budget.rate()
+    }
+
+    /// Changes that; without, there is none.
+    pub(super) fn set_rate(&self, now: Instant, rate: Option<u64>) {
+        self.plan().budget.set_rate(now, rate);
     }
 
     /// When something may be sent for this image, if not now.

@@ -196,7 +196,7 @@ impl Tasks {
             let before = of_images.entry(Arc::as_ptr(&task.image)).or_default();
             *before += task.remaining;
             let own = task.order.rate.map(|rate| time_for(task.remaining, rate));
-            let image = task.image.filling().rate.map(|rate| time_for(*before, rate));
+            let image = task.image.rate().map(|rate| time_for(*before, rate));
             let end = forecast.ends.max(own).max(image)?;
             let late_by = seen.deadline.and_then(|deadline| end.checked_sub(deadline)).filter(|late| *late > NO_DELAY);
             Some(Expected { id: task.order.id, end, late_by: late_by.or(forecast.late_by) })
@@ -291,7 +291,7 @@ impl Task {
     /// link, by its own rate or its image's, has to begin that much earlier.
     fn pressed(&self, now: Moment, rate: f64) -> deadline::Task {
         let seen = self.seen(now);
-        let limits = [self.order.rate, self.image.filling().rate];
+        let limits = [self.order.rate, self.image.rate()];
         let Some(limit) = limits.into_iter().flatten().min() else { return seen };
         let on_link = Duration::try_from_secs_f64(seen.remaining as f64 / rate).unwrap_or(Duration::ZERO);
         let lost = time_for(seen.remaining, limit).saturating_sub(on_link);
@@ -408,9 +408,10 @@ mod tests {
     #[test]
     fn an_order_is_expected_at_its_own_rate_also_while_the_link_is_unknown() {
         let directory = tempfile::tempdir().unwrap();
-        let filling = Filling { rate: Some(32 * KIB), ..Filling::default() };
         let (free, limited) = (directory.path().join("free"), directory.path().join("limited"));
-        let (free, limited) = (image(&free, MIB, Filling::default(), None), image(&limited, MIB, filling, None));
+        let (free, limited) =
+            (image(&free, MIB, Filling::default(), None), image(&limited, MIB, Filling::default(), None));
+        limited.set_rate(clock::now(), Some(32 * KIB));
         let mut tasks = Tasks::default();
         let deadline = Some(Duration::from_secs(10));
         tasks.add(order(1, Some(64 * KIB), deadline, Strategy::Hybrid), Arc::clone(&free), None, false);

@@ -55,6 +55,12 @@ pub(super) struct Claims {
     pub(super) verify: Vec<Claim>,
 }
 
+impl Claims {
+    pub(super) fn count(&self) -> usize {
+        self.fetch.len() + self.verify.len()
+    }
+}
+
 /// Claims on their way to being worked on.
 #[derive(Debug)]
 pub(super) struct Queues {

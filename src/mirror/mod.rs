@@ -92,7 +92,7 @@ use policy::{Heat, Segment};
 pub use scrub::{Findings, Scrub};
 use segments::Segments;
 pub use segments::cost_of;
-pub use space::{Space, SpaceSettings, Usage};
+pub use space::{ResizeError, Space, SpaceSettings, Usage};
 use store::Store;
 pub use store::{Cache, CacheError};
 pub use truth::{ManifestError, Truth};
@@ -138,6 +138,8 @@ pub struct Stats {
     pub misses: Counter,
     /// Their bytes.
     pub miss_bytes: Counter,
+    /// Of the misses, those for which a fetch was under way already, so that there was none for them.
+    pub joins: Counter,
     /// Chunks that were evicted.
     pub evicted_chunks: Counter,
     /// Bytes that another chunk here had, and that were not fetched.
@@ -240,7 +242,7 @@ impl Mirror {
         let geometry = header.geometry();
         let (store, states, loaded) = Store::attach(cache, &header)?;
         loaded.tell(&name);
-        if space.settings().limit.is_some() || space.settings().reserve > 0 {
+        if space.settings().evicts() {
             store.try_punching()?;
         }
         let (pins, pins_error) = Pins::load(store.directory(), geometry.size());

@@ -60,9 +60,8 @@ impl Inner {
             let source = match state {
                 State::Resident => Source::File,
                 State::Zero => Source::Zero,
-                State::Absent | State::Leaving | State::Volatile | State::Unverified => {
-                    self.claim(chunk, &mut claims, None)
-                }
+                State::Absent | State::Leaving => self.claim_absent(chunk, &mut claims),
+                State::Volatile | State::Unverified => self.claim(chunk, &mut claims, None),
             };
             match (parts.last_mut(), &source) {
                 (Some(Part { range, source: Source::File }), Source::File)
@@ -99,6 +98,16 @@ impl Inner {
         self.stats.hit_bytes.add(range.length());
         self.origins.read_all(range);
         self.segments.touch(range, self.space.clock.now());
+    }
+
+    /// As [`Self::claim`], for a client, and counts whether it had to be fetched for it.
+    fn claim_absent(&self, chunk: Chunk, claims: &mut Claims) -> Source {
+        let before = claims.count();
+        let source = self.claim(chunk, claims, None);
+        if matches!(source, Source::Flight(_)) && claims.count() == before {
+            self.stats.joins.add(1);
+        }
+        source
     }
 
     /// Joins the flight of a chunk, or begins one: for a client that waits, or ahead of demand.

@@ -17,14 +17,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
+use thiserror::Error;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::Inner;
 use super::policy::{self, Admission, Clock, Heat, Kind, Order, Segment, Word};
+use super::store::CacheError;
 use super::twins::Twins;
 use crate::telemetry::Counter;
-use crate::units::MIB;
+use crate::units::{ByteSize, MIB};
 
 /// How long bytes that have been answered wait for space before they are let go of.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -57,7 +59,28 @@ impl Default for SpaceSettings {
     }
 }
 
+/// Why the limit cannot be changed.
+#[derive(Debug, Error)]
+pub enum ResizeError {
+    /// What cannot be given back is more than that.
+    #[error("maps, manifests and pins of the images and the room for what comes take {}: the limit must be more than that, not {}", ByteSize(*kept), ByteSize(*limit))]
+    TooSmall {
+        /// What was wanted, in bytes.
+        limit: u64,
+        /// What cannot be evicted, in bytes.
+        kept: u64,
+    },
+    /// The file system gives nothing back.
+    #[error("nothing can be evicted: {0}")]
+    CannotPunch(CacheError),
+}
+
 impl SpaceSettings {
+    /// Whether anything is evicted.
+    pub(super) const fn evicts(&self) -> bool {
+        self.limit.is_some() || self.reserve > 0
+    }
+
     /// Bytes of the limit that the evictor keeps free: when less than half of it is left, it makes it whole again.
     pub fn headroom(&self) -> u64 {
         match self.limit {
@@ -123,7 +146,8 @@ struct Member {
 #[derive(Debug)]
 pub struct Space {
     root: PathBuf,
-    settings: SpaceSettings,
+    /// Locked for a moment only.
+    settings: RwLock<SpaceSettings>,
     used: AtomicU64,
     in_flight: AtomicU64,
     pinned: AtomicU64,
@@ -151,7 +175,7 @@ impl Space {
         let order = Order::new(settings.policy, settings.admission, Arc::clone(&clock));
         Arc::new(Self {
             root: root.to_owned(),
-            settings,
+            settings: RwLock::new(settings),
             // The directory itself.
             used: AtomicU64::new(4096),
             in_flight: AtomicU64::new(0),
@@ -176,8 +200,26 @@ impl Space {
     }
 
     /// What was set.
-    pub const fn settings(&self) -> &SpaceSettings {
-        &self.settings
+    pub fn settings(&self) -> SpaceSettings {
+        *self.settings.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets another limit and another reserve, and has evicted what is too much then; or changes nothing. Blocks.
+    pub fn resize(&self, limit: Option<u64>, reserve: u64) -> Result<(), ResizeError> {
+        let (before, members) = (self.settings(), self.members());
+        let wanted = SpaceSettings { limit, reserve, ..before };
+        let fixed: u64 = members.iter().map(|member| member.fixed_bytes()).sum();
+        let kept = fixed + self.pinned.load(Ordering::Acquire) + wanted.headroom();
+        if let Some(limit) = limit.filter(|limit| *limit <= kept) {
+            return Err(ResizeError::TooSmall { limit, kept });
+        }
+        // Nobody has asked yet whether the file system gives anything back.
+        if wanted.evicts() && !before.evicts() {
+            members.iter().try_for_each(|member| member.store.try_punching()).map_err(ResizeError::CannotPunch)?;
+        }
+        *self.settings.write().unwrap_or_else(PoisonError::into_inner) = wanted;
+        self.wanted.notify_one();
+        Ok(())
     }
 
     /// What happened so far.
@@ -225,11 +267,11 @@ impl Space {
 
     /// The most that may be used.
     pub(super) fn limit(&self) -> u64 {
-        self.settings.limit.unwrap_or(u64::MAX)
+        self.settings().limit.unwrap_or(u64::MAX)
     }
 
     fn headroom(&self) -> u64 {
-        self.settings.headroom()
+        self.settings().headroom()
     }
 
     /// Bytes that have to be given back for the headroom, the reserve, and what was asked for.
@@ -242,12 +284,13 @@ impl Space {
 
     /// Bytes by which less is free than the reserve and `more`.
     fn lack_of_reserve(&self, more: u64) -> u64 {
-        if self.settings.reserve == 0 {
+        let reserve = self.settings().reserve;
+        if reserve == 0 {
             return 0;
         }
         // A file system that does not say how much is free will say when it is full.
         let free = self.free_on_disk().unwrap_or(u64::MAX);
-        self.settings.reserve.saturating_add(more).saturating_sub(free)
+        reserve.saturating_add(more).saturating_sub(free)
     }
 
     fn free_on_disk(&self) -> Option<u64> {
@@ -258,8 +301,9 @@ impl Space {
     /// Whether so many bytes fit beside all else, and what is to be kept free is left free.
     pub(super) fn has_room(&self, bytes: u64) -> bool {
         let used = self.used.load(Ordering::Relaxed).saturating_add(bytes);
-        let fits = used.saturating_add(self.settings.plenty()) <= self.limit() || self.settings.limit.is_none();
-        fits && !self.is_disk_out() && self.lack_of_reserve(bytes.saturating_add(self.settings.plenty())) == 0
+        let settings = self.settings();
+        let fits = settings.limit.is_none_or(|limit| used.saturating_add(settings.plenty()) <= limit);
+        fits && !self.is_disk_out() && self.lack_of_reserve(bytes.saturating_add(settings.plenty())) == 0
     }
 
     /// Reserves space at once, or not at all.
@@ -268,7 +312,8 @@ impl Space {
         let before = self.used.fetch_update(Ordering::AcqRel, Ordering::Relaxed, fits).ok()?;
         self.in_flight.fetch_add(bytes, Ordering::Relaxed);
         let reservation = Reservation { space: Arc::clone(self), bytes };
-        if self.limit() - before - bytes < self.headroom() / 2 {
+        // The limit may have become smaller since.
+        if self.limit().saturating_sub(before + bytes) < self.headroom() / 2 {
             self.wanted.notify_one();
         }
         let in_flight = self.in_flight.load(Ordering::Relaxed);
@@ -369,7 +414,7 @@ impl Space {
 
     /// Whether something can come without anything having to go. What the evictor keeps free is not meant.
     fn has_plenty(&self) -> bool {
-        let more = self.settings.plenty();
+        let more = self.settings().plenty();
         self.used.load(Ordering::Relaxed).saturating_add(more) <= self.limit() && self.lack_of_reserve(more) == 0
     }
 

@@ -10,9 +10,10 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::orders::Desk;
 use super::steering::ClientHandle;
@@ -55,6 +56,10 @@ pub(super) struct Counts {
     pub(super) read_bytes: Tally,
     pub(super) written_bytes: Tally,
     pub(super) errors: Tally,
+    /// Requests answered whose time is known.
+    pub(super) timed_requests: Tally,
+    /// How long these took together.
+    pub(super) latency_nanoseconds: Tally,
     /// Requests that were asked of a second export.
     pub(super) replayed: Tally,
     /// Requests that wait for something, as of the connection's last turn.
@@ -64,7 +69,7 @@ pub(super) struct Counts {
 }
 
 /// One client, as operators see it. The field names are those of the JSON.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct ClientStatus {
     /// Names this connection as long as the server runs.
     pub id: u64,
@@ -101,6 +106,12 @@ pub struct ClientStatus {
     /// Requests that were asked of a second export after the first one had been left.
     #[serde(default)]
     pub replayed: u64,
+    /// Requests answered whose time is known: all but those for notices.
+    #[serde(default)]
+    pub timed_requests: u64,
+    /// How long these took together, from their arrival until their answers were on their way.
+    #[serde(default)]
+    pub latency_seconds: f64,
 }
 
 /// All clients of a server. Cheap to clone; all clones are one table.
@@ -239,6 +250,8 @@ impl Client {
             relayed_to: self.lock_relayed().clone(),
             is_relay: self.is_relay,
             replayed: counts.replayed.get(),
+            timed_requests: counts.timed_requests.get(),
+            latency_seconds: Duration::from_nanos(counts.latency_nanoseconds.get()).as_secs_f64(),
         }
     }
 
@@ -262,6 +275,14 @@ impl Client {
 }
 
 impl Counts {
+    /// Notes requests that took so long each.
+    pub(super) fn note_timed(&self, requests: u64, took: Duration) {
+        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+        self.timed_requests.add(requests);
+        self.latency_nanoseconds
+            .set(self.latency_nanoseconds.get().saturating_add(nanoseconds.saturating_mul(requests)));
+    }
+
     /// Notes what is in flight now.
     pub(super) fn note_in_flight(&self, requests: usize, bytes: usize) {
         self.requests_in_flight.set(to_u64(requests));
@@ -360,7 +381,7 @@ mod tests {
         let entry = ClientTable::default();
         let kept = entry.enter(newcomer("p", "a"));
         let mut json = serde_json::to_value(&entry.list()[0]).unwrap();
-        for new in ["mirror", "hears_notices", "relayed_to", "replayed"] {
+        for new in ["mirror", "hears_notices", "relayed_to", "replayed", "timed_requests", "latency_seconds"] {
             assert!(json.as_object_mut().unwrap().remove(new).is_some());
         }
         let status: ClientStatus = serde_json::from_value(json).unwrap();

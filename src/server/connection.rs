@@ -9,12 +9,15 @@ use bytes::BytesMut;
 use thiserror::Error;
 
 use super::Shared;
+use super::answered::Ledger;
 use super::clients::{Counts, Entry, Newcomer};
 use super::directory::{Exports, Offered};
+use super::figures::Parting;
 use super::limits::ConnectionBudget;
-use super::notices::{Ears, Notices};
+use super::notices::Ears;
 use super::requests::Session;
 use super::seat::Seat;
+use super::steering::Steering;
 use super::transmission::{End, Transmission};
 use crate::clock;
 use crate::export::{Client, NodeId, SharedExport};
@@ -70,13 +73,16 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
     let chosen = match negotiated {
         Ok(chosen) => chosen,
         // Port scanners and monitors do this all day.
-        Err(reason) => return tracing::debug!(peer, %reason, "no client"),
+        Err(reason) => {
+            shared.steering.figures.connections().note_ended(Parting::NotNegotiated);
+            return tracing::debug!(peer, %reason, "no client");
+        }
     };
     let export = chosen.listing.name.clone();
     let (mirror, connection, is_relay) = (chosen.mirror.map(NodeId), chosen.connection, chosen.is_relay);
     let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay };
     let entry = shared.steering.clients.enter(newcomer);
-    let session = Rc::new(session(*chosen, &entry, &shared.steering.notices));
+    let session = Rc::new(session(*chosen, &entry, &shared.steering));
     tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");
     let began = clock::now();
     let budget = ConnectionBudget::new(Arc::clone(&shared.budget));
@@ -93,13 +99,25 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
         reason = %end,
         "client left"
     );
+    shared.steering.figures.connections().note_ended(parting(&end));
     drop(entry);
     if matches!(end, End::Drained | End::Dismissed) {
         part_from(&stream).await;
     }
 }
 
-fn session(chosen: Negotiated<(SharedExport, Vec<Offered>)>, entry: &Entry, notices: &Notices) -> Session {
+const fn parting(end: &End) -> Parting {
+    match end {
+        End::Disconnected => Parting::Disconnected,
+        End::Closed => Parting::Closed,
+        End::Drained | End::Dismissed => Parting::Drained,
+        End::Violation(_) => Parting::Violation,
+        End::Broken => Parting::Broken,
+        End::Lost(_) => Parting::Lost,
+    }
+}
+
+fn session(chosen: Negotiated<(SharedExport, Vec<Offered>)>, entry: &Entry, steering: &Steering) -> Session {
     let Negotiated { export: (export, offered), listing, replies, contexts, knows_block_sizes, is_mirror, .. } = chosen;
     let export = export.connect(Client { is_mirror }).unwrap_or(export);
     let contexts: Vec<_> = contexts.into_iter().map(|position| (context_id(position), offered[position])).collect();
@@ -121,7 +139,8 @@ fn session(chosen: Negotiated<(SharedExport, Vec<Offered>)>, entry: &Entry, noti
         },
         has_notice: contexts.iter().any(|(_, context)| *context == Offered::Notice),
         contexts,
-        ears: Ears::new(notices.clone(), listing.name, client.mirror),
+        ledger: Ledger::new(steering.figures.of(&listing.name), Arc::clone(&counts)),
+        ears: Ears::new(steering.notices.clone(), listing.name, client.mirror),
         outbox: Rc::default(),
         executing: Cell::new(0),
         is_broken: Cell::new(false),

@@ -17,7 +17,7 @@ use crate::telemetry::{Counter, ShardedCounter};
 
 /// Exports that are counted by their names.
 const MOST: usize = 1024;
-/// What all others together are called: no export can be, because a name does not begin with this character.
+/// What all others together are called.
 const OTHERS: &str = "@others";
 
 /// What clients can ask for.
@@ -184,18 +184,101 @@ impl ExportFigures {
 ///
 /// Of 1024 exports each is counted by itself; those that come later together, as `@others`.
 #[derive(Debug, Clone, Default)]
-pub struct Figures(Arc<Mutex<BTreeMap<String, Arc<ExportFigures>>>>);
+pub struct Figures(Arc<All>);
+
+#[derive(Debug, Default)]
+struct All {
+    exports: Mutex<BTreeMap<String, Arc<ExportFigures>>>,
+    connections: Connections,
+}
+
+/// What came of connections.
+#[derive(Debug, Default)]
+pub struct Connections {
+    accepted: Counter,
+    /// In the order of [`Parting::ALL`].
+    ended: [Counter; Parting::ALL.len()],
+}
+
+/// How a connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Parting {
+    /// The client said so.
+    Disconnected,
+    /// The client closed it without a word.
+    Closed,
+    /// The server went down, or the connection was closed by order.
+    Drained,
+    /// The client broke the protocol.
+    Violation,
+    /// A reply could not be completed.
+    Broken,
+    /// The socket failed.
+    Lost,
+    /// The negotiation came to nothing.
+    NotNegotiated,
+}
+
+impl Parting {
+    /// Each of them.
+    pub(super) const ALL: [Self; 7] = [
+        Self::Disconnected,
+        Self::Closed,
+        Self::Drained,
+        Self::Violation,
+        Self::Broken,
+        Self::Lost,
+        Self::NotNegotiated,
+    ];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Disconnected => "disconnected",
+            Self::Closed => "closed",
+            Self::Drained => "drained",
+            Self::Violation => "violation",
+            Self::Broken => "broken",
+            Self::Lost => "lost",
+            Self::NotNegotiated => "not_negotiated",
+        }
+    }
+}
+
+impl Connections {
+    /// Connections accepted.
+    pub fn accepted(&self) -> u64 {
+        self.accepted.value()
+    }
+
+    /// Connections that have ended, by the word for the reason.
+    pub fn ended(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        Parting::ALL.iter().zip(&self.ended).map(|(parting, count)| (parting.name(), count.value()))
+    }
+
+    pub(super) fn note_accepted(&self) {
+        self.accepted.add(1);
+    }
+
+    pub(super) fn note_ended(&self, parting: Parting) {
+        self.ended[parting as usize].add(1);
+    }
+}
 
 impl Figures {
+    /// What came of connections.
+    pub fn connections(&self) -> &Connections {
+        &self.0.connections
+    }
+
     /// Each export that had clients, by name.
     pub fn all(&self) -> Vec<(String, Arc<ExportFigures>)> {
-        let exports = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let exports = self.0.exports.lock().unwrap_or_else(PoisonError::into_inner);
         exports.iter().map(|(name, figures)| (name.clone(), Arc::clone(figures))).collect()
     }
 
     /// Where what is asked of an export is counted.
     pub(super) fn of(&self, export: &str) -> Arc<ExportFigures> {
-        let mut exports = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut exports = self.0.exports.lock().unwrap_or_else(PoisonError::into_inner);
         let name = if exports.contains_key(export) || exports.len() < MOST { export } else { OTHERS };
         Arc::clone(exports.entry(name.to_owned()).or_default())
     }
@@ -221,6 +304,19 @@ mod tests {
             (Operation::of(0), Operation::of(7), Operation::of(4711)),
             (Operation::Read, Operation::BlockStatus, Operation::Unknown)
         );
+    }
+
+    #[test]
+    fn connections_are_counted_by_their_ends() {
+        for (place, parting) in Parting::ALL.into_iter().enumerate() {
+            assert_eq!(parting as usize, place);
+        }
+        let figures = Figures::default();
+        figures.connections().note_accepted();
+        figures.connections().note_ended(Parting::Lost);
+        assert_eq!(figures.connections().accepted(), 1);
+        let ended: Vec<_> = figures.connections().ended().filter(|(_, count)| *count > 0).collect();
+        assert_eq!(ended, [("lost", 1)]);
     }
 
     #[test]

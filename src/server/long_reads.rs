@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use bytes::{BufMut, BytesMut};
 
+use super::answered::Asked;
 use super::outbox::Streaming;
 use super::requests::Session;
 use crate::export::{FileRange, TryRead};
@@ -38,7 +39,7 @@ pub(super) struct LongReads {
 
 #[derive(Debug)]
 pub(super) struct LongRead {
-    pub(super) to: ReplyTo,
+    pub(super) asked: Asked,
     pub(super) fragments: Fragments,
     /// What has not been answered yet.
     pub(super) rest: ByteRange,
@@ -77,8 +78,8 @@ impl LongReads {
         self.queue.is_empty()
     }
 
-    pub(super) fn push(&mut self, to: ReplyTo, rest: ByteRange, fragments: Fragments) {
-        self.queue.push_back(LongRead { to, fragments, rest, stream: None });
+    pub(super) fn push(&mut self, asked: Asked, rest: ByteRange, fragments: Fragments) {
+        self.queue.push_back(LongRead { asked, fragments, rest, stream: None });
     }
 
     /// The read that [`Step::MustWait`] was about.
@@ -115,7 +116,7 @@ impl LongRead {
         let segment = first_segment(self.rest, family);
         let sent = if self.is_in_chunks(session) || (self.stream.is_none() && segment == self.rest) {
             let last = if segment == self.rest { Last::Yes } else { Last::No };
-            send_chunk(session, self.to, segment, self.fragments, last, in_file(session, segment, family))
+            send_chunk(session, self.asked.to, segment, self.fragments, last, in_file(session, segment, family))
         } else {
             self.send_part(session, segment, family)
         };
@@ -124,8 +125,14 @@ impl LongRead {
         }
         session.counts.read_bytes.add(segment.length());
         self.rest = ByteRange::between(segment.end(), self.rest.end());
-        if self.rest.is_empty() && self.stream.take().is_some() {
-            session.end_of_frame(self.to);
+        if self.rest.is_empty() {
+            match self.stream.take() {
+                Some(stream) => {
+                    drop(stream);
+                    session.end_of_frame(self.asked);
+                }
+                None => session.ledger.note_one(&self.asked, None),
+            }
         }
         Step::Sent
     }
@@ -133,7 +140,7 @@ impl LongRead {
     /// Sends a part of the one frame that the reply is, and its header before the first.
     fn send_part(&mut self, session: &Session, segment: ByteRange, family: Family) -> bool {
         let mode = session.rules.mode;
-        let (to, whole) = (self.to, self.rest);
+        let (to, whole) = (self.asked.to, self.rest);
         let begin = self.stream.is_none();
         let Some(stream) = self.stream.take().or_else(|| session.outbox.try_stream()) else { return false };
         // An error may come behind the data, so the data is not called the last of the reply.
@@ -213,7 +220,7 @@ pub(super) fn send_chunk(
 /// What becomes of a read that has to wait after all.
 pub(super) async fn finish(session: Rc<Session>, read: LongRead) {
     match read.stream {
-        Some(stream) => session.stream_rest(stream, read.to, read.rest).await,
-        None => session.read(read.to, read.rest, read.fragments).await,
+        Some(stream) => session.stream_rest(stream, read.asked, read.rest).await,
+        None => session.read(read.asked, read.rest, read.fragments).await,
     }
 }

@@ -12,6 +12,8 @@
 //! | `buffers` | memory for both directions, shared by the connections of a worker |
 //! | `spin` | waiting for the next request awake |
 //! | `clients` | who is connected, and what each has done |
+//! | `figures` | what the clients of each export have asked for, and how long it took |
+//! | `answered` | what a connection has answered, on its way there |
 //! | `steering` | what can be done to clients from outside: switch, tell, close, send away |
 //! | `orders` | how that reaches a connection |
 //! | `notices` | what mirrors are told |
@@ -23,6 +25,7 @@
 //! future of that connection. A slow reader stalls itself only: the connection stops taking requests while replies
 //! pile up.
 
+mod answered;
 mod buffers;
 mod clients;
 mod connection;
@@ -154,6 +157,7 @@ impl Acceptor {
         loop {
             match listener.accept().await {
                 Ok(socket) => {
+                    self.shared.steering.figures.connections().note_accepted();
                     // After accepting: an idle listener must not keep a place that another one's client could have.
                     if self.slots.available_permits() == 0 {
                         let limit = self.shared.settings.max_connections;

@@ -10,10 +10,12 @@ use std::cell::{Cell, RefCell};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, Stream, StreamExt};
 
+use super::answered::{Asked, Ledger};
 use super::clients::{Client, Counts};
 use super::directory::Offered;
 use super::notices::Ears;
@@ -63,6 +65,8 @@ pub(super) struct Session {
     /// As others see this connection.
     pub(super) client: Arc<Client>,
     pub(super) counts: Arc<Counts>,
+    /// What has been answered and not sent.
+    pub(super) ledger: Ledger,
 }
 
 /// Bytes that a request holds, from its start until it is done or dropped.
@@ -95,10 +99,10 @@ pub(super) fn cost(command: &Command, contexts: usize) -> usize {
 }
 
 /// Does one request that is neither a write nor a disconnect, and sends its reply.
-pub(super) async fn perform(session: Rc<Session>, to: ReplyTo, command: Command) {
+pub(super) async fn perform(session: Rc<Session>, asked: Asked, command: Command) {
     let result = match command {
-        Command::Read(range, fragments) => return session.read(to, range, fragments).await,
-        Command::BlockStatus(range, extents) => return session.block_status(to, range, extents, false).await,
+        Command::Read(range, fragments) => return session.read(asked, range, fragments).await,
+        Command::BlockStatus(range, extents) => return session.block_status(asked, range, extents, false).await,
         Command::Flush => session.seat.ask(async |at| at.export.flush().await).await,
         Command::Trim(range, durability) => session.seat.ask(async |at| at.export.trim(range, durability).await).await,
         Command::WriteZeroes(range, mode, durability) => {
@@ -107,7 +111,7 @@ pub(super) async fn perform(session: Rc<Session>, to: ReplyTo, command: Command)
         Command::Cache(range) => session.seat.ask(async |at| at.export.cache(range).await).await,
         Command::Write(..) | Command::Disconnect => return,
     };
-    session.finish(to, result);
+    session.finish(asked, result);
 }
 
 impl Session {
@@ -116,10 +120,16 @@ impl Session {
     }
 
     /// Sends the reply to anything but a read.
-    pub(super) fn finish(&self, to: ReplyTo, result: Result<()>) {
+    pub(super) fn finish(&self, asked: Asked, result: Result<()>) {
         if let Err(error) = result {
-            return self.fail(to, &error, None);
+            return self.fail(asked, &error, None);
         }
+        self.put_done(asked.to);
+        self.ledger.note_one(&asked, None);
+    }
+
+    /// Puts a reply that says that it is done, and nothing else.
+    pub(super) fn put_done(&self, to: ReplyTo) {
         let put = |output: &mut BytesMut| reply::put_done(output, self.mode(), to);
         let appended = self.outbox.append(|tail| {
             put(tail);
@@ -133,14 +143,15 @@ impl Session {
     }
 
     /// Sends an error.
-    pub(super) fn fail(&self, to: ReplyTo, error: &Error, at: Option<u64>) {
-        tracing::debug!(errno = errno::name(error.kind()), offset = to.offset, error = %error.chain(), "request failed");
+    pub(super) fn fail(&self, asked: Asked, error: &Error, at: Option<u64>) {
+        tracing::debug!(errno = errno::name(error.kind()), offset = asked.to.offset, error = %error.chain(), "request failed");
         self.counts.errors.add(1);
+        self.ledger.note_one(&asked, Some(error.kind()));
         // Kernel and qemu turn "shutting down" into an error of the guest's disk; whatever is going down, it is not
         // this connection.
         let kind = if error.kind() == ErrorKind::Shutdown { ErrorKind::Io } else { error.kind() };
         let mut frame = Frame::default();
-        reply::put_error(frame.header(), self.mode(), to, kind, &error.to_string(), at);
+        reply::put_error(frame.header(), self.mode(), asked.to, kind, &error.to_string(), at);
         self.outbox.send(frame);
     }
 
@@ -149,95 +160,100 @@ impl Session {
         self.seat.ask(async |at| at.export.read(range).await).await
     }
 
-    pub(super) async fn read(&self, to: ReplyTo, range: ByteRange, fragments: Fragments) {
+    pub(super) async fn read(&self, asked: Asked, range: ByteRange, fragments: Fragments) {
         if range.is_empty() {
             let mut frame = Frame::default();
-            reply::put_read_done(frame.header(), self.mode(), to);
+            reply::put_read_done(frame.header(), self.mode(), asked.to);
             self.outbox.send(frame);
+            self.ledger.note_one(&asked, None);
         } else if self.mode().has_chunks() && fragments == Fragments::Allowed {
-            self.read_in_chunks(to, range).await;
+            self.read_in_chunks(asked, range).await;
         } else if range.length() <= WHOLE {
             match self.pieces(range).await {
-                Ok(pieces) => self.send_whole(to, range, pieces),
-                Err(error) => self.fail(to, &error, None),
+                Ok(pieces) => self.send_whole(asked, range, pieces),
+                Err(error) => self.fail(asked, &error, None),
             }
         } else {
-            self.stream_whole(to, range).await;
+            self.stream_whole(asked, range).await;
         }
     }
 
-    async fn read_in_chunks(&self, to: ReplyTo, range: ByteRange) {
+    async fn read_in_chunks(&self, asked: Asked, range: ByteRange) {
         let segments = stream::iter(range.pieces(SEGMENT));
         let mut reads = segments.map(async |part| (part, self.pieces(part).await)).buffered(WINDOW);
         while let Some((part, result)) = reads.next().await {
             let pieces = match result {
                 Ok(pieces) => pieces,
                 // Dropping the other segments gives up their answers only.
-                Err(error) => return self.fail(to, &error, Some(part.start())),
+                Err(error) => return self.fail(asked, &error, Some(part.start())),
             };
             self.outbox.room().await;
             let mut at = part.start();
             for piece in pieces {
                 let end = at + piece.length();
                 let last = if end == range.end() { Last::Yes } else { Last::No };
-                self.send_chunk(to, at, piece, last);
+                self.send_chunk(asked, at, piece, last);
                 at = end;
             }
         }
     }
 
-    fn send_chunk(&self, to: ReplyTo, at: u64, piece: Piece, last: Last) {
+    fn send_chunk(&self, asked: Asked, at: u64, piece: Piece, last: Last) {
         let mut frame = Frame::default();
         let length = piece.length();
         self.counts.read_bytes.add(length);
         match piece {
             Piece::Data(data) => {
-                reply::put_data_header(frame.header(), self.mode(), to, at, length, last);
+                reply::put_data_header(frame.header(), self.mode(), asked.to, at, length, last);
                 frame.data(data);
             }
             Piece::Hole(_) => {
                 let length = u32::try_from(length).expect("a segment is far shorter than 4 GiB");
-                reply::put_hole(frame.header(), self.mode(), to, at, length, last);
+                reply::put_hole(frame.header(), self.mode(), asked.to, at, length, last);
             }
         }
         self.outbox.send(frame);
+        if last == Last::Yes {
+            self.ledger.note_one(&asked, None);
+        }
     }
 
-    fn send_whole(&self, to: ReplyTo, range: ByteRange, pieces: Vec<Piece>) {
+    fn send_whole(&self, asked: Asked, range: ByteRange, pieces: Vec<Piece>) {
         self.counts.read_bytes.add(range.length());
         let mut frame = Frame::default();
-        reply::put_data_header(frame.header(), self.mode(), to, range.start(), range.length(), Last::Yes);
+        reply::put_data_header(frame.header(), self.mode(), asked.to, range.start(), range.length(), Last::Yes);
         pieces.into_iter().flat_map(spelled_out).for_each(|data| frame.data(data));
         self.outbox.send(frame);
+        self.ledger.note_one(&asked, None);
     }
 
-    async fn stream_whole(&self, to: ReplyTo, range: ByteRange) {
+    async fn stream_whole(&self, asked: Asked, range: ByteRange) {
         let segments = stream::iter(range.pieces(SEGMENT));
         let reads = segments.map(async |part| (part, self.pieces(part).await)).buffered(WINDOW);
         let mut reads = pin!(reads);
         // An error in the first segment, which is where most are found, can still be told.
         let first = match reads.next().await {
             Some((_, Ok(pieces))) => pieces,
-            Some((_, Err(error))) => return self.fail(to, &error, None),
+            Some((_, Err(error))) => return self.fail(asked, &error, None),
             None => return,
         };
         let stream = self.outbox.stream().await;
         // With chunks, an error may come behind the data, so the data is not called the last of the reply.
         let mut header = BytesMut::with_capacity(reply::MAX_DATA_HEADER);
-        reply::put_data_header(&mut header, self.mode(), to, range.start(), range.length(), Last::No);
+        reply::put_data_header(&mut header, self.mode(), asked.to, range.start(), range.length(), Last::No);
         stream.send(header.freeze()).await;
         for data in first.into_iter().flat_map(spelled_out) {
             stream.send(data).await;
         }
-        self.stream_reads(stream, to, range.end(), reads).await;
+        self.stream_reads(stream, asked, range.end(), reads).await;
         self.counts.read_bytes.add(range.length());
     }
 
     /// Streams `range`, the rest of a frame of which a part has been sent, and ends the reply.
-    pub(super) async fn stream_rest(&self, stream: Streaming, to: ReplyTo, range: ByteRange) {
+    pub(super) async fn stream_rest(&self, stream: Streaming, asked: Asked, range: ByteRange) {
         let segments = stream::iter(range.pieces(SEGMENT));
         let reads = segments.map(async |part| (part, self.pieces(part).await)).buffered(WINDOW);
-        self.stream_reads(stream, to, range.end(), pin!(reads)).await;
+        self.stream_reads(stream, asked, range.end(), pin!(reads)).await;
         self.counts.read_bytes.add(range.length());
     }
 
@@ -245,7 +261,7 @@ impl Session {
     async fn stream_reads(
         &self,
         stream: Streaming,
-        to: ReplyTo,
+        asked: Asked,
         end: u64,
         mut reads: impl Stream<Item = (ByteRange, Result<Vec<Piece>>)> + Unpin,
     ) {
@@ -265,25 +281,26 @@ impl Session {
                         stream.send(data).await;
                     }
                     drop(stream);
-                    return self.fail(to, &error, Some(part.start()));
+                    return self.fail(asked, &error, Some(part.start()));
                 }
             }
         }
         drop(stream);
-        self.end_of_frame(to);
+        self.end_of_frame(asked);
     }
 
     /// Ends a reply whose data was one frame, which did not say that it was the last.
-    pub(super) fn end_of_frame(&self, to: ReplyTo) {
+    pub(super) fn end_of_frame(&self, asked: Asked) {
+        self.ledger.note_one(&asked, None);
         if self.mode().has_chunks() {
             let mut frame = Frame::default();
-            reply::put_read_done(frame.header(), self.mode(), to);
+            reply::put_read_done(frame.header(), self.mode(), asked.to);
             self.outbox.send(frame);
         }
     }
 
     /// Sends the status of `range` in all selected contexts. `is_news` is that of notices.
-    pub(super) async fn block_status(&self, to: ReplyTo, range: ByteRange, extents: Extents, is_news: bool) {
+    pub(super) async fn block_status(&self, asked: Asked, range: ByteRange, extents: Extents, is_news: bool) {
         let limit = if extents == Extents::One { 1 } else { EXTENTS };
         let mut frame = Frame::default();
         for (index, (id, context)) in self.contexts.iter().enumerate() {
@@ -293,16 +310,17 @@ impl Session {
             };
             let mut found = match found {
                 Ok(found) => found,
-                Err(error) => return self.fail(to, &error, None),
+                Err(error) => return self.fail(asked, &error, None),
             };
             if self.mode() != ReplyMode::Extended {
                 cut_to_32_bits(&mut found);
             }
             let last = if index + 1 == self.contexts.len() { Last::Yes } else { Last::No };
-            reply::put_block_status(frame.header(), self.mode(), to, *id, &found, last);
+            reply::put_block_status(frame.header(), self.mode(), asked.to, *id, &found, last);
         }
         self.outbox.room().await;
         self.outbox.send(frame);
+        self.ledger.note_one(&asked, None);
     }
 
     async fn extents(&self, range: ByteRange, context: Context, limit: usize) -> Result<Vec<Extent>> {
@@ -340,7 +358,7 @@ fn cut_to_32_bits(extents: &mut Vec<Extent>) {
 #[derive(Debug)]
 pub(super) struct WriteJob {
     session: Rc<Session>,
-    to: ReplyTo,
+    asked: Cell<Asked>,
     durability: Durability,
     /// Segments under way, and one for the payload that is still to come.
     pending: Cell<usize>,
@@ -348,10 +366,10 @@ pub(super) struct WriteJob {
 }
 
 impl WriteJob {
-    pub(super) fn new(session: &Rc<Session>, to: ReplyTo, durability: Durability) -> Rc<Self> {
+    pub(super) fn new(session: &Rc<Session>, asked: Asked, durability: Durability) -> Rc<Self> {
         Rc::new(Self {
             session: Rc::clone(session),
-            to,
+            asked: Cell::new(asked),
             durability,
             pending: Cell::new(1),
             failure: RefCell::new(None),
@@ -379,11 +397,17 @@ impl WriteJob {
         self.pending.set(self.pending.get() + 1);
     }
 
+    /// Notes that all of the payload had arrived at `time`.
+    pub(super) fn arrived(&self, time: Instant) {
+        self.asked.set(Asked { began: Some(time), ..self.asked.get() });
+        self.one_done();
+    }
+
     /// Notes that a segment, or the payload, is done.
-    pub(super) fn one_done(&self) {
+    fn one_done(&self) {
         self.pending.set(self.pending.get() - 1);
         if self.pending.get() == 0 {
-            self.session.finish(self.to, self.failure.take().map_or(Ok(()), Err));
+            self.session.finish(self.asked.get(), self.failure.take().map_or(Ok(()), Err));
         }
     }
 }

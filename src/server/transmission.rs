@@ -19,7 +19,9 @@ use thiserror::Error;
 
 use self::payload::Payload;
 use self::steered::{Steer, Steered};
+use super::answered::{Arrivals, Asked};
 use super::buffers;
+use super::figures::Operation;
 use super::limits::{ConnectionBudget, REQUESTS};
 use super::long_reads::{self, LongReads, SHORT, Step, is_long};
 use super::outbox::HIGH_WATER;
@@ -128,6 +130,7 @@ pub(super) struct Transmission<D> {
     session: Rc<Session>,
     budget: ConnectionBudget,
     input: BytesMut,
+    arrivals: Arrivals,
     payload: Option<Payload>,
     work: FuturesUnordered<Work>,
     long_reads: LongReads,
@@ -155,6 +158,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             session,
             budget,
             input,
+            arrivals: Arrivals::new(clock::now()),
             payload: None,
             work: FuturesUnordered::new(),
             long_reads: LongReads::default(),
@@ -294,14 +298,19 @@ impl<D: Future<Output = ()>> Transmission<D> {
                 if self.input.is_empty() && segment.missing() >= STRAIGHT =>
             {
                 let missing = segment.missing();
-                self.stream.try_read_buf(&mut (&mut segment.bytes).limit(missing))
+                let received = self.stream.try_read_buf(&mut (&mut segment.bytes).limit(missing));
+                self.arrivals.note(0, usize::MAX, clock::now());
+                received
             }
             _ => {
                 buffers::lend(&mut self.input);
                 if self.input.capacity() - self.input.len() < INPUT {
                     self.input.reserve(INPUT);
                 }
-                self.stream.try_read_buf(&mut (&mut self.input).limit(INPUT))
+                let before = self.input.len();
+                let received = self.stream.try_read_buf(&mut (&mut self.input).limit(INPUT));
+                self.arrivals.note(before, self.input.len() - before, clock::now());
+                received
             }
         };
         match received {
@@ -321,6 +330,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
         match self.stream.receive_queued(&mut bytes) {
             Ok(0) => Ok(Phase::Closing(self.steered.end())),
             Ok(received) => {
+                self.arrivals.note(self.input.len(), received, clock::now());
                 self.input.extend_from_slice(&bytes[..received]);
                 Ok(Phase::Draining { queued: queued - received })
             }
@@ -340,6 +350,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
 
     /// Sends as much as the socket takes.
     fn flush(&self) -> Result<(), End> {
+        self.session.ledger.publish();
         if let Some(place) = self.session.outbox.flush(&self.stream)? {
             self.work.push(Box::pin(thaw(Rc::clone(&self.session), place)));
         }
@@ -434,7 +445,6 @@ impl<D: Future<Output = ()>> Transmission<D> {
 
     /// Starts the request whose header is at the front of the input. `false`: it must wait its turn.
     fn take_request(&mut self, header: &Header) -> Result<bool, End> {
-        let to = ReplyTo { cookie: header.cookie, offset: header.offset };
         let checked = request::check(header, &self.session.rules)?;
         if let Checked::Accepted(command) = &checked {
             let used = self.used();
@@ -442,28 +452,46 @@ impl<D: Future<Output = ()>> Transmission<D> {
                 return Ok(false);
             }
         }
+        let asked = self.asked(header, &checked);
         self.input.advance(header_length(self.session.rules.mode));
         self.session.counts.requests.add(1);
         match checked {
             Checked::Refused { kind, message, payload } => {
-                self.payload = Some(Payload::Skip { left: payload, to, kind, message });
+                self.payload = Some(Payload::Skip { left: payload, asked, kind, message });
             }
             Checked::Accepted(Command::Disconnect) => self.phase = Phase::Closing(End::Disconnected),
-            Checked::Accepted(Command::Write(range, durability)) => self.take_write(to, range, durability),
-            Checked::Accepted(Command::Read(range, fragments)) if self.read_at_once(to, range, fragments) => {}
+            Checked::Accepted(Command::Write(range, durability)) => self.take_write(asked, range, durability),
+            Checked::Accepted(Command::Read(range, fragments)) if self.read_at_once(asked, range, fragments) => {}
             Checked::Accepted(Command::BlockStatus(range, extents)) if self.session.has_notice => {
-                self.hold_notice(to, range, extents);
+                self.hold_notice(asked, range, extents);
             }
             Checked::Accepted(command) => {
                 let cost = cost(&command, self.session.contexts.len());
-                self.start(cost, perform(Rc::clone(&self.session), to, command));
+                self.start(cost, perform(Rc::clone(&self.session), asked, command));
             }
         }
         Ok(true)
     }
 
+    /// The request whose header is at the front of the input, for whoever answers it.
+    fn asked(&self, header: &Header, checked: &Checked) -> Asked {
+        let bytes = match checked {
+            Checked::Accepted(Command::BlockStatus(..)) | Checked::Refused { .. } => 0,
+            Checked::Accepted(_) => header.length,
+        };
+        let payload =
+            if matches!(checked, Checked::Accepted(Command::Write(..))) { to_usize(header.length) } else { 0 };
+        let behind = self.input.len().saturating_sub(header_length(self.session.rules.mode) + payload);
+        Asked {
+            to: ReplyTo { cookie: header.cookie, offset: header.offset },
+            operation: Operation::of(header.command),
+            bytes,
+            began: Some(self.arrivals.of(behind)),
+        }
+    }
+
     /// Answers a read without waiting, if that is possible, or has it answered in segments.
-    fn read_at_once(&mut self, to: ReplyTo, range: ByteRange, fragments: Fragments) -> bool {
+    fn read_at_once(&mut self, asked: Asked, range: ByteRange, fragments: Fragments) -> bool {
         let (session, family) = (&*self.session, self.stream.family());
         if range.is_empty() {
             return false;
@@ -473,18 +501,19 @@ impl<D: Future<Output = ()>> Transmission<D> {
             let first = ByteRange::between(range.start(), range.end().min(range.start() + PROBED));
             let is_here = session.seat.with(|export| export.is_in_file(first));
             if is_here {
-                self.long_reads.push(to, range, fragments);
+                self.long_reads.push(asked, range, fragments);
             }
-            return is_here || (range.length() <= SHORT && self.read_inline(to, range, fragments));
+            return is_here || (range.length() <= SHORT && self.read_inline(asked, range, fragments));
         }
-        self.read_inline(to, range, fragments)
+        self.read_inline(asked, range, fragments)
     }
 
-    fn read_inline(&self, to: ReplyTo, range: ByteRange, fragments: Fragments) -> bool {
+    fn read_inline(&self, asked: Asked, range: ByteRange, fragments: Fragments) -> bool {
         // With a copy: many short replies leave in one send.
-        let answered = long_reads::send_chunk(&self.session, to, range, fragments, Last::Yes, None);
+        let answered = long_reads::send_chunk(&self.session, asked.to, range, fragments, Last::Yes, None);
         if answered {
             self.session.counts.read_bytes.add(range.length());
+            self.session.ledger.note_one(&asked, None);
         }
         answered
     }

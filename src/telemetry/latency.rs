@@ -272,7 +272,7 @@ mod tests {
         }
 
         #[test]
-        fn figures_are_those_of_a_sorted_list(mut times in prop::collection::vec(times(), 1..200), part in 0.0..=1.0) {
+        fn figures_are_those_of_a_sorted_list(mut times in prop::collection::vec(times(), 1..200), part in 0.0..=1.0_f64) {
             let spread = recorded(&times);
             times.sort_unstable();
             prop_assert_eq!(spread.count(), times.len() as u64);

@@ -8,10 +8,13 @@ pub mod latency;
 use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Registry, reload};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,12 +30,29 @@ pub enum LogFormat {
 pub fn start_logging(level: LevelFilter, format: Option<LogFormat>) {
     let terminal = io::stderr().is_terminal();
     let format = format.unwrap_or(if terminal { LogFormat::Text } else { LogFormat::Json });
-    let builder = tracing_subscriber::fmt().with_max_level(level).with_writer(io::stderr).with_target(false);
-    // A second subscriber is refused, which is what the contract says.
-    let _ = match format {
-        LogFormat::Text => builder.with_ansi(terminal).compact().try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
+    let (filter, handle) = reload::Layer::new(level);
+    let layer = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_target(false);
+    let layer = match format {
+        LogFormat::Text => layer.with_ansi(terminal).compact().boxed(),
+        LogFormat::Json => layer.json().flatten_event(true).with_current_span(false).boxed(),
     };
+    // A second subscriber is refused, which is what the contract says.
+    if tracing_subscriber::registry().with(filter).with(layer).try_init().is_ok() {
+        LOG_LEVEL.get_or_init(|| handle);
+    }
+}
+
+/// That of the process, which has one log.
+static LOG_LEVEL: OnceLock<reload::Handle<LevelFilter, Registry>> = OnceLock::new();
+
+/// How much is logged; `None`: this process has no log.
+pub fn log_level() -> Option<LevelFilter> {
+    LOG_LEVEL.get()?.clone_current()
+}
+
+/// Logs so much from now on. Gives whether there is a log.
+pub fn set_log_level(level: LevelFilter) -> bool {
+    LOG_LEVEL.get().is_some_and(|handle| handle.reload(level).is_ok())
 }
 
 /// A number that only grows. Any thread may add; readers see some recent value.

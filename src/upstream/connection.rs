@@ -45,7 +45,13 @@ const TURN: usize = 512 << 10;
 struct Job {
     request: Request,
     data: Bytes,
+    waiting: Waiting,
+}
+
+/// Who waits for an answer.
+struct Waiting {
     reply: oneshot::Sender<Result<Answer, RequestError>>,
+    since: Instant,
 }
 
 /// A way to send requests over one connection, from any worker.
@@ -139,7 +145,8 @@ impl Handle {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
         let _counted = InFlightGuard(&self.in_flight);
         let (reply, answer) = oneshot::channel();
-        self.jobs.send(Job { request, data, reply }).await.ok()?;
+        let waiting = Waiting { reply, since: clock::now() };
+        self.jobs.send(Job { request, data, waiting }).await.ok()?;
         answer.await.ok()
     }
 }
@@ -206,7 +213,7 @@ struct Driver {
     queue: mpsc::Receiver<Job>,
     /// Bytes that have come over, for the handles.
     received: Arc<AtomicU64>,
-    in_flight: InFlight<oneshot::Sender<Result<Answer, RequestError>>>,
+    in_flight: InFlight<Waiting>,
     input: BytesMut,
     output: Output,
     stall: Stall,
@@ -349,10 +356,10 @@ impl Driver {
             self.stall.progress();
         }
         // Whoever asked may have gone meanwhile.
-        if job.reply.is_closed() {
+        if job.waiting.reply.is_closed() {
             return;
         }
-        self.in_flight.submit(job.request, job.reply, &mut self.output.tail);
+        self.in_flight.submit(job.request, job.waiting, &mut self.output.tail);
         self.output.push(job.data);
     }
 
@@ -399,8 +406,9 @@ impl Driver {
         }
     }
 
-    fn complete(&self, completion: Completion<oneshot::Sender<Result<Answer, RequestError>>>) {
-        let Completion { tag, result } = completion;
+    fn complete(&self, completion: Completion<Waiting>) {
+        let Completion { tag: Waiting { reply, since }, result } = completion;
+        let took = clock::now().saturating_duration_since(since);
         let result = result.map(|answer| self.translate(answer));
         let received = match &result {
             Ok(Answer::Data { bytes, holes }) => {
@@ -411,9 +419,10 @@ impl Driver {
         for stats in &self.stats {
             stats.requests.add(1);
             stats.received_bytes.add(received);
+            stats.latencies.record(took, 1);
         }
         // Whoever asked may have gone meanwhile.
-        let _ = tag.send(result);
+        let _ = reply.send(result);
     }
 
     /// Replaces the context ids of this connection by positions that hold for all.

@@ -52,6 +52,7 @@ use crate::nbd::wire::{CommandFlags, MAX_PAYLOAD_BYTES, command};
 use crate::nbd::{BlockSizes, Extent, Uri};
 use crate::ranges::ByteRange;
 use crate::telemetry::Counter;
+use crate::telemetry::latency::{Latencies, Spread};
 use crate::units::{to_u64, to_usize};
 use common::Common;
 pub use common::{Place, Role};
@@ -102,6 +103,12 @@ pub struct ServerStatus {
     pub received_bytes: u64,
     /// Requests answered.
     pub requests: u64,
+    /// Requests that wait for an answer.
+    pub in_flight: usize,
+    /// Requests that it was asked after they had failed, there or elsewhere.
+    pub retries: u64,
+    /// From a request to its answer.
+    pub latency: Spread,
     /// Reads that it answered with other bytes than those of the image.
     pub wrong_replies: u64,
     /// For how much longer it is used only if no other server can be, because it sent wrong bytes repeatedly.
@@ -119,8 +126,10 @@ pub struct Stats {
     pub requests: Counter,
     /// Connections opened.
     pub connections: Counter,
-    /// Requests that were tried again.
+    /// Requests that were tried again; of one server: that it was asked after they had failed, there or elsewhere.
     pub retries: Counter,
+    /// From when a request was handed to a connection until its answer was there.
+    pub latencies: Latencies,
     /// Reads that one server answered with other bytes than those of the image.
     pub wrong_replies: Counter,
 }
@@ -343,8 +352,13 @@ impl Remote {
             if now >= deadline {
                 return Err(self.gave_up(tries.last));
             }
-            self.common.stats.retries.add(1);
+            self.note_retry(self.pool().current_server());
         }
+    }
+
+    /// Counts a request that `server` is asked again.
+    fn note_retry(&self, server: &Server) {
+        [&self.common.stats, &server.stats].into_iter().for_each(|stats| stats.retries.add(1));
     }
 
     fn gave_up(&self, last: Option<String>) -> Error {

@@ -162,7 +162,12 @@ impl Pool {
     }
 
     pub(super) fn current(&self) -> Uri {
-        self.uri(self.state().current).clone()
+        self.current_server().uri.clone()
+    }
+
+    pub(super) fn current_server(&self) -> &Server {
+        let current = self.state().current;
+        &self.servers[current]
     }
 
     pub(super) fn is_reachable(&self) -> bool {
@@ -206,13 +211,19 @@ impl Pool {
 
     /// How each server is doing, in the order of the list.
     pub(super) fn status(&self) -> Vec<ServerStatus> {
+        fn handles(state: &State, server: usize) -> impl Iterator<Item = &Handle> {
+            state.handles.iter().filter(move |handle| handle.server == server)
+        }
         let state = self.state();
         let status = |(number, server): (usize, &Arc<Server>)| ServerStatus {
             uri: server.uri.clone(),
             is_current: number == state.current,
-            connections: state.handles.iter().filter(|handle| handle.server == number && handle.is_alive()).count(),
+            connections: handles(&state, number).filter(|handle| handle.is_alive()).count(),
             received_bytes: server.stats.received_bytes.value(),
             requests: server.stats.requests.value(),
+            in_flight: handles(&state, number).map(Handle::in_flight).sum(),
+            retries: server.stats.retries.value(),
+            latency: server.stats.latencies.spread(),
             wrong_replies: server.stats.wrong_replies.value(),
             set_aside_for: server.aside(),
             last_error: server.last_error(),

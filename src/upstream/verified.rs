@@ -139,7 +139,7 @@ impl Remote {
             if pause > deadline || timeout_at(deadline, sleep_until(pause)).await.is_err() {
                 return Err(no_right_bytes(ErrorKind::Unavailable, range, &round, last));
             }
-            self.common.stats.retries.add(1);
+            self.note_retry(&round.pool.servers[server]);
             match Self::read_at(&round.pool, server, range, deadline).await {
                 Ok(pieces) if check(&pieces) => return Ok(pieces),
                 Ok(_) => round.lied(server, range),

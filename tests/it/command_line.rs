@@ -48,7 +48,7 @@ fn a_command_line_without_sense_ends_with_2_and_a_failure_with_1() {
         &["index", "x", "--chunk-size", "3K"],
         &["index", "x", "--rate", "0"],
         &["info", "http://h/x"],
-        &["serve", "x", "--admin", "0.0.0.0:9"],
+        &["serve", "x", "--admin", "server2:9"],
         &["serve", "x", "--admin", "nowhere"],
         &["status", "--at", "nowhere"],
         &["pin", "x", "--range", "2G..1G"],

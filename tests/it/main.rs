@@ -22,6 +22,7 @@
 //! | `attach` | `headwater attach`, `redirect --device`, `detach`, in a virtual machine |
 //! | `qmp` | disks of real qemu, moved by its monitor |
 //! | `admin` | the admin API and the commands that use it |
+//! | `api` | the admin API as it is described: who may ask, settings, OpenAPI, generated requests |
 //! | `prefetch` | `headwater prefetch`, and what becomes of its orders |
 //! | `cast_orders` | `headwater cast`: what is refused, what mirrors are told, the order behind each session |
 //! | `redirect` | running clients moved to another server, and servers taken out of service |
@@ -45,6 +46,7 @@
 )]
 
 mod admin;
+mod api;
 mod attach;
 mod balance;
 mod bound;

@@ -3,6 +3,8 @@
 use anyhow::{Context, bail, ensure};
 
 use super::args::{Shape, Target};
+use crate::cli::args::TokenFile;
+use crate::cli::running::clients;
 use crate::control::Client;
 use crate::control::status::{ImageStatus, Kind, Status};
 use crate::nbd::Uri;
@@ -19,11 +21,16 @@ pub(super) struct Member {
 }
 
 /// Looks at all mirrors, and says who asks whom. Nothing is ordered unless all can take part.
-pub(super) async fn plan(image: &str, targets: &[Target], shape: Shape) -> anyhow::Result<Vec<Member>> {
+pub(super) async fn plan(
+    image: &str,
+    targets: &[Target],
+    shape: Shape,
+    token: &TokenFile,
+) -> anyhow::Result<Vec<Member>> {
+    let clients = clients(targets.iter().map(|target| target.address.clone()).collect(), token)?;
     let mut identity = None;
     let (mut members, mut uris): (Vec<Member>, Vec<Uri>) = (Vec::new(), Vec::new());
-    for (index, target) in targets.iter().enumerate() {
-        let client = Client::new(target.address.clone());
+    for ((index, target), client) in targets.iter().enumerate().zip(clients) {
         let (_, status) = client.status().await?;
         let at = format!("the mirror at {}", target.address);
         ensure!(targets[..index].iter().all(|other| other.address != target.address), "{at} is named twice");

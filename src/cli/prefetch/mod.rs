@@ -102,6 +102,7 @@ async fn prefetch(orders: Vec<Prefetch>, whole: &Prefetch) -> anyhow::Result<Exi
     for mut order in orders {
         order.wait |= whole.wait;
         order.server.at = order.server.at.or_else(|| whole.server.at.clone());
+        order.server.token.file = order.server.token.file.or_else(|| whole.server.token.file.clone());
         wanted.extend(resolve(order).await?);
     }
     let is_one = wanted.len() == 1 && whole.from.is_none() && whole.to.is_empty();
@@ -169,7 +170,7 @@ async fn resolve(order: Prefetch) -> anyhow::Result<Vec<Wanted>> {
         let ranges = ranges(&order.range, found.size)?;
         return Ok(vec![Wanted { client, image, order: PrefetchOrder { ranges, ..spec }, wait }]);
     }
-    let members = deploy::plan(&image, &order.to, order.shape).await?;
+    let members = deploy::plan(&image, &order.to, order.shape, &order.server.token).await?;
     let mut wanted = Vec::new();
     for member in members {
         let ranges = ranges(&order.range, member.size)?;

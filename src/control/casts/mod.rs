@@ -140,6 +140,14 @@ impl Casts {
         all
     }
 
+    /// What came of all casts so far.
+    pub(super) fn totals(&self) -> table::Totals {
+        let table = self.lock();
+        let mut totals = table.ended_totals();
+        table.all_running().for_each(|(id, running)| totals.add(&running.status(id)));
+        totals
+    }
+
     /// One of them.
     pub fn get(&self, id: u64) -> Option<CastStatus> {
         let table = self.lock();

@@ -1,11 +1,12 @@
 //! What is said of casts over the admin API, as types that the server writes and the command line reads.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::control::status::Range;
 
 /// `POST /v1/images/NAME/cast`. Of `ranges`, `profile` and `all` at most one; none of them means all.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CastOrder {
     /// Where to: `GROUP:PORT`; `null` for one that is made of the identity of the image.
@@ -43,7 +44,7 @@ pub struct CastOrder {
 }
 
 /// The answer to it.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct CastTaken {
     /// The number of the cast.
@@ -63,14 +64,14 @@ pub struct CastTaken {
 }
 
 /// `GET /v1/casts`: those at work and the last that ended, oldest first.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct CastList {
     /// Each of them.
     pub casts: Vec<CastStatus>,
 }
 
 /// `GET /v1/casts/N`: one cast.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct CastStatus {
     /// Its number.
@@ -130,7 +131,7 @@ impl CastStatus {
 }
 
 /// How far a cast is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum CastState {
     /// It waits for receivers.
@@ -163,7 +164,7 @@ impl CastState {
 }
 
 /// One receiver of a cast.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct ReceiverStatus {
     /// The name of the mirror's cache.
@@ -181,7 +182,7 @@ pub struct ReceiverStatus {
 }
 
 /// What a receiver is about.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ReceiverState {
     /// It takes part.
@@ -211,7 +212,7 @@ impl ReceiverState {
 }
 
 /// A group that a mirror hears.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct ReceptionStatus {
     /// The group.
@@ -233,7 +234,7 @@ pub struct ReceptionStatus {
 }
 
 /// A session that a mirror has heard.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct HeardStatus {
     /// The session.

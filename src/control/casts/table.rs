@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use super::order::CastStatus;
+use super::order::{CastState, CastStatus};
 use crate::control::Refusal;
 use crate::net::multicast::Group;
 
@@ -20,6 +20,33 @@ pub(super) struct Table<R> {
     count: u64,
     at_work: BTreeMap<u64, Row<R>>,
     ended: BTreeMap<u64, CastStatus>,
+    /// Of those that have ended and are not remembered.
+    forgotten: Totals,
+}
+
+/// What came of casts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(in crate::control) struct Totals {
+    /// Casts that came to their ends.
+    pub(in crate::control) done: u64,
+    /// Casts that could not go on.
+    pub(in crate::control) failed: u64,
+    /// Casts that were called off.
+    pub(in crate::control) cancelled: u64,
+    /// Bytes sent.
+    pub(in crate::control) sent_bytes: u64,
+}
+
+impl Totals {
+    pub(super) fn add(&mut self, cast: &CastStatus) {
+        match cast.state {
+            CastState::Waiting | CastState::Sending | CastState::Ending => {}
+            CastState::Done => self.done += 1,
+            CastState::Failed => self.failed += 1,
+            CastState::Cancelled => self.cancelled += 1,
+        }
+        self.sent_bytes += cast.sent_bytes;
+    }
 }
 
 #[derive(Debug)]
@@ -32,7 +59,7 @@ struct Row<R> {
 
 impl<R> Default for Table<R> {
     fn default() -> Self {
-        Self { count: 0, at_work: BTreeMap::new(), ended: BTreeMap::new() }
+        Self { count: 0, at_work: BTreeMap::new(), ended: BTreeMap::new(), forgotten: Totals::default() }
     }
 }
 
@@ -73,8 +100,10 @@ impl<R> Table<R> {
     pub(super) fn end(&mut self, id: u64, last: CastStatus) -> Option<R> {
         let row = self.at_work.remove(&id)?;
         self.ended.insert(id, last);
-        while self.ended.len() > REMEMBERED {
-            self.ended.pop_first();
+        while self.ended.len() > REMEMBERED
+            && let Some((_, oldest)) = self.ended.pop_first()
+        {
+            self.forgotten.add(&oldest);
         }
         row.running
     }
@@ -87,6 +116,13 @@ impl<R> Table<R> {
     /// Those that have begun and not ended, oldest first.
     pub(super) fn all_running(&self) -> impl Iterator<Item = (u64, &R)> {
         self.at_work.iter().filter_map(|(id, row)| Some((*id, row.running.as_ref()?)))
+    }
+
+    /// What came of all that have ended.
+    pub(super) fn ended_totals(&self) -> Totals {
+        let mut totals = self.forgotten;
+        self.ended.values().for_each(|cast| totals.add(cast));
+        totals
     }
 
     /// How one ended.

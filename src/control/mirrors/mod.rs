@@ -288,10 +288,9 @@ impl Mirrors {
         profiles: &Arc<Store>,
         is_newest: bool,
     ) -> Arc<Filled> {
-        let fill::Settings { mode, readahead, rates } = self.0.plan.fill;
+        let fill::Settings { mode, readahead, .. } = self.0.plan.fill;
         let is_ahead = mode != fill::Mode::None;
         let filling = Filling {
-            rate: rates.image,
             readahead: if is_ahead { readahead } else { 0 },
             profiles: is_ahead,
             background: mode == fill::Mode::Background,

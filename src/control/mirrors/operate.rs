@@ -4,15 +4,19 @@ use std::sync::Arc;
 
 use super::{Generation, Mirrors};
 use crate::control::casts::Words;
+use crate::control::figures::{MirrorFigures, UpstreamFigures};
+use crate::control::settings::Settings;
 use crate::control::status::{
     CacheStatus, CauseStatus, ImageStatus, Kind, LinkStatus, MirrorStatus, OrderStatus, PinReport, PrefetchOrder,
     PrefetchReport, ReceptionStatus, Role, UpstreamStatus, VerifyOrder,
 };
 use crate::control::{Answer, Jobs, Operated, Outcome, Refusal, RunningJob};
+use crate::fill::engine::Rates;
 use crate::fill::profile::Store;
 use crate::mirror::{Cause, Mirror, PinError, Pinned, Scrub, Share, Tally};
 use crate::ranges::ByteRange;
 use crate::telemetry::Counter;
+use crate::units::to_u64;
 use crate::upstream::ServerStatus;
 
 impl Generation {
@@ -56,6 +60,30 @@ impl Generation {
     }
 }
 
+impl Generation {
+    /// Looks at counters only.
+    fn figures(&self, image: String) -> MirrorFigures {
+        let stats = self.mirror.stats();
+        let fill = Cause::ALL.into_iter().map(|cause| (cause.name(), tally(self.mirror.tally(cause))));
+        MirrorFigures {
+            image,
+            node: self.mirror.node().to_string(),
+            hits: stats.hits.value(),
+            misses: stats.misses.value(),
+            joins: stats.joins.value(),
+            hit_bytes: stats.hit_bytes.value(),
+            miss_bytes: stats.miss_bytes.value(),
+            evicted_chunks: stats.evicted_chunks.value(),
+            damaged_chunks: stats.damaged_chunks.value(),
+            wrong_replies: stats.wrong_replies.value(),
+            unstored_chunks: stats.unstored_chunks.value(),
+            deduplicated_bytes: stats.deduplicated_bytes.value(),
+            fill: fill.collect(),
+            upstreams: self.remote.servers().into_iter().map(upstream_figures).collect(),
+        }
+    }
+}
+
 fn tally(tally: &Tally) -> CauseStatus {
     let [used_bytes, unused_bytes, late_bytes, brought_bytes] =
         [&tally.used_bytes, &tally.unused_bytes, &tally.late_bytes, &tally.brought_bytes].map(Counter::value);
@@ -63,14 +91,35 @@ fn tally(tally: &Tally) -> CauseStatus {
     CauseStatus { brought_bytes, used_bytes, unused_bytes, unread_bytes, late_bytes }
 }
 
+/// Whether the last attempt to use it succeeded, if there was one.
+fn is_reachable(server: &ServerStatus) -> Option<bool> {
+    match (server.connections, &server.last_error) {
+        (0, None) => None,
+        (connections, _) => Some(connections > 0),
+    }
+}
+
+fn upstream_figures(server: ServerStatus) -> UpstreamFigures {
+    UpstreamFigures {
+        uri: server.uri.to_string(),
+        is_current: server.is_current,
+        is_reachable: is_reachable(&server),
+        connections: to_u64(server.connections),
+        in_flight: to_u64(server.in_flight),
+        received_bytes: server.received_bytes,
+        requests: server.requests,
+        retries: server.retries,
+        wrong_replies: server.wrong_replies,
+        is_set_aside: server.set_aside_for.is_some(),
+        latency: server.latency,
+    }
+}
+
 fn upstream(server: ServerStatus) -> UpstreamStatus {
     UpstreamStatus {
         uri: server.uri.to_string(),
         current: server.is_current,
-        reachable: match (server.connections, &server.last_error) {
-            (0, None) => None,
-            (connections, _) => Some(connections > 0),
-        },
+        reachable: is_reachable(&server),
         received_bytes: server.received_bytes,
         requests: server.requests,
         wrong_replies: server.wrong_replies,
@@ -158,6 +207,14 @@ impl Operated for Mirrors {
         images
     }
 
+    fn figures(&self) -> Vec<MirrorFigures> {
+        let generations = self.generations().clone();
+        let figures = |generation: &Arc<Generation>| generation.figures(self.operated_name(generation));
+        let mut figures: Vec<_> = generations.iter().map(figures).collect();
+        figures.sort_by(|one, other| one.image.cmp(&other.image));
+        figures
+    }
+
     fn cache(&self) -> Option<CacheStatus> {
         let (space, usage) = (&self.0.space, self.0.space.usage());
         let (settings, stats) = (space.settings(), space.stats());
@@ -224,6 +281,32 @@ impl Operated for Mirrors {
 
     fn words(&self) -> Words {
         self.0.receptions.words().clone()
+    }
+
+    fn settings(&self) -> Settings {
+        let (rates, space) = (self.0.engine.rates(), self.0.space.settings());
+        Settings {
+            fill_rate: Some(rates.server),
+            image_fill_rate: Some(rates.image),
+            cache_size: Some(space.limit),
+            reserve: Some(space.reserve),
+            ..Settings::default()
+        }
+    }
+
+    fn change_settings(&self, order: &Settings) -> Result<(), Refusal> {
+        let (rates, space) = (self.0.engine.rates(), self.0.space.settings());
+        if order.cache_size.is_some() || order.reserve.is_some() {
+            let resized =
+                self.0.space.resize(order.cache_size.unwrap_or(space.limit), order.reserve.unwrap_or(space.reserve));
+            resized.map_err(|error| Refusal::Conflict(error.to_string()))?;
+        }
+        // From here on nothing is refused.
+        self.0.engine.set_rates(Rates {
+            server: order.fill_rate.unwrap_or(rates.server),
+            image: order.image_fill_rate.unwrap_or(rates.image),
+        });
+        Ok(())
     }
 
     fn cancel_order(&self, id: u64) -> Answer<'_, Option<OrderStatus>> {

@@ -134,16 +134,13 @@ impl Redirects {
             let drained = self.drained();
             (drained.all, drained.exports.clone(), drained.orders.clone())
         };
-        let is_drained = |export: &str| {
-            let is_of = |name: &String| {
-                export.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('@'))
-            };
-            all || exports.iter().any(is_of)
-        };
-        let clients = self.clients().list().into_iter().filter(|client| is_drained(&client.export));
-        let clients = clients.map(|client| client.id).collect();
-        let orders = if all || !exports.is_empty() { orders } else { Vec::new() };
-        DrainStatus { all, exports: exports.into_iter().collect(), clients, orders }
+        let mut status = DrainStatus { all, exports: exports.into_iter().collect(), ..DrainStatus::default() };
+        let clients = self.clients().list().into_iter().filter(|client| status.covers(&client.export));
+        status.clients = clients.map(|client| client.id).collect();
+        if status.is_draining() {
+            status.orders = orders;
+        }
+        status
     }
 
     fn drained(&self) -> MutexGuard<'_, Drained> {

@@ -103,6 +103,11 @@ impl Redirects {
         this
     }
 
+    /// What clients can connect to.
+    pub fn registry(&self) -> &Registry {
+        &self.0.registry
+    }
+
     /// Who is connected.
     pub fn clients(&self) -> &ClientTable {
         &self.0.steering.clients
@@ -111,6 +116,11 @@ impl Redirects {
     /// The orders that are active and the last that ended, oldest first.
     pub fn list(&self) -> Vec<RedirectStatus> {
         self.0.table.list().iter().map(|order| order.status()).collect()
+    }
+
+    /// What came of all orders so far.
+    pub(super) fn totals(&self) -> table::Totals {
+        self.0.table.totals()
     }
 
     /// One of them.

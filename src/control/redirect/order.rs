@@ -5,11 +5,12 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::units::to_u64;
 
 /// `POST /v1/exports/NAME/redirect`. Of `clients`, `fraction` and `count` at most one; none of them means all.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RedirectOrder {
     /// Where to: URIs of servers that hold the same image. The next is used when one fails.
@@ -29,7 +30,7 @@ pub struct RedirectOrder {
 }
 
 /// The answer to it.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct RedirectTaken {
     /// The number of the order.
@@ -41,7 +42,7 @@ pub struct RedirectTaken {
 }
 
 /// How clients are moved.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Way {
     /// The best that each has: mirrors are told, everybody else is relayed.
@@ -80,7 +81,7 @@ impl fmt::Display for Way {
 }
 
 /// Whether an order is at work.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RedirectState {
     /// It is at work.
@@ -95,7 +96,7 @@ pub enum RedirectState {
 }
 
 /// What came of one client.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ClientState {
     /// Its turn has not come.
@@ -133,7 +134,7 @@ impl ClientState {
 }
 
 /// One client of an order. All connections of a mirror are one.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct ClientReport {
     /// Its number; for a mirror, that of its oldest connection.
@@ -161,7 +162,7 @@ pub struct ClientReport {
 }
 
 /// How many clients of an order are in each state.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Counts {
     /// All.
@@ -191,6 +192,18 @@ impl Counts {
         counts
     }
 
+    /// Adds others.
+    pub(super) fn add(&mut self, other: &Self) {
+        let Self { total, waiting, moving, moved, stayed, left, failed } = other;
+        self.total += total;
+        self.waiting += waiting;
+        self.moving += moving;
+        self.moved += moved;
+        self.stayed += stayed;
+        self.left += left;
+        self.failed += failed;
+    }
+
     fn place(&mut self, state: ClientState) -> &mut u64 {
         match state {
             ClientState::Waiting => &mut self.waiting,
@@ -204,7 +217,7 @@ impl Counts {
 }
 
 /// `GET /v1/redirects/N`: one order.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct RedirectStatus {
     /// Its number.
@@ -243,14 +256,14 @@ impl RedirectStatus {
 }
 
 /// `GET /v1/redirects`: the active ones and the last that ended, oldest first.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct RedirectList {
     /// Each of them.
     pub redirects: Vec<RedirectStatus>,
 }
 
 /// `POST /v1/drain` and `POST /v1/exports/NAME/drain`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DrainOrder {
     /// Where mirrors go. Without the name of an export, each export's own is taken.
@@ -262,7 +275,7 @@ pub struct DrainOrder {
 }
 
 /// `GET /v1/drain`: what is out of service, and who is still there.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct DrainStatus {
     /// Whether newcomers to any export are sent away.
@@ -276,6 +289,14 @@ pub struct DrainStatus {
 }
 
 impl DrainStatus {
+    /// Whether newcomers to the export of this full name are sent away.
+    pub fn covers(&self, export: &str) -> bool {
+        let is_of = |name: &String| {
+            export.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('@'))
+        };
+        self.all || self.exports.iter().any(is_of)
+    }
+
     /// Whether anything is out of service.
     pub fn is_draining(&self) -> bool {
         self.all || !self.exports.is_empty()

@@ -1,55 +1,56 @@
 //! Requests to move clients, and to take a server out of service.
-//!
-//! | request | body | answer |
-//! | --- | --- | --- |
-//! | `POST /v1/exports/NAME/redirect` | [`RedirectOrder`] | [`RedirectTaken`] |
-//! | `GET /v1/redirects` | | [`RedirectList`] |
-//! | `GET /v1/redirects/ID`, `DELETE /v1/redirects/ID` | | [`RedirectStatus`] |
-//! | `POST /v1/drain`, `POST /v1/exports/NAME/drain` | [`DrainOrder`] | [`DrainStatus`] |
-//! | `DELETE` of both | | the same |
-//! | `GET /v1/drain` | | the same |
 
 use std::sync::Arc;
 
+use axum::Json;
 use axum::body::Body;
-use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
-use axum::routing::{get, post};
-use axum::{Json, Router};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::order::{DrainOrder, DrainStatus, RedirectList, RedirectOrder, RedirectStatus, RedirectTaken};
-use crate::control::api::{Answered, Api, Name, Problem, Shared, image_name, read_order};
+use crate::control::api::{Answered, Api, Id, Name, OfId, OfName, Problem, Shared, image_name, named, read_order};
+use crate::control::status::Complaint;
 
-/// The routes.
-pub(in crate::control) fn router() -> Router<Arc<Api>> {
-    let drain_export = || post(drain_export).delete(undrain_export);
-    Router::new()
-        .route("/v1/exports/{name}/redirect", post(redirect))
-        .route("/v1/exports//redirect", post(redirect))
-        .route("/v1/redirects", get(list))
-        .route("/v1/redirects/{id}", get(one).delete(cancel))
-        .route("/v1/drain", get(drain_status).post(drain).delete(undrain))
-        .route("/v1/exports/{name}/drain", drain_export())
-        .route("/v1/exports//drain", drain_export())
+pub(in crate::control) fn routes() -> OpenApiRouter<Arc<Api>> {
+    let router = OpenApiRouter::new()
+        .routes(routes!(redirects))
+        .routes(routes!(redirect_status, cancel_redirect))
+        .routes(routes!(drain_status, drain, undrain));
+    [routes!(redirect), routes!(drain_export, undrain_export)].into_iter().fold(router, named)
 }
 
-type Id = Result<Path<u64>, PathRejection>;
-
+/// Move clients of an export to another server.
+///
+/// The other server is asked first whether it holds the same. The answer has the number of an order, which goes on by
+/// itself. `headwater redirect`.
+#[utoipa::path(post, path = "/v1/exports/{name}/redirect", tag = "redirects", params(OfName), request_body = RedirectOrder,
+    responses((status = 200, body = RedirectTaken), (status = 409, description = "Not as things are", body = Complaint)))]
 async fn redirect(State(api): Shared, name: Name, body: Body) -> Answered<RedirectTaken> {
     let order: RedirectOrder = read_order(body).await?;
     Ok(Json(api.redirects().redirect(image_name(name)?, order).await?))
 }
 
-async fn list(State(api): Shared) -> Answered<RedirectList> {
-    Ok(Json(RedirectList { redirects: api.redirects().list() }))
+/// The orders to move clients: the active ones and the last that ended, oldest first.
+#[utoipa::path(get, path = "/v1/redirects", tag = "redirects", responses((status = 200, body = RedirectList)))]
+async fn redirects(State(api): Shared) -> Json<RedirectList> {
+    Json(RedirectList { redirects: api.redirects().list() })
 }
 
-async fn one(State(api): Shared, id: Id) -> Answered<RedirectStatus> {
+/// How far an order to move clients has come.
+#[utoipa::path(get, path = "/v1/redirects/{id}", tag = "redirects", params(OfId),
+    responses((status = 200, body = RedirectStatus)))]
+async fn redirect_status(State(api): Shared, id: Id) -> Answered<RedirectStatus> {
     api.redirects().get(id?.0).map(Json).ok_or_else(no_such_order)
 }
 
-async fn cancel(State(api): Shared, id: Id) -> Answered<RedirectStatus> {
+/// Call an order to move clients off.
+///
+/// Clients that were moved stay where they are, the others are left alone.
+#[utoipa::path(delete, path = "/v1/redirects/{id}", tag = "redirects", params(OfId),
+    responses((status = 200, body = RedirectStatus)))]
+async fn cancel_redirect(State(api): Shared, id: Id) -> Answered<RedirectStatus> {
     api.redirects().cancel(id?.0).await.map(Json).ok_or_else(no_such_order)
 }
 
@@ -57,24 +58,41 @@ fn no_such_order() -> Problem {
     Problem::new(StatusCode::NOT_FOUND, "there is no such order to redirect, or it ended long ago")
 }
 
-async fn drain_status(State(api): Shared) -> Answered<DrainStatus> {
-    Ok(Json(api.redirects().drain_status()))
+/// What is out of service, and who is still there.
+#[utoipa::path(get, path = "/v1/drain", tag = "redirects", responses((status = 200, body = DrainStatus)))]
+async fn drain_status(State(api): Shared) -> Json<DrainStatus> {
+    Json(api.redirects().drain_status())
 }
 
+/// Take the whole server out of service.
+///
+/// Newcomers are sent away, and whoever can be moved is. A server that is started again takes clients again.
+/// `headwater drain`.
+#[utoipa::path(post, path = "/v1/drain", tag = "redirects", request_body = DrainOrder,
+    responses((status = 200, body = DrainStatus), (status = 409, description = "Not as things are", body = Complaint)))]
 async fn drain(State(api): Shared, body: Body) -> Answered<DrainStatus> {
     let order: DrainOrder = read_order(body).await?;
     Ok(Json(api.redirects().drain(None, order).await?))
 }
 
+/// Let newcomers in again.
+#[utoipa::path(delete, path = "/v1/drain", tag = "redirects",
+    responses((status = 200, body = DrainStatus), (status = 409, description = "Not as things are", body = Complaint)))]
 async fn undrain(State(api): Shared) -> Answered<DrainStatus> {
     Ok(Json(api.redirects().undrain(None).await?))
 }
 
+/// Take one export out of service.
+#[utoipa::path(post, path = "/v1/exports/{name}/drain", tag = "redirects", params(OfName), request_body = DrainOrder,
+    responses((status = 200, body = DrainStatus), (status = 409, description = "Not as things are", body = Complaint)))]
 async fn drain_export(State(api): Shared, name: Name, body: Body) -> Answered<DrainStatus> {
     let order: DrainOrder = read_order(body).await?;
     Ok(Json(api.redirects().drain(Some(image_name(name)?), order).await?))
 }
 
+/// Let newcomers to one export in again.
+#[utoipa::path(delete, path = "/v1/exports/{name}/drain", tag = "redirects", params(OfName),
+    responses((status = 200, body = DrainStatus), (status = 409, description = "Not as things are", body = Complaint)))]
 async fn undrain_export(State(api): Shared, name: Name) -> Answered<DrainStatus> {
     Ok(Json(api.redirects().undrain(Some(&image_name(name)?)).await?))
 }

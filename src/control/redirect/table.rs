@@ -118,6 +118,15 @@ impl Order {
         status
     }
 
+    /// What came of it so far.
+    fn outcome(&self) -> (RedirectState, Counts) {
+        let inner = self.lock();
+        let counts = Counts::of(inner.rows.iter().map(|row| &row.report));
+        let state = if inner.is_ending { RedirectState::Active } else { inner.status.state };
+        // Of one that was read from the file, not all clients need be known.
+        (state, if counts.total >= inner.status.counts.total { counts } else { inner.status.counts })
+    }
+
     pub(super) fn is_active(&self) -> bool {
         self.lock().status.state == RedirectState::Active
     }
@@ -190,6 +199,35 @@ pub(super) struct Table {
 struct Orders {
     last: u64,
     all: BTreeMap<u64, Arc<Order>>,
+    /// Of those that are not known any more.
+    forgotten: Totals,
+}
+
+/// What came of all orders so far, those included that were remembered from before the server started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(in crate::control) struct Totals {
+    /// Orders at work.
+    pub(in crate::control) active: u64,
+    /// Orders that came to their ends.
+    pub(in crate::control) done: u64,
+    /// Orders that could not go on.
+    pub(in crate::control) failed: u64,
+    /// Orders that were called off.
+    pub(in crate::control) cancelled: u64,
+    /// Clients of all of them.
+    pub(in crate::control) clients: Counts,
+}
+
+impl Totals {
+    fn add(&mut self, state: RedirectState, clients: &Counts) {
+        match state {
+            RedirectState::Active => self.active += 1,
+            RedirectState::Done => self.done += 1,
+            RedirectState::Failed => self.failed += 1,
+            RedirectState::Cancelled => self.cancelled += 1,
+        }
+        self.clients.add(clients);
+    }
 }
 
 impl Table {
@@ -208,7 +246,8 @@ impl Table {
             let rows = rows.map(|report| Row { report, followed: Vec::new() }).collect();
             (status.order, Arc::new(Order::new(status.order, status, rows)))
         };
-        let orders = Orders { last: kept.last, all: kept.orders.into_iter().map(read).collect() };
+        let all = kept.orders.into_iter().map(read).collect();
+        let orders = Orders { last: kept.last, all, forgotten: Totals::default() };
         Self { orders: Mutex::new(orders), file: Arc::new(tokio::sync::Mutex::new(file)), changed: Notify::new() }
     }
 
@@ -239,6 +278,17 @@ impl Table {
     /// All that are known, oldest first.
     pub(super) fn list(&self) -> Vec<Arc<Order>> {
         self.lock().all.values().cloned().collect()
+    }
+
+    /// What came of all orders so far. Only those at work, and their clients, can become fewer.
+    pub(super) fn totals(&self) -> Totals {
+        let orders = self.lock();
+        let mut totals = orders.forgotten;
+        for order in orders.all.values() {
+            let (state, clients) = order.outcome();
+            totals.add(state, &clients);
+        }
+        totals
     }
 
     /// Ends an order, unless it has ended. It is told to have ended when that is written down, if it can be.
@@ -301,7 +351,10 @@ impl Orders {
     fn forget(&mut self) {
         let ended: Vec<_> = self.all.values().filter(|order| !order.is_active()).map(|order| order.id).collect();
         for id in ended.iter().take(ended.len().saturating_sub(MOST_ENDED)) {
-            self.all.remove(id);
+            if let Some(order) = self.all.remove(id) {
+                let (state, clients) = order.outcome();
+                self.forgotten.add(state, &clients);
+            }
         }
     }
 }
@@ -385,10 +438,14 @@ mod tests {
         let table = Table::open(None);
         let kept = table.add(spec(), Vec::new()).await.unwrap();
         for _ in 0..MOST_ENDED + 5 {
-            table.add(spec(), Vec::new()).await.unwrap().end(RedirectState::Done, None, wall());
+            let order = table.add(spec(), Vec::new()).await.unwrap();
+            order.end(RedirectState::Done, None, wall());
+            order.settle();
         }
         assert!(table.list().len() <= MOST_ENDED + 2);
         assert!(table.get(kept.id).is_some());
+        let ended = crate::units::to_u64(MOST_ENDED) + 5;
+        assert_eq!((table.totals().active, table.totals().done), (1, ended), "none is lost");
         for _ in 1..MOST_ACTIVE {
             table.add(spec(), Vec::new()).await.unwrap();
         }

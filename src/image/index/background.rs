@@ -75,7 +75,7 @@ fn index(image: &Seal, format: Format, settings: &Settings, cancel: &AtomicBool)
         tracing::info!(%path, %identity, "the image has a manifest");
         return;
     }
-    tracing::info!(%path, rate = settings.rate.map(ByteSize).map(tracing::field::debug), "indexing in the background");
+    tracing::info!(%path, rate = settings.rate.get().map(ByteSize).map(tracing::field::debug), "indexing in the background");
     match make(image.path(), format, settings, cancel, &|_| {}) {
         Ok(Made { read_bytes, .. }) => {
             tracing::info!(%path, read_bytes, "indexed");

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
-use super::pace::Pace;
+use super::pace::{Pace, Rate};
 use super::reader::{Reader, reader_of};
 use super::walk::{Failure, Walk};
 use super::{IndexError, changes, open};
@@ -162,7 +162,7 @@ impl Check {
         let read_error = |source| CheckError::Read { path: path.to_owned(), source };
         self.written.check().map_err(|source| CheckError::Unfit { path: path.to_owned(), source })?;
         let shape = self.header().shape;
-        let walk = Walk::new(shape.image_size, 0, Pace::new(rate, is_cancelled));
+        let walk = Walk::new(shape.image_size, 0, Pace::new(Rate::new(rate), is_cancelled));
         let result = walk.run(
             if self.image.is_raw { threads } else { 1 },
             || reader_of(&self.image, &self.file, shape.chunk_size),

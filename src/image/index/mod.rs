@@ -41,6 +41,7 @@ use crate::ranges::ByteRange;
 pub use background::{Background, run_aside};
 pub use check::{Check, CheckError, Checked, Damage, Damaged};
 use pace::Pace;
+pub use pace::Rate;
 use part::Part;
 pub use part::part_path;
 use reader::{Reader, reader_of};
@@ -59,8 +60,8 @@ pub struct Settings {
     pub chunk_size: u32,
     /// Threads that read and hash, at most [`MAX_THREADS`]; what is not raw is read by one. One per core by default.
     pub threads: usize,
-    /// Bytes per second to read at most. By default as many as there are to be had.
-    pub rate: Option<u64>,
+    /// How fast to read at most. By default as fast as it goes.
+    pub rate: Rate,
     /// How much work a crash may cost.
     pub checkpoint: Duration,
 }
@@ -68,7 +69,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
-        Self { chunk_size: DEFAULT_CHUNK_SIZE, threads, rate: None, checkpoint: Duration::from_secs(5) }
+        Self { chunk_size: DEFAULT_CHUNK_SIZE, threads, rate: Rate::default(), checkpoint: Duration::from_secs(5) }
     }
 }
 
@@ -186,7 +187,7 @@ pub fn make(
     let job = Job::new(part, shape, settings.checkpoint, progress);
     let resumed_bytes = job.done_bytes.load(Ordering::Relaxed);
     let is_cancelled = || cancel.load(Ordering::Relaxed);
-    let walk = Walk::new(shape.image_size, job.low(), Pace::new(settings.rate, &is_cancelled));
+    let walk = Walk::new(shape.image_size, job.low(), Pace::new(settings.rate.clone(), &is_cancelled));
     let result = walk.run(
         if image.is_raw { settings.threads } else { 1 },
         || reader_of(&image, &file, shape.chunk_size),

@@ -332,7 +332,7 @@ fn the_background_gives_every_image_its_identity_and_stops_when_told() {
     let again = second.image();
     let seals = vec![one.seal.unwrap(), two.seal.unwrap(), again.seal.unwrap()];
     // 64 MiB in 64 hours.
-    let slow = Settings { rate: Some(300), ..settings(65_536, 1) };
+    let slow = Settings { rate: Rate::new(Some(300)), ..settings(65_536, 1) };
     let background = Background::start(seals.clone(), Format::Raw, slow).unwrap();
     let began = clock::now();
     while !part_path(&first.path()).exists() && first.id().is_none() {
@@ -341,7 +341,7 @@ fn the_background_gives_every_image_its_identity_and_stops_when_told() {
     }
     background.stop();
     assert_eq!(two.export.facts().identity, None);
-    let fast = Settings { rate: Some(1 << 40), ..settings(65_536, 1) };
+    let fast = Settings { rate: Rate::new(Some(1 << 40)), ..settings(65_536, 1) };
     let background = Background::start(seals, Format::Raw, fast).unwrap();
     while again.export.facts().identity.is_none() {
         assert!(clock::now() - began < Duration::from_secs(60));

@@ -15,6 +15,8 @@ use crate::export::TryWrite;
 use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::{self, Checked, Command, Durability, header_length};
 use crate::ranges::ByteRange;
+use crate::server::answered::Asked;
+use crate::server::figures::Answers;
 use crate::server::requests::{Held, Session, WriteJob, refusal};
 use crate::units::{to_u64, to_usize};
 
@@ -29,7 +31,7 @@ const WRITE_SEGMENT: u64 = 1 << 20;
 #[derive(Debug)]
 pub(super) enum Payload {
     /// It is of no use; then the request is answered with the error.
-    Skip { left: u64, to: ReplyTo, kind: ErrorKind, message: &'static str },
+    Skip { left: u64, asked: Asked, kind: ErrorKind, message: &'static str },
     /// It is to be written.
     Write { job: Rc<WriteJob>, rest: ByteRange, segment: Option<Segment> },
 }
@@ -48,12 +50,19 @@ impl Segment {
     }
 }
 
-/// Answers writes that have been made, once they are durable.
-async fn flush_run(session: Rc<Session>, answers: Vec<ReplyTo>) {
-    let result = session.seat.now().export.flush().await;
-    for to in answers {
-        session.finish(to, result.clone());
+/// Answers writes that have been made, of so many bytes together, once they are durable.
+async fn flush_run(session: Rc<Session>, answers: Vec<ReplyTo>, first: Asked, bytes: u64) {
+    match session.seat.now().export.flush().await {
+        Ok(()) => answer_run(&session, &answers, first, bytes),
+        Err(error) => answers.into_iter().for_each(|to| session.fail(Asked { to, ..first }, &error, None)),
     }
+}
+
+/// Answers writes that arrived together with `first`, which is one of them.
+fn answer_run(session: &Session, answers: &[ReplyTo], first: Asked, bytes: u64) {
+    answers.iter().for_each(|to| session.put_done(*to));
+    let requests = to_u64(answers.len());
+    session.ledger.note(Answers { operation: first.operation, requests, bytes, error: None }, first.began);
 }
 
 fn try_write(session: &Session, offset: u64, parts: &[IoSlice<'_>]) -> TryWrite {
@@ -79,22 +88,22 @@ fn whole_pages(rest: ByteRange, here: usize) -> ByteRange {
 }
 
 impl<D: Future<Output = ()>> Transmission<D> {
-    pub(super) fn take_write(&mut self, to: ReplyTo, rest: ByteRange, durability: Durability) {
-        if self.write_run(to, rest, durability) {
+    pub(super) fn take_write(&mut self, asked: Asked, rest: ByteRange, durability: Durability) {
+        if self.write_run(asked, rest, durability) {
             return;
         }
-        let job = WriteJob::new(&self.session, to, durability);
+        let job = WriteJob::new(&self.session, asked, durability);
         self.payload = Some(Payload::Write { job, rest, segment: None });
     }
 
     /// Makes a write whose payload is here, if that needs no waiting, together with those that follow it both in the
     /// input and in the image.
-    fn write_run(&mut self, to: ReplyTo, range: ByteRange, durability: Durability) -> bool {
+    fn write_run(&mut self, first: Asked, range: ByteRange, durability: Durability) -> bool {
         let session = &*self.session;
         let header = header_length(session.rules.mode);
         let mut slices = [IoSlice::new(&[]); RUN];
-        let mut answers = [to; RUN];
-        let (mut count, mut next, mut used) = (0, Some((to, range)), 0);
+        let mut answers = [first.to; RUN];
+        let (mut count, mut next, mut used) = (0, Some((first.to, range)), 0);
         let mut end = range.start();
         while count < RUN
             && let Some((to, part)) = next
@@ -111,13 +120,14 @@ impl<D: Future<Output = ()>> Transmission<D> {
         // The header of the first is gone already, and there is none behind the last.
         self.input.advance(used - header);
         session.counts.requests.add(to_u64(count - 1));
-        session.counts.written_bytes.add(end - range.start());
+        let bytes = end - range.start();
+        session.counts.written_bytes.add(bytes);
         match durability {
-            Durability::Volatile => answers[..count].iter().for_each(|to| session.finish(*to, Ok(()))),
+            Durability::Volatile => answer_run(session, &answers[..count], first, bytes),
             // One flush for all that wait for one, of whatever client, costs less than many durable writes.
             Durability::Stable => {
                 let (session, answers) = (Rc::clone(&self.session), answers[..count].to_vec());
-                self.start(0, flush_run(session, answers));
+                self.start(0, flush_run(session, answers, first, bytes));
             }
         }
         true
@@ -126,14 +136,14 @@ impl<D: Future<Output = ()>> Transmission<D> {
     /// Takes payload from the input. `false`: it needs more input, or must wait.
     pub(super) fn take_payload(&mut self) -> bool {
         match self.payload.take() {
-            Some(Payload::Skip { left, to, kind, message }) => {
+            Some(Payload::Skip { left, asked, kind, message }) => {
                 let skipped = left.min(to_u64(self.input.len()));
                 self.input.advance(to_usize(skipped));
                 if left > skipped {
-                    self.payload = Some(Payload::Skip { left: left - skipped, to, kind, message });
+                    self.payload = Some(Payload::Skip { left: left - skipped, asked, kind, message });
                     return false;
                 }
-                self.session.fail(to, &refusal(kind, message), None);
+                self.session.fail(asked, &refusal(kind, message), None);
                 true
             }
             Some(Payload::Write { job, rest, segment }) => self.take_segment(job, rest, segment),
@@ -144,7 +154,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
     /// Fills one segment of a write and starts it.
     fn take_segment(&mut self, job: Rc<WriteJob>, rest: ByteRange, segment: Option<Segment>) -> bool {
         if rest.is_empty() {
-            job.one_done();
+            job.arrived(self.arrivals.of(self.input.len()));
             return true;
         }
         if segment.is_none() && job.durability() == Durability::Volatile {

@@ -12,9 +12,9 @@ use tokio::time::{Sleep, sleep};
 use super::{End, Event, Phase, Transmission};
 use crate::clock;
 use crate::error::{ErrorKind, Result};
-use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::{Command, Extents};
 use crate::ranges::ByteRange;
+use crate::server::answered::Asked;
 use crate::server::orders::{Order, SwitchError, SwitchOrder, Switched};
 use crate::server::requests::{Session, cost, refusal};
 use crate::units::to_u64;
@@ -47,7 +47,7 @@ struct Switching {
 
 /// A BLOCK_STATUS whose answer is held back.
 struct HeldNotice {
-    to: ReplyTo,
+    asked: Asked,
     range: ByteRange,
     extents: Extents,
     news: Pin<Box<dyn Future<Output = bool>>>,
@@ -204,21 +204,21 @@ impl<D: Future<Output = ()>> Transmission<D> {
     }
 
     /// Holds the answer to a BLOCK_STATUS back until there are news.
-    pub(super) fn hold_notice(&mut self, to: ReplyTo, range: ByteRange, extents: Extents) {
+    pub(super) fn hold_notice(&mut self, asked: Asked, range: ByteRange, extents: Extents) {
         if self.steered.notice.is_some() {
             let error = refusal(ErrorKind::Invalid, "one notice at a time");
-            return self.session.fail(to, &error, None);
+            return self.session.fail(asked, &error, None);
         }
         self.session.client.note_hearing();
         let news = Box::pin(self.session.ears.listen());
-        self.steered.notice = Some(HeldNotice { to, range, extents, news });
+        self.steered.notice = Some(HeldNotice { asked: asked.untimed(), range, extents, news });
     }
 
     fn answer_notice(&mut self, is_news: bool) {
-        if let Some(HeldNotice { to, range, extents, .. }) = self.steered.notice.take() {
+        if let Some(HeldNotice { asked, range, extents, .. }) = self.steered.notice.take() {
             let session = Rc::clone(&self.session);
             let cost = cost(&Command::BlockStatus(range, extents), session.contexts.len());
-            self.start(cost, async move { session.block_status(to, range, extents, is_news).await });
+            self.start(cost, async move { session.block_status(asked, range, extents, is_news).await });
         }
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::telemetry::latency::Spread;
 use crate::upstream::trust::Rules;
 
 const SIZE: usize = 100_000;
@@ -237,12 +238,19 @@ fn the_status_tells_servers_apart() {
             connections: 1,
             received_bytes: 4096,
             requests: 1,
+            in_flight: 0,
+            // The honest one was asked because the other had lied.
+            retries: u64::from(!is_current),
+            latency: Spread::default(),
             wrong_replies,
             set_aside_for: None,
             last_error: last_error.map(str::to_owned),
         };
         let lie = Some("it sent wrong bytes: 4096 at 0");
-        assert_eq!(remote.servers(), [expected(&liar, true, 1, lie), expected(&honest, false, 0, None)]);
+        let mut servers = remote.servers();
+        assert!(servers.iter().all(|server| server.latency.count() == server.requests));
+        servers.iter_mut().for_each(|server| server.latency = Spread::default());
+        assert_eq!(servers, [expected(&liar, true, 1, lie), expected(&honest, false, 0, None)]);
         assert_eq!(remote.stats().received_bytes.value(), 8192);
         for _ in 0..2 {
             read_right(&remote, 0, 4096).await.unwrap();

@@ -35,7 +35,7 @@ use clap::{Args, Parser, Subcommand};
 use load::children::Stop;
 
 use bed::{Bed, Link, Rate};
-use scenarios::{background, boot, cast, chain, cloud, forge, link, page, reads, redirect, vm};
+use scenarios::{background, balance, boot, cast, chain, cloud, forge, link, page, reads, redirect, vm};
 use table::Table;
 
 /// Measures mirrors over links that have a rate and a latency.
@@ -102,6 +102,8 @@ enum What {
     Cast(cast::Options),
     /// Cloud time against the number of images: deployment by unicast, chain and multicast, then many machines that read.
     Cloud(cloud::Options),
+    /// Clients moved until servers share their load; standbys brought in, and what becomes of the delay of reads.
+    Balance(balance::Options),
     /// A mirror in a group where another host says millions of wrong things.
     Forge(forge::Options),
     /// Pictures of the status page of a tree of three tiers under load.
@@ -147,6 +149,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         What::Chain(options) => chain::run(&lab, options)?,
         What::Cast(options) => cast::run(&lab, options)?,
         What::Cloud(options) => cloud::run(&lab, options)?,
+        What::Balance(options) => balance::run(&lab, options)?,
         What::Forge(options) => forge::run(&lab, options)?,
         What::Page(options) => return page::run(&lab, options),
         What::Record(options) => return machine::record(&lab, options),

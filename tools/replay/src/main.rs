@@ -74,6 +74,7 @@ struct Report {
 
 #[derive(Debug, Serialize)]
 struct Latency {
+    mean: f64,
     median: f64,
     p90: f64,
     p99: f64,
@@ -125,7 +126,7 @@ async fn replay(arguments: &Arguments) -> anyhow::Result<Report> {
         left_out: trace.others,
         compared: image.is_some(),
         seconds,
-        latency: Latency { median: at(0.5), p90: at(0.9), p99: at(0.99), maximum: at(1.0) },
+        latency: Latency { mean: latencies.mean() / 1e6, median: at(0.5), p90: at(0.9), p99: at(0.99), maximum: at(1.0) },
         stall: waits.total(),
     })
 }
@@ -237,7 +238,7 @@ fn compare(pieces: &[Piece], read: Read, image: &std::fs::File) -> anyhow::Resul
 impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let compared = if self.compared { ", all as in the image" } else { "" };
-        let Latency { median, p90, p99, maximum } = self.latency;
+        let Latency { mean, median, p90, p99, maximum } = self.latency;
         writeln!(
             f,
             "{} reads of {} ({} bytes) in {:.2} s{compared}; {} lines of the trace are no reads",
@@ -255,7 +256,8 @@ impl std::fmt::Display for Report {
         )?;
         write!(
             f,
-            "latency: median {:.2} ms, 90 % {:.2} ms, 99 % {:.2} ms, maximum {:.2} ms",
+            "latency: mean {:.2} ms, median {:.2} ms, 90 % {:.2} ms, 99 % {:.2} ms, maximum {:.2} ms",
+            ms(mean),
             ms(median),
             ms(p90),
             ms(p99),

@@ -1,6 +1,7 @@
 //! What is measured. Each file has one scenario, or two that are alike.
 
 pub(crate) mod background;
+pub(crate) mod balance;
 pub(crate) mod boot;
 pub(crate) mod cast;
 mod cast_reader;

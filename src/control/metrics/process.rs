@@ -48,7 +48,6 @@ fn boot_time(text: &str) -> Option<u64> {
 /// Adds what is to be said of this process. Blocks.
 pub(super) fn write(text: &mut Text) {
     let ticks = clock_ticks_per_second();
-    #[expect(clippy::cast_precision_loss, reason = "2^53 ticks are three million years")]
     let seconds = |count: u64| count as f64 / ticks as f64;
     let read = |path| fs::read_to_string(path).ok();
     if let Some(stat) = read("/proc/self/stat").and_then(|text| Stat::parse(&text)) {

@@ -151,7 +151,7 @@ fn chosen(screen: &[String]) -> Vec<&str> {
 /// As the program writes figures.
 fn bytes(rates: &Value) -> String {
     let sum = rates["read_bytes_per_second"].as_f64().unwrap() + rates["written_bytes_per_second"].as_f64().unwrap();
-    ByteSize(sum.round() as u64).to_string()
+    ByteSize(format!("{:.0}", sum.round()).parse().unwrap()).to_string()
 }
 
 fn number(value: &Value) -> String {

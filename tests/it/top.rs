@@ -340,6 +340,7 @@ fn a_server_that_is_lost_stays_on_the_screen_and_the_terminal_is_given_back_on_a
     terminal.press(&["x"]);
     first.signal("CONT");
     terminal.wait_for("1 of 2 servers answer");
+    terminal.tmux(&["resize-window", "-x", "120", "-y", "30"]);
     run(Command::new("kill").args(["-TERM", &terminal.pid()]));
     terminal.assert_given_back(0);
 }

@@ -151,7 +151,7 @@ fn chosen(screen: &[String]) -> Vec<&str> {
 /// As the program writes figures.
 fn bytes(rates: &Value) -> String {
     let sum = rates["read_bytes_per_second"].as_f64().unwrap() + rates["written_bytes_per_second"].as_f64().unwrap();
-    ByteSize(sum.round() as u64).to_string()
+    ByteSize(format!("{:.0}", sum.round()).parse().unwrap()).to_string()
 }
 
 fn number(value: &Value) -> String {
@@ -340,6 +340,7 @@ fn a_server_that_is_lost_stays_on_the_screen_and_the_terminal_is_given_back_on_a
     terminal.press(&["x"]);
     first.signal("CONT");
     terminal.wait_for("1 of 2 servers answer");
+    terminal.tmux(&["resize-window", "-x", "120", "-y", "30"]);
     run(Command::new("kill").args(["-TERM", &terminal.pid()]));
     terminal.assert_given_back(0);
 }

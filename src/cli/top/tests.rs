@@ -195,7 +195,7 @@ fn a_server_that_does_not_answer_stays_and_says_why() {
     press(&mut state, KeyCode::Char('2'));
     assert_eq!(names(&state), ["debian12"], "what it said before is not shown as if it were so now");
     let asked = seen("nbd://a:7", rates(1.0, 1.0));
-    let unasked = Seen { status: None, ..asked.clone() };
+    let unasked = Seen { status: None, ..asked };
     state.handle_answer(1, Answer::Seen(Box::new(unasked)));
     assert!(state.servers[1].seen().unwrap().status.is_some(), "a status is kept until the next one");
 }

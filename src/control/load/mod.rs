@@ -3,7 +3,7 @@
 //!
 //! | file | holds |
 //! | --- | --- |
-//! | this one | what is said, and [`Loads`]: one sample a second, for whoever asks |
+//! | this one | what is said; one sample a second, for whoever asks |
 //! | `sample` | all counters at one moment |
 //! | `series` | what follows from one sample after the other (pure) |
 //! | `routes` | requests |
@@ -16,9 +16,9 @@
 //!
 //! **Bounds.** 60 samples are kept whole, for rates, and 300 as four numbers for each export, for the history. 256 exports
 //! and 256 upstreams have rates of their own; what is beyond them counts in the total alone, until one of the 256 has done
-//! nothing for 5 minutes. In memory: 300 x 64 bytes for each export (5 MiB at most), 60 x 56 bytes for each client, and 60
-//! histograms of one second for each export and upstream: as much as M times the number of different latencies in it,
-//! nothing if it had no requests.
+//! nothing for 5 minutes. In memory: 300 x 64 bytes for each export (5 MiB at most), 60 x 56 bytes for each client, and for
+//! each export and upstream 60 histograms of one second, of some 25 bytes for each class of latencies that occurred in it:
+//! nothing for those that nobody uses, 50 to 100 KiB for a busy one, 650 KiB if all 448 classes occur in each second.
 
 mod routes;
 mod sample;

@@ -12,7 +12,7 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -34,6 +34,8 @@ mod chart;
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// Looks of a balancer that wait for us.
+const LOOKS: usize = 64;
 /// The servers of the first part.
 const SERVERS: u8 = 3;
 
@@ -137,15 +139,15 @@ impl Balancer {
         }
         let mut child = command.stdout(Stdio::piped()).spawn()?;
         let stdout = BufReader::new(child.stdout.take().context("it writes to us")?);
-        let (sender, lines) = channel();
-        std::thread::spawn(move || {
+        let (sender, lines) = sync_channel(LOOKS);
+        std::thread::Builder::new().spawn(move || {
             for line in stdout.lines().map_while(Result::ok) {
                 let Ok(look) = serde_json::from_str(&line) else { return };
                 if sender.send(look).is_err() {
                     return;
                 }
             }
-        });
+        })?;
         Ok(Self { child, lines })
     }
 

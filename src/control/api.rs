@@ -248,6 +248,10 @@ pub(super) async fn read_order<T: DeserializeOwned + Default>(body: Body) -> Res
     if bytes.is_empty() {
         return Ok(T::default());
     }
+    // The fields of an order in a list, without their names, would be understood too.
+    if bytes.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Problem::new(StatusCode::BAD_REQUEST, "an order is an object: {...}"));
+    }
     serde_json::from_slice(&bytes).map_err(|error| Problem::new(StatusCode::BAD_REQUEST, error.to_string()))
 }
 

@@ -261,6 +261,7 @@ fn what_makes_no_sense_is_refused_with_its_code_and_a_reason() {
         ("POST /v1/images/image/pin", "{\"ranges\": [{\"start\": 0, \"length\": 0}]}", 400, "empty"),
         ("POST /v1/images/image/pin", "{\"ranges\": [{\"start\": 1, \"length\": 18446744073709551615}]}", 400, "2^64"),
         ("POST /v1/images/image/pin", "{", 400, "EOF"),
+        ("POST /v1/images/image/pin", "[null]", 400, "object"),
         ("POST /v1/images/image/pin", &long, 413, "64 KiB"),
         ("POST /v1/images/image/verify", "{\"rate\": 0}", 400, "never end"),
         ("GET /v1/casts/1", "", 404, "no such cast"),

@@ -137,7 +137,10 @@ impl Pair {
 
     fn top(&self) -> Terminal {
         let sockets = self.sockets().map(|socket| socket.display().to_string());
-        Terminal::top(&self.scratch, &["--servers", &sockets.join(",")])
+        let terminal = Terminal::top(&self.scratch, &["--servers", &sockets.join(",")]);
+        // Keys that come before it has the terminal are a line for somebody else.
+        terminal.wait_for("2 of 2 servers answer");
+        terminal
     }
 }
 

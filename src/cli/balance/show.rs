@@ -54,7 +54,9 @@ impl Shown<'_> {
             Verdict::Waiting(0) => "a server has been running too short to have rates",
             Verdict::Waiting(_) => "out of tolerance: that may pass",
             Verdict::Settling => "waiting for rates of after the moves",
-            Verdict::Stuck => "out of tolerance, and no move is worth it now: clients are too large, rest, or may not go",
+            Verdict::Stuck => {
+                "out of tolerance, and no move is worth it now: clients are too large, rest, or may not go"
+            }
             Verdict::Move(moves) => {
                 let step = if self.is_dry { "would be moved".to_owned() } else { format!("step {}", self.step) };
                 text.push_str(&format!("{step}: {} clients\n{}", moves.len(), self.moves(moves)));

@@ -721,7 +721,8 @@ mod tests {
         let real = || image(Some("blake3-1"));
         let clients = [(json!({ "id": 3, "relayed_to": "nbd+unix:///image?socket=/run/b" }), 50.0)];
         let first = seen("a", real(), &clients, json!({}));
-        let second = Seen { is_standby: true, ..seen("b", real(), &[(json!({ "id": 8, "is_relay": true }), 50.0)], json!({})) };
+        let second =
+            Seen { is_standby: true, ..seen("b", real(), &[(json!({ "id": 8, "is_relay": true }), 50.0)], json!({})) };
         let fleet = Fleet::of(&[first, second], None);
         let tasks = fleet.tasks(Measure::Mix, 0.2, |_| false, |_| 1.0);
         assert_eq!((tasks.len(), &tasks[0].slots, &tasks[0].leaving), (1, &vec![0], &vec![0]));
@@ -735,7 +736,11 @@ mod tests {
             image
         };
         let fleet = Fleet::of(
-            &[seen("a", named("x"), &[], json!({})), seen("b", named("y"), &[], json!({})), seen("c", named("x"), &[], json!({}))],
+            &[
+                seen("a", named("x"), &[], json!({})),
+                seen("b", named("y"), &[], json!({})),
+                seen("c", named("x"), &[], json!({})),
+            ],
             None,
         );
         assert_eq!(fleet.groups(), [vec![1], vec![0, 2]]);

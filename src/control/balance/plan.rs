@@ -279,8 +279,7 @@ impl Search<'_> {
         if able.len() <= FEW {
             return able;
         }
-        let (above, below) =
-            (state.loads[from] - self.shares.fair[from], self.shares.fair[to] - state.loads[to]);
+        let (above, below) = (state.loads[from] - self.shares.fair[from], self.shares.fair[to] - state.loads[to]);
         let slack = self.shares.slack[to] * self.aim;
         let mut fitting = BTreeSet::from([able[0]]);
         for size in [above, below, above - slack, below + slack, above / 2.0] {
@@ -350,9 +349,10 @@ mod tests {
 
     /// Servers of weight 1, each with clients of these loads, who may go anywhere.
     fn problem(servers: &[&[f64]]) -> Problem {
-        let clients = servers.iter().enumerate().flat_map(|(at, loads)| {
-            loads.iter().map(move |load| Item { load: *load, at, may: u64::MAX })
-        });
+        let clients = servers
+            .iter()
+            .enumerate()
+            .flat_map(|(at, loads)| loads.iter().map(move |load| Item { load: *load, at, may: u64::MAX }));
         Problem {
             servers: servers.iter().map(|_| Slot { fixed: 0.0, weight: 1.0 }).collect(),
             clients: clients.collect(),
@@ -434,8 +434,9 @@ mod tests {
             }
             moves
         };
-        let is_allowed =
-            |moves: &Vec<(usize, usize)>| moves.iter().all(|(client, to)| problem.clients[*client].may & (1 << to) != 0);
+        let is_allowed = |moves: &Vec<(usize, usize)>| {
+            moves.iter().all(|(client, to)| problem.clients[*client].may & (1 << to) != 0)
+        };
         let ends_well = |moves: &Vec<(usize, usize)>| {
             let mut loads = problem.loads();
             for (client, to) in moves {

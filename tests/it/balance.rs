@@ -57,17 +57,20 @@ impl Ground {
         command
     }
 
-    /// 24 clients of the first server: each is one number in the order of their ids.
+    /// Clients of the first server.
     fn crowd(&self, weights: &[u64]) -> Crowd {
         Crowd::start(self.servers[0].uri(), &self.bytes, weights)
     }
 
-    /// Where each client of the first server is served, in the order of their ids.
-    fn places(&self) -> Vec<Option<String>> {
+    /// Where each client of the first server is served, and what it has read in all: that is its weight, for all have gone
+    /// the same number of rounds.
+    fn places(&self) -> Vec<(Option<String>, u64)> {
         let status = status(&self.scratch, &self.servers[0]);
         let clients = status["clients"].as_array().unwrap().iter();
         let ours = clients.filter(|client| client["is_relay"] != true && client["mirror"].is_null());
-        ours.map(|client| client["relayed_to"].as_str().map(str::to_owned)).collect()
+        let place =
+            |client: &Value| (client["relayed_to"].as_str().map(str::to_owned), client["read_bytes"].as_u64().unwrap());
+        ours.map(place).collect()
     }
 }
 
@@ -93,7 +96,6 @@ impl Crowd {
         let (barrier, is_last) = (Arc::new(Barrier::new(weights.len())), Arc::new(AtomicBool::new(false)));
         let mut threads = Vec::new();
         for (number, weight) in weights.iter().copied().enumerate() {
-            // One after the other, so that their ids are in this order.
             let mut client = Client::open(uri);
             let (barrier, is_last, bytes) = (Arc::clone(&barrier), Arc::clone(&is_last), Arc::clone(bytes));
             let (stop, idle, rounds) = (Arc::clone(&this.stop), Arc::clone(&this.idle), Arc::clone(&this.rounds));
@@ -225,16 +227,13 @@ fn uneven() -> Vec<u64> {
     (0..24).map(|number| 1 + number * 5 % 6).collect()
 }
 
-/// What each place has of the weights, by its own name.
-fn shares(places: &[Option<String>], weights: &[u64]) -> Vec<(Option<String>, u64)> {
-    let mut names = places.to_vec();
-    names.sort();
-    names.dedup();
-    let of = |name: &Option<String>| {
-        let clients = places.iter().zip(weights).filter(|(place, _)| *place == name);
-        clients.map(|(_, weight)| weight).sum()
-    };
-    names.iter().map(|name| (name.clone(), of(name))).collect()
+/// What each place has of the weights.
+fn shares(places: &[(Option<String>, u64)]) -> Vec<(Option<String>, u64)> {
+    let mut shares = std::collections::BTreeMap::new();
+    for (place, weight) in places {
+        *shares.entry(place.clone()).or_insert(0) += weight;
+    }
+    shares.into_iter().collect()
 }
 
 /// Whether so many places have about the same.
@@ -258,7 +257,7 @@ fn three_servers_share_24_uneven_clients_and_survive_the_death_of_one() {
     for each in steps.iter().flat_map(|step| step["moves"].as_array().unwrap()) {
         assert_eq!(each["moved"], true, "{each}");
     }
-    let shared = shares(&ground.places(), &weights);
+    let shared = shares(&ground.places());
     assert!(are_even(&shared, 3), "{shared:?}");
     crowd.go_on(3);
     // The last one dies: its clients are served where they are connected, and are shared again.
@@ -267,7 +266,7 @@ fn three_servers_share_24_uneven_clients_and_survive_the_death_of_one() {
     watch.until("news of the death", is_gone);
     watch.until("balance of two", |look| look["verdict"] == "within" && is_gone(look));
     crowd.go_on(3);
-    let shared = shares(&ground.places(), &weights);
+    let shared = shares(&ground.places());
     assert!(are_even(&shared, 2), "{shared:?}");
     assert!(watch.end().is_some());
     crowd.stop();
@@ -283,11 +282,11 @@ fn a_dry_run_moves_nobody_and_one_plan_is_carried_out() {
     let look: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((output.status.code(), &look["verdict"]), (Some(3), &"move".into()), "{look}");
     assert!(!look["moves"].as_array().unwrap().is_empty());
-    assert!(ground.places().iter().all(Option::is_none), "a dry run moved somebody");
+    assert!(ground.places().iter().all(|(place, _)| place.is_none()), "a dry run moved somebody");
     let output = ground.command(&[]).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{text}");
-    let shared = shares(&ground.places(), &weights);
+    let shared = shares(&ground.places());
     assert!(are_even(&shared, 3), "{shared:?}: {text}");
     crowd.stop();
 }
@@ -318,7 +317,8 @@ fn who_is_relayed_is_moved_on_and_back_from_where_it_is_connected() {
         assert_eq!(each["at"], ground.admin(&ground.servers[0]), "{each}");
         assert_eq!(each["from"], ground.admin(&ground.servers[1]), "{each}");
     }
-    let shared = shares(&ground.places(), &[1; 6]);
+    let ones: Vec<_> = ground.places().into_iter().map(|(place, _)| (place, 1)).collect();
+    let shared = shares(&ones);
     assert_eq!(shared.iter().map(|(_, count)| *count).collect::<Vec<_>>(), [2, 2, 2], "{shared:?}");
     // The third server hears the first one's relay, and nobody is relayed twice.
     for server in &ground.servers[1..] {
@@ -341,13 +341,13 @@ fn a_standby_comes_when_it_is_slow_and_goes_when_it_is_idle() {
     let watch = Watch::start(ground.command(&["--standby", &admin, "--target-latency=1us"]));
     watch.until("call for the standby", |look| look["standbys"] == "bring in");
     watch.until("clients at the standby", |look| look["verdict"] == "moved");
-    let relayed = ground.places().iter().filter(|place| place.is_some()).count();
+    let relayed = ground.places().iter().filter(|(place, _)| place.is_some()).count();
     assert!((2..=6).contains(&relayed), "{relayed} of 8 were moved");
     crowd.go_on(3);
     crowd.rest();
     watch.until("end of the standby", |look| look["standbys"] == "stand down");
     watch.until("way back", |look| look["verdict"] == "moved");
-    assert!(ground.places().iter().all(Option::is_none), "somebody is still there");
+    assert!(ground.places().iter().all(|(place, _)| place.is_none()), "somebody is still there");
     assert!(watch.end().is_some());
     crowd.stop();
 }

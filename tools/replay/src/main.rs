@@ -126,7 +126,13 @@ async fn replay(arguments: &Arguments) -> anyhow::Result<Report> {
         left_out: trace.others,
         compared: image.is_some(),
         seconds,
-        latency: Latency { mean: latencies.mean() / 1e6, median: at(0.5), p90: at(0.9), p99: at(0.99), maximum: at(1.0) },
+        latency: Latency {
+            mean: latencies.mean() / 1e6,
+            median: at(0.5),
+            p90: at(0.9),
+            p99: at(0.99),
+            maximum: at(1.0),
+        },
         stall: waits.total(),
     })
 }

@@ -199,7 +199,16 @@ fn steps(lab: &Lab, options: &Options, image: &Path) -> anyhow::Result<Table> {
         let rate = f64::from(4 * (1 + u32::from(number) * 5 % 6));
         let machine = Machine::new(number.into(), rate, Pattern::Random, size);
         let uri = format!("nbd://{}/{IMAGE}", servers[0].address);
-        clients.push(play(lab, Some(machines), &uri, image, machine, 20_000, &format!("client{number}"), &["--pace=1"])?);
+        clients.push(play(
+            lab,
+            Some(machines),
+            &uri,
+            image,
+            machine,
+            20_000,
+            &format!("client{number}"),
+            &["--pace=1"],
+        )?);
     }
     let named: Vec<_> = servers.iter().map(|server| (server.admin.clone(), server.address.clone())).collect();
     let list = named.iter().map(|(admin, _)| admin.display().to_string()).collect::<Vec<_>>().join(",");
@@ -235,7 +244,10 @@ fn table_of_steps(options: &Options, looks: &[Value]) -> Table {
         rows.push(Row::new(format!("after {step} steps"), cells));
     }
     Table {
-        title: format!("{} clients of uneven load that came to the first of three servers, tolerance 20 %", options.clients),
+        title: format!(
+            "{} clients of uneven load that came to the first of three servers, tolerance 20 %",
+            options.clients
+        ),
         columns: vec!["first MB/s", "second MB/s", "third MB/s", "furthest off %", "moves then"],
         rows,
         details: looks.to_vec(),
@@ -343,10 +355,12 @@ fn standby(lab: &Lab, options: &Options, image: &Path) -> anyhow::Result<Table> 
 const COLUMNS: [&str; 8] = ["1 image", "2", "3", "4", "5", "6", "7", "8"];
 
 fn works(options: &Options) -> Vec<Work> {
-    let random =
-        options.random.iter().map(|&rate| Work { pattern: Pattern::Random, rate, disk: options.random_disk });
-    let sequential =
-        options.sequential.iter().map(|&rate| Work { pattern: Pattern::Sequential, rate, disk: options.sequential_disk });
+    let random = options.random.iter().map(|&rate| Work { pattern: Pattern::Random, rate, disk: options.random_disk });
+    let sequential = options.sequential.iter().map(|&rate| Work {
+        pattern: Pattern::Sequential,
+        rate,
+        disk: options.sequential_disk,
+    });
     sequential.chain(random).collect()
 }
 

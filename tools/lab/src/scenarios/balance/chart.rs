@@ -39,7 +39,13 @@ pub(super) fn draw(rows: &[Row]) -> String {
             line(&mut body, &format!("<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\" fill=\"{colour}\"/>"));
         }
         let left = MARGIN + WIDTH - 190.0;
-        text(&mut body, left, MARGIN + 20.0 + 16.0 * number(at), colour, &format!("{} ({first:.0} ms with one)", row.name));
+        text(
+            &mut body,
+            left,
+            MARGIN + 20.0 + 16.0 * number(at),
+            colour,
+            &format!("{} ({first:.0} ms with one)", row.name),
+        );
     }
     let (width, height) = (WIDTH + 2.0 * MARGIN, HEIGHT + 2.0 * MARGIN);
     format!(

@@ -51,8 +51,6 @@ use crate::nbd::request::{Durability, ZeroMode};
 use crate::nbd::wire::{CommandFlags, MAX_PAYLOAD_BYTES, command};
 use crate::nbd::{BlockSizes, Extent, Uri};
 use crate::ranges::ByteRange;
-use crate::telemetry::Counter;
-use crate::telemetry::latency::{Latencies, Spread};
 use crate::units::{to_u64, to_usize};
 use common::Common;
 pub use common::{Place, Role};
@@ -61,6 +59,7 @@ pub use opening::{OpenFailure, inspect, list};
 use pool::{Attempt, Pool, Stage};
 pub use redirect::Route;
 use server::Server;
+pub use server::{ServerStatus, Stats};
 
 /// What an operator may set.
 #[derive(Debug, Clone)]
@@ -88,50 +87,6 @@ impl Default for Settings {
             role: Role::Plain,
         }
     }
-}
-
-/// How one server is doing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServerStatus {
-    /// The server.
-    pub uri: Uri,
-    /// Whether requests go there now.
-    pub is_current: bool,
-    /// Connections that are open.
-    pub connections: usize,
-    /// Bytes of data received, holes not counted.
-    pub received_bytes: u64,
-    /// Requests answered.
-    pub requests: u64,
-    /// Requests that wait for an answer.
-    pub in_flight: usize,
-    /// Requests that it was asked after they had failed, there or elsewhere.
-    pub retries: u64,
-    /// From a request to its answer.
-    pub latency: Spread,
-    /// Reads that it answered with other bytes than those of the image.
-    pub wrong_replies: u64,
-    /// For how much longer it is used only if no other server can be, because it sent wrong bytes repeatedly.
-    pub set_aside_for: Option<Duration>,
-    /// What went wrong last, if anything did since a connection was opened.
-    pub last_error: Option<String>,
-}
-
-/// How much came over.
-#[derive(Debug, Default)]
-pub struct Stats {
-    /// Bytes of data received, holes not counted.
-    pub received_bytes: Counter,
-    /// Requests answered.
-    pub requests: Counter,
-    /// Connections opened.
-    pub connections: Counter,
-    /// Requests that were tried again; of one server: that it was asked after they had failed, there or elsewhere.
-    pub retries: Counter,
-    /// From when a request was handed to a connection until its answer was there.
-    pub latencies: Latencies,
-    /// Reads that one server answered with other bytes than those of the image.
-    pub wrong_replies: Counter,
 }
 
 /// No server can be used.

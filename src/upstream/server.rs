@@ -11,12 +11,56 @@ use std::time::Duration;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::Instant;
 
-use super::Stats;
 use super::opening::OpenFailure;
 use super::trust::{Record, Rules};
 use crate::clock;
 use crate::nbd::Uri;
-use crate::telemetry::Seldom;
+use crate::telemetry::latency::{Latencies, Spread};
+use crate::telemetry::{Counter, Seldom};
+
+/// How one server is doing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerStatus {
+    /// The server.
+    pub uri: Uri,
+    /// Whether requests go there now.
+    pub is_current: bool,
+    /// Connections that are open.
+    pub connections: usize,
+    /// Bytes of data received, holes not counted.
+    pub received_bytes: u64,
+    /// Requests answered.
+    pub requests: u64,
+    /// Requests that wait for an answer.
+    pub in_flight: usize,
+    /// Requests that it was asked after they had failed, there or elsewhere.
+    pub retries: u64,
+    /// From a request to its answer.
+    pub latency: Spread,
+    /// Reads that it answered with other bytes than those of the image.
+    pub wrong_replies: u64,
+    /// For how much longer it is used only if no other server can be, because it sent wrong bytes repeatedly.
+    pub set_aside_for: Option<Duration>,
+    /// What went wrong last, if anything did since a connection was opened.
+    pub last_error: Option<String>,
+}
+
+/// How much came over.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Bytes of data received, holes not counted.
+    pub received_bytes: Counter,
+    /// Requests answered.
+    pub requests: Counter,
+    /// Connections opened.
+    pub connections: Counter,
+    /// Requests that were tried again; of one server: that it was asked after they had failed, there or elsewhere.
+    pub retries: Counter,
+    /// From when a request was handed to a connection until its answer was there.
+    pub latencies: Latencies,
+    /// Reads that one server answered with other bytes than those of the image.
+    pub wrong_replies: Counter,
+}
 
 /// Wrong replies of one server are logged once in this time.
 const LIES_EVERY: Duration = Duration::from_secs(10);

@@ -149,8 +149,12 @@ fn each_request_is_counted_before_its_answer_is_there() {
             let tally = tallies.entry(operation).or_default();
             tally.note(length, error);
             let scrape = Scrape::of(&scratch, &server);
-            let told =
-                Tally::told(&scrape, "", operation, if tally.errors > 0.0 && errno == "none" { "EIO" } else { errno });
+            let told = Tally::told(
+                &scrape,
+                "image",
+                operation,
+                if tally.errors > 0.0 && errno == "none" { "EIO" } else { errno },
+            );
             assert_eq!((told.requests, told.bytes), (tally.requests, tally.bytes), "{operation} at {offset}, {length}");
             assert!(error.is_none() || told.errors == tally.errors, "{operation}: {told:?}");
         }
@@ -159,7 +163,7 @@ fn each_request_is_counted_before_its_answer_is_there() {
     assert_eq!((status.error, status.other.len()), (None, 1));
     let scrape = Scrape::of(&scratch, &server);
     scrape.check();
-    assert_eq!(Tally::told(&scrape, "", "block_status", "EIO"), Tally { requests: 1.0, ..Tally::default() });
+    assert_eq!(Tally::told(&scrape, "image", "block_status", "EIO"), Tally { requests: 1.0, ..Tally::default() });
     assert_eq!(scrape.value("headwater_clients{export=\"\"}"), 2.0);
     let before: BTreeMap<_, _> = scrape.counters().into_iter().filter(|(name, _)| name.contains("request")).collect();
     modern.disconnect();
@@ -220,8 +224,8 @@ fn counters_agree_with_many_clients_and_never_fall() {
         (reads, writes, watching.join().unwrap())
     });
     let scrape = Scrape::of(&scratch, &server);
-    assert_eq!(Tally::told(&scrape, "", "read", "EINVAL"), reads);
-    assert_eq!(Tally::told(&scrape, "", "write", "ENOSPC"), writes);
+    assert_eq!(Tally::told(&scrape, "image", "read", "EINVAL"), reads);
+    assert_eq!(Tally::told(&scrape, "image", "write", "ENOSPC"), writes);
     assert_eq!(reads.requests + writes.requests, 400.0 * CLIENTS as f64);
     assert!(reads.errors > 0.0 && writes.errors > 0.0 && looks > 1);
     scrape.check();
@@ -239,7 +243,7 @@ fn a_mirror_tells_where_its_bytes_came_from() {
         assert!(client.read(0, MIB) == bytes[..1 << 20]);
     }
     // What was answered is stored afterwards.
-    let brought = "headwater_fill_bytes_total{image=\"\",cause=\"demand\"}";
+    let brought = "headwater_fill_bytes_total{image=\"image\",cause=\"demand\"}";
     eventually("everything is stored", || Scrape::of(&scratch, &mirror).value(brought) == MIB as f64);
     let scrape = Scrape::of(&scratch, &mirror);
     scrape.check();
@@ -247,7 +251,7 @@ fn a_mirror_tells_where_its_bytes_came_from() {
     assert_eq!((of("misses_total"), of("miss_bytes_total")), (16.0, MIB as f64));
     assert_eq!((of("hits_total"), of("hit_bytes_total")), (16.0, MIB as f64));
     assert_eq!((of("joins_total"), of("evicted_chunks_total")), (0.0, 0.0));
-    let labels = format!("image=\"\",upstream=\"{}\"", upstream.uri());
+    let labels = format!("image=\"image\",upstream=\"{}\"", upstream.uri());
     let from = |metric: &str| scrape.value(&format!("headwater_upstream_{metric}{{{labels}}}"));
     assert_eq!((from("up"), from("current"), from("set_aside")), (1.0, 1.0, 0.0));
     assert_eq!(from("received_bytes_total"), MIB as f64);

@@ -260,10 +260,11 @@ pub(super) fn edit(text: &mut String, key: KeyEvent) {
     match key.code {
         KeyCode::Backspace => drop(text.pop()),
         KeyCode::Char('u') if key.modifiers.contains(KeyModifiers::CONTROL) => text.clear(),
-        KeyCode::Char(character) if !key.modifiers.intersects(KeyModifiers::CONTROL | KeyModifiers::ALT) => {
-            if text.chars().count() < LONGEST_TEXT {
-                text.push(character);
-            }
+        KeyCode::Char(character)
+            if !key.modifiers.intersects(KeyModifiers::CONTROL | KeyModifiers::ALT)
+                && text.chars().count() < LONGEST_TEXT =>
+        {
+            text.push(character);
         }
         _ => {}
     }

@@ -599,7 +599,9 @@ mod tests {
     }
 
     /// What happens between two samples: reads by export, and how long it takes.
-    fn happenings() -> impl Strategy<Value = Vec<(Vec<(usize, u64, u64)>, u64)>> {
+    type Happening = (Vec<(usize, u64, u64)>, u64);
+
+    fn happenings() -> impl Strategy<Value = Vec<Happening>> {
         let reads = prop::collection::vec((0..3usize, 1..50u64, 1..5000u64), 0..4);
         prop::collection::vec((reads, 700..3000u64), 1..400)
     }

@@ -14,6 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::api::{Api, Problem};
+use super::status::Complaint;
 
 /// A file of the page: its name, its type, what is in it.
 type File = (&'static str, &'static str, &'static str);
@@ -59,6 +60,7 @@ async fn frame() -> Response {
     params(("file" = String, Path, description = "Its name")),
     responses(
         (status = 200, content((String = "text/javascript"), (String = "text/css"), (String = "image/svg+xml"))),
+        (status = 404, description = "The page has no such file.", body = Complaint),
     )
 )]
 async fn file(name: Result<Path<String>, PathRejection>) -> Result<Response, Problem> {

@@ -1,7 +1,7 @@
 //! A real browser without a screen: Chromium, driven by chromedriver, which speaks JSON over HTTP (W3C WebDriver), and by
 //! its own protocol for what that lacks.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -113,12 +113,30 @@ impl Browser {
             body.len()
         );
         socket.write_all(format!("{head}{body}").as_bytes())?;
-        let mut answer = String::new();
-        socket.read_to_string(&mut answer)?;
-        let (_, json) = answer.split_once("\r\n\r\n").unwrap_or_default();
-        let mut answer: Value = serde_json::from_str(json)?;
+        let mut answer: Value = serde_json::from_slice(&body_of(BufReader::new(socket))?)?;
         Ok(answer["value"].take())
     }
+}
+
+/// The body of an answer, as long as its head says: the driver does not close connections.
+fn body_of(mut answer: impl BufRead) -> std::io::Result<Vec<u8>> {
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        answer.read_line(&mut line)?;
+        let Some((name, value)) = line.split_once(':') else {
+            if line.trim().is_empty() {
+                break;
+            }
+            continue;
+        };
+        if name.eq_ignore_ascii_case("content-length") {
+            length = value.trim().parse().map_err(std::io::Error::other)?;
+        }
+    }
+    let mut body = vec![0; length];
+    answer.read_exact(&mut body)?;
+    Ok(body)
 }
 
 /// The port that the driver has taken.

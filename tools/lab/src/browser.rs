@@ -3,7 +3,7 @@
 //!
 //! Owns: starting it, and what it is told. Does not own: what is shown in it.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -90,10 +90,7 @@ impl Browser {
             socket,
             "{method} {path} HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
         )?;
-        let mut answer = String::new();
-        socket.read_to_string(&mut answer)?;
-        let (_, json) = answer.split_once("\r\n\r\n").context("an answer has a body")?;
-        let mut answer: Value = serde_json::from_str(json)?;
+        let mut answer: Value = serde_json::from_slice(&body_of(BufReader::new(socket))?)?;
         let value = answer["value"].take();
         ensure!(value["error"].is_null(), "{path}: {value}");
         Ok(value)
@@ -105,6 +102,24 @@ impl Drop for Browser {
         // The driver ends its browser by this; without it the guard kills both.
         let _ = self.call("DELETE", &format!("/session/{}", self.session), None);
     }
+}
+
+/// The body of an answer, as long as its head says: the driver does not close connections.
+fn body_of(mut answer: impl BufRead) -> anyhow::Result<Vec<u8>> {
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        ensure!(answer.read_line(&mut line)? > 0, "an answer broke off");
+        if line.trim().is_empty() {
+            break;
+        }
+        if let Some((_, value)) = line.split_once(':').filter(|(name, _)| name.eq_ignore_ascii_case("content-length")) {
+            length = value.trim().parse()?;
+        }
+    }
+    let mut body = vec![0; length];
+    answer.read_exact(&mut body)?;
+    Ok(body)
 }
 
 /// Makes a unix socket reachable at a port of this machine, as `ssh -L` would, until this program ends. Gives the port.

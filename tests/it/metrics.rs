@@ -164,7 +164,7 @@ fn each_request_is_counted_before_its_answer_is_there() {
     let scrape = Scrape::of(&scratch, &server);
     scrape.check();
     assert_eq!(Tally::told(&scrape, "image", "block_status", "EIO"), Tally { requests: 1.0, ..Tally::default() });
-    assert_eq!(scrape.value("headwater_clients{export=\"\"}"), 2.0);
+    assert_eq!(scrape.value("headwater_clients{export=\"image\"}"), 2.0);
     let before: BTreeMap<_, _> = scrape.counters().into_iter().filter(|(name, _)| name.contains("request")).collect();
     modern.disconnect();
     simple.disconnect();
@@ -247,7 +247,7 @@ fn a_mirror_tells_where_its_bytes_came_from() {
     eventually("everything is stored", || Scrape::of(&scratch, &mirror).value(brought) == MIB as f64);
     let scrape = Scrape::of(&scratch, &mirror);
     scrape.check();
-    let of = |metric: &str| scrape.value(&format!("headwater_mirror_{metric}{{image=\"\"}}"));
+    let of = |metric: &str| scrape.value(&format!("headwater_mirror_{metric}{{image=\"image\"}}"));
     assert_eq!((of("misses_total"), of("miss_bytes_total")), (16.0, MIB as f64));
     assert_eq!((of("hits_total"), of("hit_bytes_total")), (16.0, MIB as f64));
     assert_eq!((of("joins_total"), of("evicted_chunks_total")), (0.0, 0.0));
@@ -261,7 +261,7 @@ fn a_mirror_tells_where_its_bytes_came_from() {
     assert!(scrape.value("process_resident_memory_bytes") > MIB as f64);
     // What the upstream has answered is what the mirror has got.
     let above = Scrape::of(&scratch, &upstream);
-    assert_eq!(above.value("headwater_request_bytes_total{export=\"\",operation=\"read\"}"), MIB as f64);
+    assert_eq!(above.value("headwater_request_bytes_total{export=\"image\",operation=\"read\"}"), MIB as f64);
     drop(upstream);
     assert_eq!(client.ask(command::READ, 0, 4096).error, None, "what is here is here");
 }

@@ -174,8 +174,10 @@ impl Notes {
             true
         });
         for server in shown["servers"].as_array().unwrap() {
-            let (name, sample) = (server["name"].as_str().unwrap(), server["sample"].as_u64().unwrap());
-            if let Some(load) = self.of(name, sample) {
+            let name = server["name"].as_str().unwrap();
+            // Of a server that is no neighbour nothing is known.
+            let sample = server["sample"].as_str().and_then(|sample| sample.parse().ok());
+            if let Some(load) = sample.and_then(|sample| self.of(name, sample)) {
                 compare_rates(&server["figures"], &load["total"], name);
             }
         }
@@ -239,7 +241,12 @@ fn ms(value: Option<f64>) -> String {
 }
 
 fn figure(shown: &Value, name: &str, said: Option<f64>, of: &str) {
-    assert_eq!(value(&shown[name]), said, "{name} of {of}: {shown}");
+    // The last bit of a number is lost when JSON is read here.
+    let is_same = match (value(&shown[name]), said) {
+        (Some(shown), Some(said)) => (shown - said).abs() <= said.abs() * 1e-12,
+        (shown, said) => shown == said,
+    };
+    assert!(is_same, "{name} of {of} should be {said:?}: {shown}");
 }
 
 fn compare_rates(shown: &Value, rates: &Value, of: &str) {
@@ -530,7 +537,7 @@ fn everybody_can_read_the_page() {
         said(&browser)
     );
     browser.type_into("[data-image=disk] .cells", "\u{e010}");
-    assert!(said(&browser)[1].as_str().unwrap().starts_with("12224K to 12M: "), "{}", said(&browser));
+    assert!(said(&browser)[1].as_str().unwrap().starts_with("11.9M to 12M: "), "{}", said(&browser));
     readers.stop();
 }
 

@@ -20,7 +20,7 @@ pub(in crate::cli) struct RunningServer {
 #[derive(Debug, Clone, Default, Args)]
 pub(in crate::cli) struct TokenFile {
     /// The file with the --admin-token of servers that are reached by TCP. [default: $HEADWATER_TOKEN_FILE]
-    #[arg(long = "token", value_name = "FILE")]
+    #[arg(id = "token", long, value_name = "FILE")]
     pub(in crate::cli) file: Option<PathBuf>,
 }
 

@@ -272,7 +272,7 @@ fn a_drain_asks_first() {
     let mut state = begin();
     press(&mut state, KeyCode::Down);
     press(&mut state, KeyCode::Enter);
-    let to = vec!["nbd://a:7".to_owned()];
+    let to = vec!["nbd://a:7/".to_owned()];
     let deed = press(&mut state, KeyCode::Char('Y'));
     assert_eq!(deed, Deed::Carry(order(What::Drain(None, DrainOrder { to, ..DrainOrder::default() }))));
 }

@@ -4,7 +4,7 @@ import { html, keyed, say, svg } from "./dom.js";
 import { count, ms, perSecond } from "./format.js";
 
 const HEIGHT = 168;
-const LEFT = 52;
+const LEFT = 60;
 const RIGHT = 100;
 const TOP = 8;
 /** Where the scale of latency ends, and the one of requests. */
@@ -97,9 +97,15 @@ function describe(history) {
   return `Latency of ${history.export}: p50 ${ms(lastOf(history.p50_ms))}, p99 ${ms(lastOf(history.p99_ms))} in the last second with requests`;
 }
 
+/** The exports that had requests; not what servers read beside an image. */
+function busy(history) {
+  const isBeside = (one) => /@(manifest|profile|profile-inbox)$/.test(one.export);
+  return history.exports.filter((one) => !isBeside(one) && one.requests.some((number) => number > 0));
+}
+
 /** Draws the exports that had requests, the slowest first. */
 export function charts(place, history, most) {
-  const seen = history.exports.filter((one) => one.requests.some((number) => number > 0));
+  const seen = busy(history);
   const recent = (one) => Math.max(0, ...one.p99_ms.slice(-30).filter((value) => value !== null));
   const slowest = [...seen].sort((one, other) => recent(other) - recent(one)).slice(0, most);
   const names = slowest.map((one) => one.export).sort();
@@ -117,6 +123,6 @@ export function charts(place, history, most) {
 
 /** So many exports, in words. */
 export function others(history, most) {
-  const seen = history.exports.filter((one) => one.requests.some((number) => number > 0)).length;
+  const seen = busy(history).length;
   return seen > most ? `and ${count(seen - most)} faster ones` : "";
 }

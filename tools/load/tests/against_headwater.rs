@@ -49,7 +49,7 @@ impl Server {
         let mut answer = String::new();
         socket.read_to_string(&mut answer).unwrap();
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-        let sample = format!("headwater_{metric}{{export=\"\",operation=\"{operation}\"}} ");
+        let sample = format!("headwater_{metric}{{export=\"image\",operation=\"{operation}\"}} ");
         answer.lines().find_map(|line| line.strip_prefix(&sample)).map_or(0, |value| value.parse().unwrap())
     }
 }

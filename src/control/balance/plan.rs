@@ -12,7 +12,7 @@
 //! tolerance of what all would have without it, so giants are put aside, each with a server for itself as long as there
 //! are enough, and the share of the others is computed from what is left.
 //!
-//! **Bounds.** 64 servers; [`MOST_MOVES`] moves in a plan; so many plans at once as [`Search::width`] says.
+//! **Bounds.** 64 servers; [`MOST_MOVES`] moves in a plan; 48 plans at once, or 8 where there are many ways to go on.
 
 use std::collections::{BTreeMap, BTreeSet};
 

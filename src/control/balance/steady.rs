@@ -11,13 +11,13 @@
 //! | the move brings servers nearer to *three quarters* of the tolerance, by a tenth of the tolerance | what comes to rest within it does not leave it again by a little noise |
 //! | the client was not moved in its rest: [`Settings::rest`] at first, twice as long after each move, a day at most | whatever loads and measurements do, a client is moved a number of times that grows as the logarithm of time |
 //!
-//! A rest is forgotten when it has been over as long as it was. A client that could not be moved rests, too.
+//! A rest is forgotten when it has been over for a day, or the client has left. A client that could not be moved rests, too.
 //!
 //! **Why it does not oscillate.** While loads stand still and are measured exactly, each move lessens the excess by
 //! [`plan::COST`](super::plan::COST), so moves end. With noise and delay rests bound them: a client that is moved at
 //! all times it may be is moved `log2(t / rest)` times in the time `t`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use super::fleet::{Client, Fleet, Measure, Move, Task};
@@ -104,7 +104,7 @@ impl Balancer {
 
     /// Looks at servers and decides. What is moved is to be told to [`Self::tried`].
     pub fn look(&mut self, now: Instant, fleet: &Fleet) -> Look {
-        self.rests.retain(|_, rest| now < rest.until + rest.length);
+        self.forget(now, fleet);
         self.learn(fleet);
         let rests = |client: &Client| self.rests.get(&client.key).is_some_and(|rest| now < rest.until);
         let Settings { measure, tolerance, .. } = self.settings;
@@ -149,6 +149,13 @@ impl Balancer {
     pub fn unsettle(&mut self, now: Instant) {
         self.settled = Some(now + self.settings.settle);
         self.out = 0;
+    }
+
+    /// Forgets the rests of clients that have left, and of those that have stayed where they are for a day.
+    fn forget(&mut self, now: Instant, fleet: &Fleet) {
+        let here: BTreeSet<&str> = fleet.clients.iter().map(|client| &*client.key).collect();
+        let is_remembered = |key: &str| here.contains(key);
+        self.rests.retain(|key, rest| now < rest.until || (is_remembered(key) && now < rest.until + LONGEST_REST));
     }
 
     /// Takes in how long requests took.

@@ -191,7 +191,8 @@ mod tests {
             // The way up or down, and one too many down and up again: then it is known what one less cannot carry.
             prop_assert!(changes.len() <= 9, "{changes:?}");
             let late = calls[400..].iter().filter(|call| matches!(call, Call::BringIn | Call::StandDown)).count();
-            prop_assert!(late <= 2, "{late} changes late");
+            // A trial takes eight dwells at most and may come late, once for each of two standbys.
+            prop_assert!(late <= 4, "{late} changes late");
             let p99 = p99(load, manager.active() + 1, 100.0);
             prop_assert!(manager.active() == 3 || p99 <= SETTINGS.target_ms / 0.85, "{p99} ms with {}", manager.active());
         }

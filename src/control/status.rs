@@ -21,7 +21,7 @@ pub use super::redirect::order::{
 pub use crate::server::ClientStatus;
 
 /// `GET /v1/status`: all that is to be known of a server.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
     /// The version of the program.
     pub version: String,
@@ -70,10 +70,11 @@ pub struct Status {
 }
 
 /// What a server does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// `headwater serve`.
+    #[default]
     Serve,
     /// `headwater mirror`.
     Mirror,

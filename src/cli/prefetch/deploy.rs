@@ -93,29 +93,11 @@ fn uri(target: &Target, status: &Status, image: &str) -> Option<Uri> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::status::{DrainStatus, MirrorStatus, Role};
+    use crate::control::status::{MirrorStatus, Role};
 
     fn status(images: Vec<ImageStatus>) -> Status {
         let listen = vec!["nbd+unix:///?socket=/run/s".to_owned()];
-        Status {
-            version: String::new(),
-            pid: 1,
-            role: Role::Mirror,
-            uptime_seconds: 0.0,
-            images,
-            clients: Vec::new(),
-            cache: None,
-            link: None,
-            orders: Vec::new(),
-            redirects: Vec::new(),
-            casts: Vec::new(),
-            receptions: Vec::new(),
-            draining: DrainStatus::default(),
-            listen,
-            server: String::new(),
-            host: String::new(),
-            jobs: Vec::new(),
-        }
+        Status { role: Role::Mirror, images, listen, ..Status::default() }
     }
 
     fn image(name: &str, identity: Option<&str>) -> ImageStatus {

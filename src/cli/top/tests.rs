@@ -11,7 +11,7 @@ use super::draw::{Looks, draw};
 use super::rows::{Cell, Seen, Subject, View, milliseconds, number};
 use super::state::{Answer, Deed, Mode, State};
 use crate::control::load::{ClientLoad, ExportLoad, Latency, Load, Rates, UpstreamLoad};
-use crate::control::status::{CacheStatus, DrainOrder, DrainStatus, ImageStatus, Kind, RedirectOrder, Role, Status};
+use crate::control::status::{CacheStatus, DrainOrder, DrainStatus, ImageStatus, Kind, RedirectOrder, Status};
 
 fn key(code: KeyCode) -> KeyEvent {
     KeyEvent::new(code, KeyModifiers::NONE)
@@ -66,25 +66,8 @@ fn seen(listen: &str, total: Rates) -> Seen {
         clients: vec![client(1, "debian12"), client(2, "debian12")],
         ..Load::default()
     };
-    let status = Status {
-        version: String::new(),
-        pid: 1,
-        role: Role::Serve,
-        uptime_seconds: 1.0,
-        images: vec![image("debian12", Some("blake3-aa"))],
-        clients: Vec::new(),
-        cache: None,
-        link: None,
-        orders: Vec::new(),
-        redirects: Vec::new(),
-        casts: Vec::new(),
-        receptions: Vec::new(),
-        draining: DrainStatus::default(),
-        listen: vec![listen.into()],
-        server: String::new(),
-        host: String::new(),
-        jobs: Vec::new(),
-    };
+    let status =
+        Status { images: vec![image("debian12", Some("blake3-aa"))], listen: vec![listen.into()], ..Status::default() };
     Seen { load, drain: DrainStatus::default(), status: Some(status), hangs: false }
 }
 

@@ -188,11 +188,11 @@ mod tests {
                 calls.push(manager.look(now, Some(p99), load * factor, 3));
             }
             let changes: Vec<_> = calls.iter().filter(|call| matches!(call, Call::BringIn | Call::StandDown)).collect();
-            // The way up or down, and one too many down and up again: then it is known what one less cannot carry.
-            prop_assert!(changes.len() <= 9, "{changes:?}");
-            let late = calls[400..].iter().filter(|call| matches!(call, Call::BringIn | Call::StandDown)).count();
-            // A trial takes eight dwells at most and may come late, once for each of two standbys.
-            prop_assert!(late <= 4, "{late} changes late");
+            prop_assert!(changes.len() <= 6, "{changes:?}");
+            // The way down to one too few, and up again. Whoever was brought in at this load is needed at it, whatever the
+            // noise: the lowest load that is measured is 0.85 / 1.15 of the highest, and that is more than `FALLEN`.
+            let first_in = changes.iter().position(|call| **call == Call::BringIn).unwrap_or(changes.len());
+            prop_assert!(changes[first_in..].iter().all(|call| **call == Call::BringIn), "{changes:?}");
             let p99 = p99(load, manager.active() + 1, 100.0);
             prop_assert!(manager.active() == 3 || p99 <= SETTINGS.target_ms / 0.85, "{p99} ms with {}", manager.active());
         }

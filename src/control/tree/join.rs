@@ -388,7 +388,7 @@ fn clients(server: &Known<'_>) -> Vec<TreeClients> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::status::{DrainStatus, Role};
+    use crate::control::status::Role;
     use proptest::prelude::*;
 
     /// What a server says that listens at `listen`.
@@ -398,19 +398,10 @@ mod tests {
             pid: 1,
             role: Role::Mirror,
             uptime_seconds: 1.0,
-            images: Vec::new(),
-            clients: Vec::new(),
-            cache: None,
-            link: None,
-            orders: Vec::new(),
-            redirects: Vec::new(),
-            casts: Vec::new(),
-            receptions: Vec::new(),
-            draining: DrainStatus::default(),
             listen: listen.iter().map(|uri| (*uri).to_owned()).collect(),
             server: server.to_owned(),
             host: "m".to_owned(),
-            jobs: Vec::new(),
+            ..Status::default()
         };
         Said { status, load: Load::default() }
     }

@@ -12,6 +12,7 @@
 //!
 //! Owns: the contract between tiers. Does not own: any bytes, except those of [`memory`].
 
+pub mod access;
 pub mod conformance;
 pub mod facts;
 pub mod file;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 
+pub use access::{Access, TlsPeer, Visitor};
 pub use facts::{Context, Facts, ImageId, NodeId, Residency};
 pub use file::FileExport;
 pub use registry::{DuplicateName, Registry, image_name, split_content_name};

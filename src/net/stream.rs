@@ -7,7 +7,7 @@
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
-use std::net::TcpStream as StdTcpStream;
+use std::net::{IpAddr, TcpStream as StdTcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::task::{Context, Poll};
@@ -86,6 +86,12 @@ impl Detached {
     pub fn attach(self) -> io::Result<Stream> {
         let socket = watch(self.socket, Interest::READABLE)?;
         Ok(Stream { socket, family: self.family, room: RefCell::default(), roomy: Cell::default() })
+    }
+
+    /// The address of the other end; `None` on a unix socket, and when it has left.
+    pub fn peer_address(&self) -> Option<IpAddr> {
+        let address = SockRef::from(&self.socket).peer_addr().ok()?.as_socket()?;
+        Some(address.ip().to_canonical())
     }
 
     /// Who is at the other end, for logs.

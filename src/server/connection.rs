@@ -20,7 +20,7 @@ use super::seat::Seat;
 use super::steering::Steering;
 use super::transmission::{End, Transmission};
 use crate::clock;
-use crate::export::{Client, NodeId, SharedExport};
+use crate::export::{Client, NodeId, SharedExport, Visitor};
 use crate::nbd::handshake::server::{Negotiated, Progress, ServerHandshake, Violation, context_id};
 use crate::nbd::request::Rules;
 use crate::nbd::wire::{MAX_PAYLOAD_BYTES, MAX_PAYLOAD_UNTOLD, TransmissionFlags};
@@ -53,7 +53,7 @@ enum Failure {
 }
 
 /// Serves one client.
-pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
+pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, shared: &Shared) {
     let mut input = BytesMut::new();
     let limit = shared.settings.handshake_timeout;
     let mut draining = shared.draining.clone();
@@ -65,7 +65,7 @@ pub(super) async fn serve(stream: Stream, peer: String, shared: &Shared) {
     let negotiated = tokio::select! {
         // What has arrived is answered first.
         biased;
-        negotiated = tokio::time::timeout(limit, negotiate(&stream, &mut input, shared)) => {
+        negotiated = tokio::time::timeout(limit, negotiate(&stream, &mut input, &visitor, shared)) => {
             negotiated.unwrap_or(Err(Failure::TimedOut))
         }
         () = &mut drain => Err(Failure::Draining),
@@ -149,12 +149,17 @@ fn session(chosen: Negotiated<(SharedExport, Vec<Offered>)>, entry: &Entry, stee
     }
 }
 
-async fn negotiate(stream: &Stream, input: &mut BytesMut, shared: &Shared) -> Result<Chosen, Failure> {
+async fn negotiate(
+    stream: &Stream,
+    input: &mut BytesMut,
+    visitor: &Visitor,
+    shared: &Shared,
+) -> Result<Chosen, Failure> {
     let mut output = BytesMut::new();
     let mut handshake = ServerHandshake::new(&mut output);
     loop {
-        let exports =
-            Exports { registry: &shared.registry, steering: &shared.steering, draining: *shared.draining.borrow() };
+        let Shared { registry, steering, draining, .. } = shared;
+        let exports = Exports { registry, steering, draining: *draining.borrow(), visitor };
         let progress = handshake.advance(input, &exports, &mut output)?;
         stream.write_all(&mut output).await?;
         match progress {

@@ -1,9 +1,9 @@
 //! Exports as the negotiation presents them.
 
 use super::steering::Steering;
-use crate::export::{Context, Facts, NodeId, Registry, SharedExport};
+use crate::export::{Context, Facts, NodeId, Registry, SharedExport, Visitor};
 use crate::nbd::Listing;
-use crate::nbd::handshake::server::{Directory, Id};
+use crate::nbd::handshake::server::{Directory, Id, Verdict};
 use crate::nbd::wire::{NOTICE, TransmissionFlags};
 
 /// A metadata context that clients may select.
@@ -30,6 +30,7 @@ pub(super) struct Exports<'a> {
     pub(super) registry: &'a Registry,
     pub(super) steering: &'a Steering,
     pub(super) draining: bool,
+    pub(super) visitor: &'a Visitor,
 }
 
 impl Directory for Exports<'_> {
@@ -47,7 +48,8 @@ impl Directory for Exports<'_> {
     }
 
     fn list(&self) -> Vec<(String, String)> {
-        let open = self.registry.all().into_iter().filter(|(name, _)| !self.steering.gate.is_shut(name));
+        let is_open = |name: &str| !self.steering.gate.is_shut(name) && self.verdict(name) == Verdict::Admitted;
+        let open = self.registry.all().into_iter().filter(|(name, _)| is_open(name));
         open.map(|(name, export)| (name, export.facts().description)).collect()
     }
 
@@ -57,6 +59,10 @@ impl Directory for Exports<'_> {
 
     fn is_shut(&self, name: &str) -> bool {
         self.steering.gate.is_shut(name)
+    }
+
+    fn verdict(&self, name: &str) -> Verdict {
+        self.steering.access.verdict(name, self.visitor)
     }
 
     fn news(&self, name: &str, mirror: Id) -> Vec<String> {

@@ -49,7 +49,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
-use crate::export::Registry;
+use crate::export::{Access, Registry, Visitor};
 use crate::net::{Detached, Listener};
 use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
@@ -71,6 +71,8 @@ pub struct Settings {
     pub shared_bytes: usize,
     /// How long a shutdown waits for requests that have been received.
     pub grace: Duration,
+    /// Who may have which export.
+    pub access: Access,
 }
 
 impl Default for Settings {
@@ -80,6 +82,7 @@ impl Default for Settings {
             handshake_timeout: Duration::from_secs(10),
             shared_bytes: 512 << 20,
             grace: Duration::from_secs(10),
+            access: Access::default(),
         }
     }
 }
@@ -111,7 +114,8 @@ impl Server {
         let (draining, receiver) = watch::channel(false);
         let slots = Arc::new(Semaphore::new(settings.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
         let budget = Arc::new(SharedBudget::new(settings.shared_bytes));
-        let shared = Arc::new(Shared { registry, settings, budget, draining: receiver, steering: Steering::default() });
+        let steering = Steering { access: settings.access.clone(), ..Steering::default() };
+        let shared = Arc::new(Shared { registry, settings, budget, draining: receiver, steering });
         let mut accepting = JoinSet::new();
         for listener in listeners {
             let acceptor =
@@ -176,10 +180,11 @@ impl Acceptor {
 
     async fn hand_over(&self, socket: Detached, slot: OwnedSemaphorePermit) {
         let (peer, shared) = (socket.peer(), Arc::clone(&self.shared));
+        let visitor = Visitor { address: socket.peer_address(), tls: None };
         let serve = move || async move {
             let _slot = slot;
             match socket.attach() {
-                Ok(stream) => connection::serve(stream, peer, &shared).await,
+                Ok(stream) => connection::serve(stream, peer, visitor, &shared).await,
                 Err(error) => tracing::warn!(peer, %error, "cannot take a connection over"),
             }
         };

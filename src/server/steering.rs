@@ -13,7 +13,7 @@ use super::notices::Notices;
 use super::orders::{SwitchError, Switched};
 use crate::clock;
 use crate::export::registry::image_name;
-use crate::export::{NodeId, SharedExport};
+use crate::export::{Access, NodeId, SharedExport};
 
 /// What operators can do to the clients of a running server. Cheap to clone; all clones are one.
 #[derive(Debug, Clone)]
@@ -24,6 +24,8 @@ pub struct Steering {
     pub notices: Notices,
     /// Who may come.
     pub gate: Gate,
+    /// Who may have which export.
+    pub access: Access,
     /// What clients have asked for.
     pub figures: Figures,
     /// Names this server process: the path of an export that does not come from another server begins with it. Drawn at
@@ -34,7 +36,8 @@ pub struct Steering {
 impl Default for Steering {
     fn default() -> Self {
         let (clients, notices, gate) = (ClientTable::default(), Notices::default(), Gate::default());
-        Self { clients, notices, gate, figures: Figures::default(), node: NodeId::random() }
+        let (access, figures) = (Access::default(), Figures::default());
+        Self { clients, notices, gate, access, figures, node: NodeId::random() }
     }
 }
 

@@ -45,6 +45,12 @@ pub trait Directory {
         false
     }
 
+    /// Whether this client may have the export of this full name.
+    fn verdict(&self, name: &str) -> Verdict {
+        let _ = name;
+        Verdict::Admitted
+    }
+
     /// What a mirror is told of the export of this full name, as names of contexts.
     fn news(&self, name: &str, mirror: Id) -> Vec<String> {
         let _ = (name, mirror);
@@ -56,6 +62,17 @@ pub trait Directory {
     fn close(&self, name: &str, connection: Id) {
         let _ = (name, connection);
     }
+}
+
+/// Whether a client may have an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may.
+    Admitted,
+    /// It may when it speaks TLS.
+    NeedsTls,
+    /// It is told that there is no such export.
+    Denied,
 }
 
 /// What was agreed.
@@ -344,7 +361,7 @@ impl ServerHandshake {
             return Err(Violation::ExportNameAfterExtended);
         }
         let name = checked_string(data).ok_or(Violation::BadName)?;
-        let (export, listing) = directory.find(name).ok_or_else(|| Violation::UnknownExport(name.to_owned()))?;
+        let (export, listing) = look_up(directory, name).map_err(|_| Violation::UnknownExport(name.to_owned()))?;
         if directory.is_shut(&listing.name) {
             return Err(Violation::Draining);
         }
@@ -368,9 +385,12 @@ impl ServerHandshake {
             refuse(output, number, option_reply::ERR_INVALID, "malformed option data");
             return None;
         };
-        let Some((export, listing)) = directory.find(name) else {
-            refuse(output, number, option_reply::ERR_UNKNOWN, "no such export");
-            return None;
+        let (export, listing) = match look_up(directory, name) {
+            Ok(found) => found,
+            Err((reply, message)) => {
+                refuse(output, number, reply, message);
+                return None;
+            }
         };
         if directory.is_shut(&listing.name) {
             refuse(output, number, option_reply::ERR_SHUTDOWN, GOES_ELSEWHERE);
@@ -428,8 +448,9 @@ impl ServerHandshake {
         let Some((name, queries)) = parse_queries(data) else {
             return refuse(output, number, option_reply::ERR_INVALID, "malformed option data");
         };
-        let Some((_, listing)) = directory.find(name) else {
-            return refuse(output, number, option_reply::ERR_UNKNOWN, "no such export");
+        let listing = match look_up(directory, name) {
+            Ok((_, listing)) => listing,
+            Err((reply, message)) => return refuse(output, number, reply, message),
         };
         let said = if set { Said::default() } else { Said::by(&queries) };
         if directory.is_shut(&listing.name) && !said.is_let_in() {
@@ -492,6 +513,17 @@ impl ServerHandshake {
 
 /// What a newcomer to an export is told that takes no newcomers.
 const GOES_ELSEWHERE: &str = "this server takes no new clients for the export";
+
+/// The export called `name`, if this client may have it; else the error that it is told.
+fn look_up<D: Directory>(directory: &D, name: &str) -> Result<(D::Export, Listing), (u32, &'static str)> {
+    const UNKNOWN: (u32, &str) = (option_reply::ERR_UNKNOWN, "no such export");
+    let (export, listing) = directory.find(name).ok_or(UNKNOWN)?;
+    match directory.verdict(&listing.name) {
+        Verdict::Admitted => Ok((export, listing)),
+        Verdict::NeedsTls => Err((option_reply::ERR_TLS_REQD, "this export is served through TLS only")),
+        Verdict::Denied => Err(UNKNOWN),
+    }
+}
 
 /// `NBD_OPT_LIST`.
 fn list<D: Directory>(directory: &D, output: &mut BytesMut) {

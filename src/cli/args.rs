@@ -355,6 +355,11 @@ pub(super) struct Daemon {
     /// What the neighbours with TCP addresses are shown. [default: the file of --admin-token]
     #[arg(long, value_name = "FILE")]
     pub(super) neighbours_token: Option<PathBuf>,
+    /// Take over from a running server, whose clients stay connected: they notice a pause. It is named by the number of
+    /// its process or the path of its socket; left out, it is the only one that runs. If this server cannot start, that
+    /// one goes on.
+    #[arg(long, value_name = "PID|PATH", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub(super) takeover: Option<PathBuf>,
     /// How files are read and written: io_uring where the kernel allows it, or threads.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) disk_io: DiskIo,

@@ -1,9 +1,11 @@
 //! What `serve` and `mirror` have in common: listening, serving, ending.
 
-use std::sync::Arc;
-use std::time::Duration;
+mod succession;
 
-use anyhow::{Context, ensure};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -11,18 +13,25 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::args::{AdminChoice, Daemon, TokenFile};
 use super::output;
 use super::running::clients;
+use crate::clock;
 use crate::control::casts::Casts;
 use crate::control::place::Surroundings;
 use crate::control::redirect::{Redirects, StatePlace};
+use crate::control::status::Role;
+use crate::control::takeover::{Belongings, Inherited, manager, talk::Successor};
 use crate::control::tree::MOST_NEIGHBOURS;
 use crate::control::{Admin, AdminListener, Client, Operated, Site, Token};
 use crate::export::Registry;
-use crate::net::{ListenAddress, Listener};
-use crate::server::{Server, Settings};
+use crate::net::{Detached, ListenAddress, Listener};
+use crate::server::frozen::Frozen;
+use crate::server::{Homeless, Server, Settings};
 use crate::worker::Workers;
+use succession::{Origin, Succession, chain};
 
 /// Descriptors that are kept for files, upstreams and the rest when connections are bounded.
 const SPARE_DESCRIPTORS: u64 = 256;
+/// Milliseconds that whatever uses the workers is given to end.
+const PATIENCE_FOR_WORKERS: u32 = 1000;
 /// How long exports may take to make things durable at the end.
 const SETTLE: Duration = Duration::from_secs(10);
 
@@ -46,36 +55,153 @@ pub(super) trait Exports {
     async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()>;
 }
 
-/// Serves `exports` until a signal comes.
-pub(super) fn run(daemon: Daemon, exports: impl Exports) -> anyhow::Result<()> {
+/// Serves what `exports` makes until a signal comes, or a successor. It makes the same each time: this server may have to
+/// begin again.
+pub(super) fn run<E: Exports>(
+    daemon: Daemon,
+    role: Role,
+    exports: impl Fn() -> anyhow::Result<E>,
+) -> anyhow::Result<()> {
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    runtime.block_on(serve(daemon, exports))
+    runtime.block_on(async {
+        // From here on a signal is an order to end well.
+        let mut signals = Signals::new()?;
+        let mut origin = Origin::of_process(daemon.takeover.as_ref(), role).await?;
+        loop {
+            match serve(&daemon, role, exports()?, origin, &mut signals).await? {
+                End::Over => return Ok(()),
+                End::GoesOn(belongings) => origin = Origin::Left { belongings, managers: Vec::new() },
+            }
+        }
+    })
 }
 
-async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> {
-    // From here on a signal is an order to end well.
-    let mut signals = Signals::new()?;
-    let settings = settings(&daemon);
+/// How serving came to an end.
+enum End {
+    /// The process ends.
+    Over,
+    /// There was to be a successor, and there is none.
+    GoesOn(Box<Belongings>),
+}
+
+/// A server and what belongs to it.
+struct Running<E> {
+    exports: E,
+    registry: Arc<Registry>,
+    workers: Arc<Workers>,
+    server: Server,
+    admin: Option<Admin>,
+    casts: Option<(Arc<dyn Operated>, Casts)>,
+    listening: Vec<String>,
+}
+
+async fn serve<E: Exports>(
+    daemon: &Daemon,
+    role: Role,
+    exports: E,
+    origin: Origin,
+    signals: &mut Signals,
+) -> anyhow::Result<End> {
+    let Some(mut running) = start(daemon, exports, origin, signals).await? else { return Ok(End::Over) };
+    let mut succession = Succession::new(role);
+    loop {
+        tokio::select! {
+            signal = signals.next() => match signal {
+                Order::Replace => succession.begin(&running.listening),
+                Order::End if manager::room() > 0 => {
+                    notify_manager(&sd_notify::NotifyState::Stopping);
+                    return leave_to_manager(running, signals).await;
+                }
+                Order::End => {
+                    notify_manager(&sd_notify::NotifyState::Stopping);
+                    return end(running, signals).await;
+                }
+            },
+            successor = succession.next(&running.listening) => {
+                let since = clock::now();
+                if let Err(busy) = running.server.hold().await {
+                    tracing::warn!(%busy, "cannot be replaced now");
+                    successor.stop(&busy.to_string()).await;
+                    continue;
+                }
+                drop(succession);
+                return hand_over(running, successor, since).await;
+            }
+        }
+    }
+}
+
+/// Opens everything and begins to serve. `None`: a signal came.
+async fn start<E: Exports>(
+    daemon: &Daemon,
+    mut exports: E,
+    origin: Origin,
+    signals: &mut Signals,
+) -> anyhow::Result<Option<Running<E>>> {
+    let settings = settings(daemon);
     let token = daemon.admin_token.as_deref().map(Token::read).transpose()?;
-    let neighbours = neighbours(&daemon)?;
-    let listeners = listen(&daemon)?;
+    let neighbours = neighbours(daemon)?;
+    let own = listen(daemon, &origin.listening()?)?;
     let count = daemon.workers.map_or_else(default_workers, usize::from);
     let workers = Workers::start(count, daemon.disk_io.into()).context("cannot start the workers")?;
     let workers = Arc::new(workers);
+    // From here to the end of this function clients of a predecessor wait.
+    let (inherited, predecessor) = origin.take().await?;
+    let Inherited { listeners: mut passed, clients, shutters } = inherited;
+    retire(&mut passed, daemon);
+    let listeners: Vec<_> = own.into_iter().chain(passed).collect();
     let registry = Arc::new(Registry::new());
-    tokio::select! {
-        result = exports.open(&registry, &workers, &listeners) => result?,
-        () = signals.next() => return Ok(()),
-    }
-    let admin = listen_to_operators(daemon.admin, token.as_ref())?;
-    let greeting = greeting(&registry, &listeners)?;
+    let opening = async {
+        tokio::select! {
+            result = exports.open(&registry, &workers, &listeners) => result.map(|()| true),
+            () = signals.end() => Ok(false),
+        }
+    };
+    let opened = async {
+        if !opening.await? {
+            return Ok(None);
+        }
+        let server = Server::prepare(Arc::clone(&registry), Arc::clone(&workers), settings);
+        if predecessor.is_some() {
+            check_homes(&server, &clients)?;
+        }
+        Ok(Some((server, listen_to_operators(daemon.admin.clone(), token.as_ref())?, greeting(&registry, &listeners)?)))
+    };
+    let (mut server, admin, greeting) = match (opened.await, &predecessor) {
+        (Ok(Some(opened)), _) => opened,
+        (Ok(None), _) => return Ok(None),
+        (Err(error), Some(predecessor)) => {
+            predecessor.failed(format!("{error:#}")).await;
+            return Err(error);
+        }
+        (Err(error), None) => return Err(error),
+    };
     let listen: Vec<_> = listeners.iter().filter_map(|listener| Some(listener.uri("").ok()?.to_string())).collect();
+    let listening = listeners.iter().filter_map(|listener| listener.asked().map(str::to_owned)).collect();
     for listener in &listeners {
         tracing::info!(%listener, workers = count, "listening");
     }
     let state = exports.state(&listeners);
-    let server = Server::start(Arc::clone(&registry), listeners, Arc::clone(&workers), settings);
     let steering = server.steering();
+    if let Some(predecessor) = &predecessor {
+        predecessor.opened().await.context("cannot take over")?;
+        tracing::info!(
+            process = predecessor.process(),
+            version = predecessor.version,
+            clients = clients.len(),
+            "took over from another server"
+        );
+        notify_manager(&sd_notify::NotifyState::MainPid(std::process::id()));
+    }
+    shutters.exports.iter().for_each(|export| steering.gate.shut(Some(export)));
+    if shutters.all {
+        steering.gate.shut(None);
+    }
+    for (socket, frozen) in clients {
+        server.resume(socket, frozen).await;
+    }
+    server.accept(listeners);
+    manager::forget();
     let redirects = Redirects::start(steering.clone(), Arc::clone(&registry), &workers, state).await;
     let casts = exports.operated().map(|operated| {
         let casts = Casts::start(steering.clone(), Arc::clone(&registry), Arc::clone(&operated), &workers);
@@ -86,8 +212,12 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
     });
     output::print(&greeting)?;
     notify_manager(&sd_notify::NotifyState::Ready);
-    signals.next().await;
-    notify_manager(&sd_notify::NotifyState::Stopping);
+    Ok(Some(Running { exports, registry, workers, server, admin, casts, listening }))
+}
+
+/// Ends well: what has been received is answered.
+async fn end<E: Exports>(running: Running<E>, signals: &mut Signals) -> anyhow::Result<End> {
+    let Running { exports, registry, workers, server, admin, casts, .. } = running;
     tracing::info!("shutting down");
     if let Some((_, casts)) = &casts {
         // Receivers are told, so that they need not find out by the silence.
@@ -100,20 +230,119 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
             }
             clean
         }
-        () = signals.next() => {
+        () = signals.end() => {
             tracing::warn!("a second signal: not waiting for clients");
             false
         }
     };
     drop((admin, casts));
-    tokio::time::timeout(SETTLE, exports.settle(&registry, &workers))
-        .await
-        .context("making things durable took too long")??;
+    settle(&exports, &registry, &workers).await?;
     // What has not ended by now may never end (a disk that hangs): then the threads end with the process.
     if is_clean && let Ok(workers) = Arc::try_unwrap(workers) {
         workers.stop();
     }
+    Ok(End::Over)
+}
+
+async fn settle(exports: &impl Exports, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
+    let settled = tokio::time::timeout(SETTLE, exports.settle(registry, workers)).await;
+    settled.context("making things durable took too long")?
+}
+
+/// Closes a server whose connections are held, but for its sockets.
+async fn pack<E: Exports>(running: Running<E>) -> anyhow::Result<Belongings> {
+    let Running { exports, registry, workers, server, admin, casts, .. } = running;
+    let steering = server.steering();
+    let (listeners, clients) = server.freeze().await;
+    let belongings = Belongings::of(listeners, clients, &steering)?;
+    if let Some((_, casts)) = &casts {
+        casts.close().await;
+    }
+    drop((admin, casts, steering));
+    if let Err(error) = settle(&exports, &registry, &workers).await {
+        tracing::error!(error = format!("{error:#}"), "not everything is durable");
+    }
+    drop((exports, registry));
+    close_workers(workers).await;
+    Ok(belongings)
+}
+
+/// Ends the workers, and with them whatever still has an image open.
+async fn close_workers(mut workers: Arc<Workers>) {
+    for _ in 0..PATIENCE_FOR_WORKERS {
+        match Arc::try_unwrap(workers) {
+            Ok(workers) => {
+                // It fails only if the thread has died, which has said so.
+                let _ = tokio::task::spawn_blocking(|| workers.stop()).await;
+                return;
+            }
+            Err(shared) => workers = shared,
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    tracing::error!("something still uses the workers: images may stay open");
+}
+
+/// Gives everything to a successor, or goes on if it fails.
+async fn hand_over<E: Exports>(running: Running<E>, successor: Successor, since: Instant) -> anyhow::Result<End> {
+    let process = successor.process();
+    let belongings = pack(running).await?;
+    let clients = belongings.estate().clients.len();
+    let given = successor.give(&belongings).await;
+    let pause = || clock::now().saturating_duration_since(since).as_millis();
+    match given {
+        Ok(()) => {
+            successor.go().await.context("the successor has gone in the last moment, and the clients with it")?;
+            tracing::info!(process, clients, pause_ms = pause(), "another server has taken over");
+            Ok(End::Over)
+        }
+        Err(error) => {
+            tracing::error!(process, error = %chain(&error), "the successor cannot go on: this server does");
+            successor.stop("this server goes on").await;
+            Ok(End::GoesOn(Box::new(belongings)))
+        }
+    }
+}
+
+/// Leaves everything to the service manager, or ends well if it does not take it.
+async fn leave_to_manager<E: Exports>(mut running: Running<E>, signals: &mut Signals) -> anyhow::Result<End> {
+    if let Err(busy) = running.server.hold().await {
+        tracing::warn!(%busy, "the connections cannot be kept");
+        return end(running, signals).await;
+    }
+    let belongings = pack(running).await?;
+    let clients = belongings.estate().clients.len();
+    // It blocks for the moment that the manager needs, and there is nothing else to do.
+    match manager::store(&belongings) {
+        Ok(()) => tracing::info!(clients, "the service manager has the connections"),
+        Err(error) => tracing::error!(clients, error = %chain(&error), "the connections are lost"),
+    }
+    Ok(End::Over)
+}
+
+/// Refuses to take clients over that could not be served here.
+fn check_homes(server: &Server, clients: &[(Detached, Frozen)]) -> anyhow::Result<()> {
+    for (_, client) in clients {
+        if let Err(reason) = server.can_resume(client)
+            // Whoever changes the rules means those who are connected, too.
+            && reason != Homeless::Denied
+        {
+            bail!("cannot go on with client {} of {:?}: {reason}", client.peer, client.export);
+        }
+    }
     Ok(())
+}
+
+/// Closes listening sockets that are not wanted any more.
+fn retire(passed: &mut Vec<Listener>, daemon: &Daemon) {
+    let wanted: Vec<_> = addresses(daemon).iter().map(ToString::to_string).collect();
+    passed.retain(|listener| {
+        let stays = listener.asked().is_none_or(|asked| wanted.is_empty() || wanted.iter().any(|one| one == asked));
+        if !stays {
+            tracing::info!(%listener, "not listening any more");
+        }
+        stays
+    });
 }
 
 /// The other servers of its tree.
@@ -150,15 +379,22 @@ fn raise_descriptor_limit() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// All sockets: those of the service manager and those of the command line, or the default one.
-fn listen(daemon: &Daemon) -> anyhow::Result<Vec<Listener>> {
-    let mut listeners = Listener::inherited().context("cannot take over the service manager's sockets")?;
-    let mut addresses = daemon.listen.clone();
-    addresses.extend(daemon.unix.iter().cloned().map(ListenAddress::Unix));
-    if listeners.is_empty() && addresses.is_empty() {
-        addresses.push("127.0.0.1".parse()?);
+/// The addresses that were asked for.
+fn addresses(daemon: &Daemon) -> Vec<ListenAddress> {
+    let unix = daemon.unix.iter().cloned().map(ListenAddress::Unix);
+    daemon.listen.iter().cloned().chain(unix).collect()
+}
+
+/// Sockets for all addresses that were asked for and are not among those that somebody else has opened (`None`: the
+/// service manager), or the default one.
+fn listen(daemon: &Daemon, opened: &[Option<String>]) -> anyhow::Result<Vec<Listener>> {
+    let mut wanted = addresses(daemon);
+    if opened.is_empty() && wanted.is_empty() {
+        wanted.push("127.0.0.1".parse()?);
     }
-    for address in addresses {
+    wanted.retain(|address| !opened.iter().flatten().any(|asked| *asked == address.to_string()));
+    let mut listeners = Vec::new();
+    for address in wanted {
         listeners.extend(Listener::bind(&address)?);
     }
     Ok(listeners)
@@ -212,21 +448,37 @@ fn notify_manager(state: &sd_notify::NotifyState<'_>) {
     }
 }
 
-/// SIGTERM and SIGINT.
+/// What a signal means.
+enum Order {
+    /// SIGTERM and SIGINT.
+    End,
+    /// SIGUSR2.
+    Replace,
+}
+
+/// The signals that mean something.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    replace: Signal,
 }
 
 impl Signals {
     fn new() -> anyhow::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        let (terminate, interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        Ok(Self { terminate, interrupt, replace: signal(SignalKind::user_defined2())? })
     }
 
-    async fn next(&mut self) {
+    async fn next(&mut self) -> Order {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => Order::End,
+            _ = self.interrupt.recv() => Order::End,
+            _ = self.replace.recv() => Order::Replace,
         }
+    }
+
+    /// Waits for the order to end.
+    async fn end(&mut self) {
+        while !matches!(self.next().await, Order::End) {}
     }
 }

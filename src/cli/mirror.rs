@@ -6,9 +6,9 @@ use anyhow::bail;
 
 use super::args::{self, NamedUris};
 use super::daemon::{self, Exports};
-use crate::control::Operated;
 use crate::control::mirrors::{Mirrors, Plan, PlannedImage};
 use crate::control::redirect::StatePlace;
+use crate::control::{self, Operated};
 use crate::export::{DuplicateName, Registry, split_content_name};
 use crate::mirror::policy::Admission;
 use crate::mirror::{self, SpaceSettings};
@@ -42,7 +42,7 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         profile: profile.into(),
         hear: receive.into(),
     };
-    daemon::run(daemon, Images { plan: Some(plan), mirrors: None })
+    daemon::run(daemon, control::status::Role::Mirror, || Ok(Images { plan: Some(plan.clone()), mirrors: None }))
 }
 
 /// What a name says about the content of an image is held against what its servers have.

@@ -12,6 +12,7 @@ use crate::control::Operated;
 use crate::control::real::{RealImage, RealImages};
 use crate::control::redirect::StatePlace;
 use crate::control::redirect::file::{default_directory, name_of};
+use crate::control::status::Role;
 use crate::export::{Registry, SharedExport};
 use crate::fill::profile::{Kept, Store, profile_path};
 use crate::image::index::{Background, Rate, Settings};
@@ -30,21 +31,23 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
     let options = Options {
         read_only: arguments.read_only,
         format: arguments.format.into(),
-        backing_directories: arguments.backing,
+        backing_directories: arguments.backing.clone(),
     };
     // One thread: it has the time.
     let rate = Rate::new(Some(arguments.index_rate));
     let settings = Settings { threads: 1, rate: rate.clone(), ..Settings::default() };
-    let images = Images {
-        images: arguments.images,
-        options,
-        index: arguments.index.then_some(settings),
-        index_rate: arguments.index.then_some(rate),
-        state: arguments.state,
-        indexing: Mutex::default(),
-        open: Vec::new(),
-    };
-    daemon::run(arguments.daemon, images)
+    let Serve { images, index, state, daemon, .. } = arguments;
+    daemon::run(daemon, Role::Serve, || {
+        Ok(Images {
+            images: images.clone(),
+            options: options.clone(),
+            index: index.then(|| settings.clone()),
+            index_rate: index.then(|| rate.clone()),
+            state: state.clone(),
+            indexing: Mutex::default(),
+            open: Vec::new(),
+        })
+    })
 }
 
 struct Images {

@@ -20,6 +20,7 @@
 //! | [`figures`] | what happened to images, as counters |
 //! | [`load`] | what a server does just now |
 //! | [`residency`] | pictures of what is here of an image |
+//! | [`takeover`] | a server is replaced while its clients stay |
 //! | [`tree`] | several servers, and what flows between them |
 //! | `metrics` | what it has done, for Prometheus |
 //! | `page` | the status page |
@@ -61,6 +62,7 @@ pub mod redirect;
 pub mod residency;
 pub mod settings;
 pub mod status;
+pub mod takeover;
 pub mod tree;
 
 use std::time::Duration;

@@ -156,6 +156,12 @@ pub trait Export: fmt::Debug + Send + Sync {
         false
     }
 
+    /// The file that all of its bytes are in, as device and inode, if there is one. Where there is no identity, this says
+    /// whether two openings of an image have the same bytes.
+    fn file_id(&self) -> Option<[u64; 2]> {
+        None
+    }
+
     /// Reads `range`: pieces in order that add up to it.
     fn read(&self, range: ByteRange) -> LocalFuture<'_, Result<Vec<Piece>>>;
 

@@ -405,6 +405,10 @@ impl Export for RawImage {
         }
     }
 
+    fn file_id(&self) -> Option<[u64; 2]> {
+        self.file.id().ok()
+    }
+
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
         self.is_in_file(range).then(|| FileRange { file: Arc::clone(&self.file), range, hold: None })
     }

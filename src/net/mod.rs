@@ -4,10 +4,11 @@
 //! that is said over them.
 
 mod interface;
+pub mod link;
 mod listen;
 pub mod multicast;
 mod socket;
 mod stream;
 
-pub use listen::{BindError, ListenAddress, Listener, ParseListenError};
+pub use listen::{BindError, ListenAddress, Listener, ListeningAt, ParseListenError};
 pub use stream::{Detached, Family, Stream, connect};

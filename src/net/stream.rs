@@ -88,6 +88,23 @@ impl Detached {
         Ok(Stream { socket, family: self.family, room: RefCell::default(), roomy: Cell::default() })
     }
 
+    /// Takes a connected socket that another process has had.
+    pub fn from_fd(socket: OwnedFd) -> io::Result<Self> {
+        let address = SockRef::from(&socket).local_addr()?;
+        let family = if address.is_unix() { Family::Unix } else { Family::Tcp };
+        Ok(Self { socket, family })
+    }
+
+    /// A second descriptor of the socket.
+    pub fn try_clone(&self) -> io::Result<OwnedFd> {
+        self.socket.try_clone()
+    }
+
+    /// Names the socket on this host, whoever has it: its inode. 0 if it has none.
+    pub fn inode(&self) -> u64 {
+        rustix::fs::fstat(&self.socket).map_or(0, |found| found.st_ino)
+    }
+
     /// The address of the other end; `None` on a unix socket, and when it has left.
     pub fn peer_address(&self) -> Option<IpAddr> {
         let address = SockRef::from(&self.socket).peer_addr().ok()?.as_socket()?;
@@ -114,6 +131,11 @@ fn full() -> io::Error {
 }
 
 impl Stream {
+    /// Leaves the runtime.
+    pub fn detach(self) -> Detached {
+        Detached { socket: self.socket.into_inner(), family: self.family }
+    }
+
     /// What kind of socket it is.
     pub const fn family(&self) -> Family {
         self.family

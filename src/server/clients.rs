@@ -9,12 +9,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::frozen::Done;
 use super::orders::Desk;
 use super::steering::ClientHandle;
 use crate::clock;
@@ -141,6 +142,8 @@ pub(super) struct Client {
     pub(super) desk: Desk,
     hears_notices: AtomicBool,
     relayed_to: Mutex<Option<String>>,
+    /// For how long it had been connected to the predecessor.
+    before: OnceLock<Duration>,
 }
 
 /// Who comes.
@@ -200,12 +203,35 @@ impl ClientTable {
             desk: Desk::default(),
             hears_notices: AtomicBool::new(false),
             relayed_to: Mutex::default(),
+            before: OnceLock::new(),
         });
         let mut table = self.lock();
         table.count += 1;
         let id = table.count;
         table.clients.insert(id, Arc::clone(&client));
         Entry { table: self.clone(), id, client }
+    }
+
+    /// Adds a client of the predecessor, with what it has done there.
+    pub(super) fn enter_again(&self, newcomer: Newcomer, done: &Done) -> Entry {
+        let entry = self.enter(newcomer);
+        let counts = entry.counts();
+        let all = [
+            (&counts.requests, done.requests),
+            (&counts.read_bytes, done.read_bytes),
+            (&counts.written_bytes, done.written_bytes),
+            (&counts.errors, done.errors),
+            (&counts.replayed, done.replayed),
+            (&counts.timed_requests, done.timed_requests),
+            (&counts.latency_nanoseconds, done.latency_nanoseconds),
+        ];
+        all.into_iter().for_each(|(tally, value)| tally.set(value));
+        if done.hears_notices {
+            entry.client().note_hearing();
+        }
+        let before = Duration::try_from_secs_f64(done.connected_seconds).unwrap_or_default();
+        let _ = entry.client().before.set(before);
+        entry
     }
 
     /// Bytes of answers that have gone over the network so far, those to this host not counted; and how many clients had
@@ -233,12 +259,12 @@ fn is_of(name: &str, export: &str) -> bool {
 
 impl Client {
     pub(super) fn status(&self, id: u64, now: Instant) -> ClientStatus {
-        let Self { peer, export, since, counts, .. } = self;
+        let Self { peer, export, counts, .. } = self;
         ClientStatus {
             id,
             peer: peer.clone(),
             export: export.clone(),
-            connected_seconds: now.saturating_duration_since(*since).as_secs_f64(),
+            connected_seconds: self.connected_by(now).as_secs_f64(),
             requests: counts.requests.get(),
             read_bytes: counts.read_bytes.get(),
             written_bytes: counts.written_bytes.get(),
@@ -253,6 +279,36 @@ impl Client {
             timed_requests: counts.timed_requests.get(),
             latency_seconds: Duration::from_nanos(counts.latency_nanoseconds.get()).as_secs_f64(),
         }
+    }
+
+    /// For how long it has been connected.
+    pub(super) fn connected(&self) -> Duration {
+        self.connected_by(clock::now())
+    }
+
+    fn connected_by(&self, now: Instant) -> Duration {
+        self.before.get().copied().unwrap_or_default() + now.saturating_duration_since(self.since)
+    }
+
+    /// What it has done so far, for a successor.
+    pub(super) fn done(&self) -> Done {
+        let counts = &self.counts;
+        Done {
+            connected_seconds: self.connected().as_secs_f64(),
+            requests: counts.requests.get(),
+            read_bytes: counts.read_bytes.get(),
+            written_bytes: counts.written_bytes.get(),
+            errors: counts.errors.get(),
+            replayed: counts.replayed.get(),
+            timed_requests: counts.timed_requests.get(),
+            latency_nanoseconds: counts.latency_nanoseconds.get(),
+            hears_notices: self.hears_notices(),
+        }
+    }
+
+    /// Where it is served from, if not from here.
+    pub(super) fn relayed_to(&self) -> Option<String> {
+        self.lock_relayed().clone()
     }
 
     /// Notes where it is served from; `None`: from here.

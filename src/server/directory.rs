@@ -16,7 +16,13 @@ pub(super) enum Offered {
 }
 
 impl Offered {
-    const fn name(self) -> &'static str {
+    /// The one with this name.
+    pub(super) fn named(name: &str) -> Option<Self> {
+        let all = [Self::Export(Context::Allocation), Self::Export(Context::Residency), Self::Notice];
+        all.into_iter().find(|offered| offered.name() == name)
+    }
+
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Export(context) => context.name(),
             Self::Notice => NOTICE,

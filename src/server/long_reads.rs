@@ -10,12 +10,13 @@ use std::rc::Rc;
 use bytes::{BufMut, BytesMut};
 
 use super::answered::Asked;
+use super::frozen::Ask;
 use super::outbox::Streaming;
 use super::requests::Session;
 use crate::export::{FileRange, TryRead};
 use crate::nbd::handshake::ReplyMode;
 use crate::nbd::reply::{self, Last, ReplyTo};
-use crate::nbd::request::Fragments;
+use crate::nbd::request::{Command, Fragments};
 use crate::net::Family;
 use crate::ranges::ByteRange;
 use crate::units::{KIB, MIB, to_usize};
@@ -85,6 +86,20 @@ impl LongReads {
     /// The read that [`Step::MustWait`] was about.
     pub(super) fn pop(&mut self) -> Option<LongRead> {
         self.queue.pop_front()
+    }
+
+    /// Goes on with a read of which a part has been answered elsewhere. One whose frame has been begun comes first.
+    pub(super) fn resume(&mut self, read: LongRead) {
+        self.queue.push_back(read);
+    }
+
+    /// What is left of them, in order.
+    pub(super) fn rests(&self) -> impl Iterator<Item = Ask> {
+        let of = |read: &LongRead| {
+            let command = Command::Read(read.rest, read.fragments);
+            Ask::of(read.asked.to, command, read.rest.start(), read.stream.is_some())
+        };
+        self.queue.iter().filter_map(of)
     }
 
     /// The first read.
@@ -220,7 +235,7 @@ pub(super) fn send_chunk(
 /// What becomes of a read that has to wait after all.
 pub(super) async fn finish(session: Rc<Session>, read: LongRead) {
     match read.stream {
-        Some(stream) => session.stream_rest(stream, read.asked, read.rest).await,
+        Some(stream) => session.stream_rest(stream, read.asked, read.rest, read.fragments).await,
         None => session.read(read.asked, read.rest, read.fragments).await,
     }
 }

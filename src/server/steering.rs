@@ -136,6 +136,12 @@ impl Gate {
         }
     }
 
+    /// What takes no newcomers: whether it is all, and the names of exports.
+    pub fn shuttered(&self) -> (bool, Vec<String>) {
+        let shut = self.lock();
+        (shut.all, shut.exports.iter().cloned().collect())
+    }
+
     /// Whether the export with this full name takes no newcomers.
     pub(super) fn is_shut(&self, name: &str) -> bool {
         let shut = self.lock();

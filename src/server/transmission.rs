@@ -4,6 +4,7 @@
 //! comes first: more input, room to send, a request that is done, an order. State changes only between
 //! waits, so that nothing is cut in half by a future that is dropped.
 
+mod freezing;
 mod payload;
 mod steered;
 
@@ -17,6 +18,7 @@ use bytes::{Buf, BufMut, BytesMut};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use thiserror::Error;
 
+pub(super) use self::freezing::Rest;
 use self::payload::Payload;
 use self::steered::{Steer, Steered};
 use super::answered::{Arrivals, Asked};
@@ -27,6 +29,7 @@ use super::long_reads::{self, LongReads, SHORT, Step, is_long};
 use super::outbox::HIGH_WATER;
 use super::requests::{Held, STREAMED, Session, cost, perform};
 use super::spin::Spin;
+use super::stage::{Place, Stage, Stages};
 use crate::clock;
 use crate::export::{FileRange, assemble};
 use crate::nbd::reply::{Last, ReplyTo};
@@ -73,12 +76,19 @@ pub(super) enum End {
     /// The socket failed.
     #[error("the connection was lost: {0}")]
     Lost(#[from] io::Error),
+    /// A successor of this server goes on with it.
+    #[error("the connection goes to the successor of this server")]
+    Frozen,
 }
 
 /// Whether requests are still taken.
 #[derive(Debug)]
 enum Phase {
     Open,
+    /// None, until the server goes on, or freezes the connection.
+    Holding {
+        freezes: bool,
+    },
     /// Only those that had arrived when the order came: this many bytes of the socket's queue.
     Draining {
         queued: usize,
@@ -96,10 +106,20 @@ enum Turn {
     Others,
 }
 
+/// A connection that has come to its end here.
+#[derive(Debug)]
+pub(super) struct Left {
+    /// For a last goodbye, or for a successor.
+    pub(super) stream: Stream,
+    pub(super) end: End,
+    /// What a successor has to do, if it ended with [`End::Frozen`].
+    pub(super) rest: Option<Rest>,
+}
+
 enum Event {
     Progress,
     Readable,
-    Draining,
+    Stage(Stage),
     Steer(Steer),
 }
 
@@ -125,7 +145,7 @@ async fn thaw(session: Rc<Session>, place: FileRange) {
 }
 
 /// A connection in its transmission phase.
-pub(super) struct Transmission<D> {
+pub(super) struct Transmission {
     stream: Stream,
     session: Rc<Session>,
     budget: ConnectionBudget,
@@ -141,17 +161,19 @@ pub(super) struct Transmission<D> {
     steered: Steered,
     /// Whether taking more requests waits for input, and not for something in flight to end.
     wants_input: bool,
-    /// Ends when the server is to be drained.
-    drain: Pin<Box<D>>,
+    /// What the server does with its connections.
+    stages: Stages,
+    place: Place,
 }
 
-impl<D: Future<Output = ()>> Transmission<D> {
+impl Transmission {
     pub(super) fn new(
         stream: Stream,
         session: Rc<Session>,
         budget: ConnectionBudget,
         input: BytesMut,
-        drain: Pin<Box<D>>,
+        stages: Stages,
+        place: Place,
     ) -> Self {
         Self {
             stream,
@@ -167,19 +189,20 @@ impl<D: Future<Output = ()>> Transmission<D> {
             phase: Phase::Open,
             steered: Steered::default(),
             wants_input: true,
-            drain,
+            stages,
+            place,
         }
     }
 
-    /// Serves until the connection ends. Gives the socket back for a last goodbye.
-    pub(super) async fn run(mut self) -> (Stream, End) {
-        let end = loop {
+    /// Serves until the connection ends, or is frozen.
+    pub(super) async fn run(mut self) -> Left {
+        loop {
             match self.turn().await {
                 Ok(None) => {}
-                Ok(Some(end)) | Err(end) => break end,
+                Ok(Some(End::Frozen)) => return self.freeze().await,
+                Ok(Some(end)) | Err(end) => return Left { stream: self.stream, end, rest: None },
             }
-        };
-        (self.stream, end)
+        }
     }
 
     async fn turn(&mut self) -> Result<Option<End>, End> {
@@ -230,6 +253,9 @@ impl<D: Future<Output = ()>> Transmission<D> {
             // Idle connections, of which there may be thousands, keep no buffer.
             buffers::give_back(&mut self.input);
         }
+        if self.stands_still()? {
+            return Ok(Some(End::Frozen));
+        }
         let event = poll_fn(|context| self.poll_event(context)).await;
         self.take_note(event)?;
         Ok(None)
@@ -240,7 +266,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             Event::Progress => {}
             Event::Readable => self.receive()?,
             Event::Steer(steer) => self.steer(steer)?,
-            Event::Draining => self.phase = Phase::Draining { queued: self.stream.queued()? },
+            Event::Stage(stage) => self.enter(stage)?,
         }
         Ok(())
     }
@@ -275,8 +301,10 @@ impl<D: Future<Output = ()>> Transmission<D> {
             return Poll::Ready(Event::Progress);
         }
         let is_open = matches!(self.phase, Phase::Open);
-        if is_open && self.drain.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Event::Draining);
+        if (is_open || matches!(self.phase, Phase::Holding { .. }))
+            && let Poll::Ready(stage) = self.stages.poll(context)
+        {
+            return Poll::Ready(Event::Stage(stage));
         }
         if let Poll::Ready(event) = self.poll_steered(context) {
             return Poll::Ready(event);
@@ -411,7 +439,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
     fn take_requests(&mut self) -> Result<Turn, End> {
         self.wants_input = true;
         let moved_before = self.moved();
-        while !matches!(self.phase, Phase::Closing(_)) {
+        while !matches!(self.phase, Phase::Closing(_) | Phase::Holding { .. }) {
             if self.moved() - moved_before >= TURN {
                 self.wants_input = false;
                 return Ok(Turn::Others);

@@ -81,6 +81,7 @@ mod roles;
 mod serve;
 mod steps;
 mod support;
+mod takeover;
 mod top;
 mod transmission;
 mod verify;

@@ -55,7 +55,7 @@ pub(super) fn run(daemon: Daemon, exports: impl Exports) -> anyhow::Result<()> {
 async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> {
     // From here on a signal is an order to end well.
     let mut signals = Signals::new()?;
-    let settings = settings(&daemon);
+    let settings = Settings { protection: daemon.tls.protection()?, ..settings(&daemon) };
     let token = daemon.admin_token.as_deref().map(Token::read).transpose()?;
     let neighbours = neighbours(&daemon)?;
     let listeners = listen(&daemon)?;

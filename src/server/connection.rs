@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use thiserror::Error;
 
-use super::Shared;
+use super::{Protection, Shared};
 use super::answered::Ledger;
 use super::clients::{Counts, Entry, Newcomer};
 use super::directory::{Exports, Offered};
@@ -20,11 +20,11 @@ use super::seat::Seat;
 use super::steering::Steering;
 use super::transmission::{End, Transmission};
 use crate::clock;
-use crate::export::{Client, NodeId, SharedExport, Visitor};
-use crate::nbd::handshake::server::{Negotiated, Progress, ServerHandshake, Violation, context_id};
+use crate::export::{Client, NodeId, SharedExport, TlsPeer, Visitor};
+use crate::nbd::handshake::server::{Negotiated, Progress, ServerHandshake, TlsPolicy, Violation, context_id};
 use crate::nbd::request::Rules;
 use crate::nbd::wire::{MAX_PAYLOAD_BYTES, MAX_PAYLOAD_UNTOLD, TransmissionFlags};
-use crate::net::Stream;
+use crate::net::{SecureError, Stream};
 
 /// How long a client that was told of the end may take to close its side. Closing first would make TCP throw away
 /// replies that it has not read yet.
@@ -48,12 +48,14 @@ enum Failure {
     Draining,
     #[error("the client broke the protocol: {0}")]
     Violation(#[from] Violation),
+    #[error(transparent)]
+    Secure(#[from] SecureError),
     #[error("the connection was lost: {0}")]
     Lost(#[from] std::io::Error),
 }
 
 /// Serves one client.
-pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, shared: &Shared) {
+pub(super) async fn serve(mut stream: Stream, peer: String, mut visitor: Visitor, shared: &Shared) {
     let mut input = BytesMut::new();
     let limit = shared.settings.handshake_timeout;
     let mut draining = shared.draining.clone();
@@ -65,7 +67,7 @@ pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, shared
     let negotiated = tokio::select! {
         // What has arrived is answered first.
         biased;
-        negotiated = tokio::time::timeout(limit, negotiate(&stream, &mut input, &visitor, shared)) => {
+        negotiated = tokio::time::timeout(limit, negotiate(&mut stream, &mut input, &mut visitor, shared)) => {
             negotiated.unwrap_or(Err(Failure::TimedOut))
         }
         () = &mut drain => Err(Failure::Draining),
@@ -80,7 +82,8 @@ pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, shared
     };
     let export = chosen.listing.name.clone();
     let (mirror, connection, is_relay) = (chosen.mirror.map(NodeId), chosen.connection, chosen.is_relay);
-    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay };
+    let tls = visitor.tls.map(|peer| peer.names);
+    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay, tls };
     let entry = shared.steering.clients.enter(newcomer);
     let session = Rc::new(session(*chosen, &entry, &shared.steering));
     tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");
@@ -101,8 +104,11 @@ pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, shared
     );
     shared.steering.figures.connections().note_ended(parting(&end));
     drop(entry);
-    if matches!(end, End::Drained | End::Dismissed) {
-        part_from(&stream).await;
+    match end {
+        End::Drained | End::Dismissed => part_from(&stream).await,
+        End::Disconnected | End::Closed => stream.end_tls(),
+        // What was sent last is not all.
+        End::Violation(_) | End::Broken | End::Lost(_) => {}
     }
 }
 
@@ -150,22 +156,37 @@ fn session(chosen: Negotiated<(SharedExport, Vec<Offered>)>, entry: &Entry, stee
 }
 
 async fn negotiate(
-    stream: &Stream,
+    stream: &mut Stream,
     input: &mut BytesMut,
-    visitor: &Visitor,
+    visitor: &mut Visitor,
     shared: &Shared,
 ) -> Result<Chosen, Failure> {
     let mut output = BytesMut::new();
-    let mut handshake = ServerHandshake::new(&mut output);
+    let Shared { registry, steering, draining, settings, .. } = shared;
+    let policy = match &settings.protection {
+        None => TlsPolicy::Off,
+        Some(Protection { is_required: false, .. }) => TlsPolicy::Allow,
+        Some(_) => TlsPolicy::Require,
+    };
+    let mut handshake = ServerHandshake::new(&mut output).with_tls(policy);
     loop {
-        let Shared { registry, steering, draining, .. } = shared;
-        let exports = Exports { registry, steering, draining: *draining.borrow(), visitor };
+        let exports = Exports { registry, steering, draining: *draining.borrow(), visitor: &*visitor };
         let progress = handshake.advance(input, &exports, &mut output)?;
+        // A client waits for the answer to STARTTLS: what is here already is from somebody else.
+        if matches!(progress, Progress::StartTls) && stream.queued()? > 0 {
+            return Err(Violation::BytesBeforeTls.into());
+        }
         stream.write_all(&mut output).await?;
         match progress {
             Progress::Continue => {}
             Progress::Finished(negotiated) => return Ok(negotiated),
             Progress::Aborted => return Err(Failure::Aborted),
+            Progress::StartTls => {
+                let Some(Protection { clients, .. }) = &settings.protection else { return Err(Failure::Aborted) };
+                stream.secure(clients.handshake().map_err(SecureError::from)?).await?;
+                visitor.tls = stream.peer_names().map(|names| TlsPeer { names });
+                handshake = handshake.secured();
+            }
             Progress::NeedInput => {
                 input.reserve(HANDSHAKE_INPUT);
                 if stream.read_buf(input).await? == 0 {

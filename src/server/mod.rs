@@ -51,6 +51,7 @@ use tokio::task::JoinSet;
 
 use crate::export::{Access, Registry, Visitor};
 use crate::net::{Detached, Listener};
+use crate::tls;
 use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
 pub use directory::flags as transmission_flags;
@@ -73,6 +74,17 @@ pub struct Settings {
     pub grace: Duration,
     /// Who may have which export.
     pub access: Access,
+    /// TLS, if there is any.
+    pub protection: Option<Protection>,
+}
+
+/// How clients are met that speak TLS.
+#[derive(Debug, Clone)]
+pub struct Protection {
+    /// Whether those that do not get nothing.
+    pub is_required: bool,
+    /// What they are shown, and whom of them we believe.
+    pub clients: tls::Clients,
 }
 
 impl Default for Settings {
@@ -83,6 +95,7 @@ impl Default for Settings {
             shared_bytes: 512 << 20,
             grace: Duration::from_secs(10),
             access: Access::default(),
+            protection: None,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
@@ -25,6 +25,20 @@ const MAX_FILE: u64 = 1 << 20;
 
 const AUTHORITIES: &str = "ca-cert.pem";
 const REVOKED: &str = "ca-crl.pem";
+
+/// The certificates by which this process knows servers, and shows itself to them, unless a URI names others. Set once,
+/// before there are connections.
+static DEFAULT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Sets the directory of certificates for connections of this process to servers. The first call counts.
+pub fn set_default_certificates(directory: PathBuf) {
+    let _ = DEFAULT.set(directory);
+}
+
+/// The directory of certificates for connections to servers, if there is one.
+pub fn default_certificates() -> Option<PathBuf> {
+    DEFAULT.get().cloned()
+}
 
 /// Why certificates cannot be used.
 #[derive(Debug, Error)]

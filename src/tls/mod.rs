@@ -16,8 +16,13 @@ mod keys;
 mod names;
 mod records;
 
-pub use certificates::{CertificateError, ClientIdentity, Clients, ServerIdentity};
+pub use certificates::{
+    CertificateError, ClientIdentity, Clients, ServerIdentity, default_certificates, set_default_certificates,
+};
 pub use handshake::{Failure, Handshake, MAX_HANDSHAKE, Progress, fuzz as fuzz_handshake};
 pub use keys::Suite;
 pub use names::{Facts, certificate_facts};
 pub use records::{MAX_PLAIN, MAX_SEALED, OVERHEAD, Opened, RecordError, Saved, Session, fuzz as fuzz_records};
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -17,6 +17,8 @@ use crate::control::redirect::{Redirects, StatePlace};
 use crate::control::tree::MOST_NEIGHBOURS;
 use crate::control::{Admin, AdminListener, Client, Operated, Site, Token};
 use crate::export::Registry;
+use crate::nbd::Uri;
+use crate::nbd::uri::Security;
 use crate::net::{ListenAddress, Listener};
 use crate::server::{Server, Settings};
 use crate::worker::Workers;
@@ -68,8 +70,13 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         () = signals.next() => return Ok(()),
     }
     let admin = listen_to_operators(daemon.admin, token.as_ref())?;
-    let greeting = greeting(&registry, &listeners)?;
-    let listen: Vec<_> = listeners.iter().filter_map(|listener| Some(listener.uri("").ok()?.to_string())).collect();
+    let security = match &settings.protection {
+        Some(protection) if protection.is_required => Security::Tls,
+        _ => Security::Plain,
+    };
+    let greeting = greeting(&registry, &listeners, security)?;
+    let uri = |listener: &Listener| Some(Uri { security, ..listener.uri("").ok()? }.to_string());
+    let listen: Vec<_> = listeners.iter().filter_map(uri).collect();
     for listener in &listeners {
         tracing::info!(%listener, workers = count, "listening");
     }
@@ -196,11 +203,11 @@ fn default_admin() -> anyhow::Result<AdminListener> {
 }
 
 /// One line for each export: how to reach it by the first listener.
-fn greeting(registry: &Registry, listeners: &[Listener]) -> anyhow::Result<String> {
+fn greeting(registry: &Registry, listeners: &[Listener], security: Security) -> anyhow::Result<String> {
     let listener = listeners.first().context("there is no socket to listen on")?;
     let mut text = String::new();
     for (name, _) in registry.all() {
-        text.push_str(&listener.uri(&name)?.to_string());
+        text.push_str(&Uri { security, ..listener.uri(&name)? }.to_string());
         text.push('\n');
     }
     Ok(text)

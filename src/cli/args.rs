@@ -2,6 +2,7 @@
 
 mod fill;
 mod servers;
+mod tls;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,12 +17,12 @@ use crate::image::Format;
 use crate::mirror::CHUNK_SIZES;
 use crate::mirror::policy::Kind as Policy;
 use crate::nbd::Uri;
-use crate::nbd::uri::Security;
 use crate::net::ListenAddress;
 use crate::telemetry::LogFormat;
 use crate::units::ByteSize;
 pub(super) use fill::Fill;
 pub(super) use servers::{RunningServer, Servers, TokenFile};
+pub(super) use tls::Tls;
 
 /// A tiered NBD server for people who start many machines from few disk images.
 ///
@@ -229,11 +230,14 @@ pub(super) struct Index {
 #[derive(Debug, Args)]
 #[command(after_help = INFO_EXAMPLES)]
 pub(super) struct Info {
-    /// The export, as nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH.
+    /// The export, as nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH; nbds:// and nbds+unix:// with TLS.
     pub(super) uri: Uri,
     /// Print JSON.
     #[arg(long)]
     pub(super) json: bool,
+    /// For nbds://: ca-cert.pem to know the server by; client-cert.pem and client-key.pem if it wants to know us.
+    #[arg(long, value_name = "DIR")]
+    pub(super) tls_certificates: Option<PathBuf>,
     /// How long to wait for the server.
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub(super) timeout: Duration,
@@ -363,6 +367,8 @@ pub(super) struct Daemon {
     /// How files are read and written: io_uring where the kernel allows it, or threads.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) disk_io: DiskIo,
+    #[command(flatten)]
+    pub(super) tls: Tls,
 }
 
 #[derive(Debug, Args)]
@@ -494,9 +500,6 @@ impl std::str::FromStr for NamedUris {
             _ => (None, text),
         };
         let uris = Uri::parse_list(uris).map_err(|error| error.to_string())?;
-        if uris.iter().any(|uri| uri.security == Security::Tls) {
-            return Err("TLS is not supported yet".into());
-        }
         let name = name.map_or_else(|| uris.first().map_or_else(String::new, |uri| uri.export.clone()), str::to_owned);
         Ok(Self { name: checked_name(name)?, uris })
     }

@@ -22,6 +22,8 @@ use crate::control::takeover::{Belongings, Inherited, manager, talk::Successor};
 use crate::control::tree::MOST_NEIGHBOURS;
 use crate::control::{Admin, AdminListener, Client, Operated, Site, Token};
 use crate::export::Registry;
+use crate::nbd::Uri;
+use crate::nbd::uri::Security;
 use crate::net::{Detached, ListenAddress, Listener};
 use crate::server::frozen::Frozen;
 use crate::server::{Homeless, Server, Settings};
@@ -138,7 +140,11 @@ async fn start<E: Exports>(
     origin: Origin,
     signals: &mut Signals,
 ) -> anyhow::Result<Option<Running<E>>> {
-    let settings = settings(daemon);
+    let settings = Settings { protection: daemon.tls.protection()?, ..settings(daemon) };
+    let security = match &settings.protection {
+        Some(protection) if protection.is_required => Security::Tls,
+        _ => Security::Plain,
+    };
     let token = daemon.admin_token.as_deref().map(Token::read).transpose()?;
     let neighbours = neighbours(daemon)?;
     let own = listen(daemon, &origin.listening()?)?;
@@ -165,7 +171,11 @@ async fn start<E: Exports>(
         if predecessor.is_some() {
             check_homes(&server, &clients)?;
         }
-        Ok(Some((server, listen_to_operators(daemon.admin.clone(), token.as_ref())?, greeting(&registry, &listeners)?)))
+        Ok(Some((
+            server,
+            listen_to_operators(daemon.admin.clone(), token.as_ref())?,
+            greeting(&registry, &listeners, security)?,
+        )))
     };
     let (mut server, admin, greeting) = match (opened.await, &predecessor) {
         (Ok(Some(opened)), _) => opened,
@@ -176,7 +186,8 @@ async fn start<E: Exports>(
         }
         (Err(error), None) => return Err(error),
     };
-    let listen: Vec<_> = listeners.iter().filter_map(|listener| Some(listener.uri("").ok()?.to_string())).collect();
+    let uri = |listener: &Listener| Some(Uri { security, ..listener.uri("").ok()? }.to_string());
+    let listen: Vec<_> = listeners.iter().filter_map(uri).collect();
     let listening = listeners.iter().filter_map(|listener| listener.asked().map(str::to_owned)).collect();
     for listener in &listeners {
         tracing::info!(%listener, workers = count, "listening");
@@ -432,11 +443,11 @@ fn default_admin() -> anyhow::Result<AdminListener> {
 }
 
 /// One line for each export: how to reach it by the first listener.
-fn greeting(registry: &Registry, listeners: &[Listener]) -> anyhow::Result<String> {
+fn greeting(registry: &Registry, listeners: &[Listener], security: Security) -> anyhow::Result<String> {
     let listener = listeners.first().context("there is no socket to listen on")?;
     let mut text = String::new();
     for (name, _) in registry.all() {
-        text.push_str(&listener.uri(&name)?.to_string());
+        text.push_str(&Uri { security, ..listener.uri(&name)? }.to_string());
         text.push('\n');
     }
     Ok(text)

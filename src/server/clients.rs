@@ -113,6 +113,12 @@ pub struct ClientStatus {
     /// How long these took together, from their arrival until their answers were on their way.
     #[serde(default)]
     pub latency_seconds: f64,
+    /// Whether it speaks TLS.
+    #[serde(default)]
+    pub tls: bool,
+    /// The names in its certificate; none if it showed none.
+    #[serde(default)]
+    pub tls_names: Vec<String>,
 }
 
 /// All clients of a server. Cheap to clone; all clones are one table.
@@ -136,6 +142,8 @@ pub(super) struct Client {
     pub(super) export: String,
     pub(super) mirror: Option<NodeId>,
     is_relay: bool,
+    /// The names in its certificate, if it speaks TLS.
+    tls: Option<Vec<String>>,
     connection: Option<Id>,
     since: Instant,
     pub(super) counts: Arc<Counts>,
@@ -158,6 +166,8 @@ pub(super) struct Newcomer {
     pub(super) connection: Option<Id>,
     /// Whether it is a relay of another server.
     pub(super) is_relay: bool,
+    /// The names in its certificate, if it speaks TLS.
+    pub(super) tls: Option<Vec<String>>,
 }
 
 impl ClientTable {
@@ -190,13 +200,14 @@ impl ClientTable {
 
     /// Adds a client, who stays until what this gives is dropped.
     pub(super) fn enter(&self, newcomer: Newcomer) -> Entry {
-        let Newcomer { peer, export, mirror, connection, is_relay } = newcomer;
+        let Newcomer { peer, export, mirror, connection, is_relay, tls } = newcomer;
         let client = Arc::new(Client {
             is_remote: is_remote(&peer),
             peer,
             export,
             mirror,
             is_relay,
+            tls,
             connection,
             since: clock::now(),
             counts: Arc::default(),
@@ -278,6 +289,8 @@ impl Client {
             replayed: counts.replayed.get(),
             timed_requests: counts.timed_requests.get(),
             latency_seconds: Duration::from_nanos(counts.latency_nanoseconds.get()).as_secs_f64(),
+            tls: self.tls.is_some(),
+            tls_names: self.tls.clone().unwrap_or_default(),
         }
     }
 

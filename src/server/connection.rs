@@ -1,6 +1,7 @@
 //! One connection from its first byte to its last.
 
 use std::cell::{Cell, RefCell};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +9,6 @@ use std::time::Duration;
 use bytes::BytesMut;
 use thiserror::Error;
 
-use super::Shared;
 use super::answered::Ledger;
 use super::clients::{Counts, Entry, Newcomer};
 use super::directory::flags as transmission_flags;
@@ -22,11 +22,14 @@ use super::seat::Seat;
 use super::stage::{Negotiating, Stage, Stages};
 use super::steering::Steering;
 use super::transmission::{End, Left, Rest, Transmission};
-use crate::export::{Client, NodeId, SharedExport, Visitor, split_content_name};
-use crate::nbd::handshake::server::{Id, Negotiated, Progress, ServerHandshake, Verdict, Violation, context_id};
+use super::{Protection, Shared};
+use crate::export::{Client, NodeId, SharedExport, TlsPeer, Visitor, split_content_name};
+use crate::nbd::handshake::server::{
+    Id, Negotiated, Progress, ServerHandshake, TlsPolicy, Verdict, Violation, context_id,
+};
 use crate::nbd::request::Rules;
 use crate::nbd::wire::{MAX_PAYLOAD_BYTES, MAX_PAYLOAD_UNTOLD, TransmissionFlags};
-use crate::net::{Detached, Stream};
+use crate::net::{Dismantled, SecureError, Stream, inode};
 
 /// How long a client that was told of the end may take to close its side. Closing first would make TCP throw away
 /// replies that it has not read yet.
@@ -50,6 +53,8 @@ enum Failure {
     Draining,
     #[error("the client broke the protocol: {0}")]
     Violation(#[from] Violation),
+    #[error(transparent)]
+    Secure(#[from] SecureError),
     #[error("the connection was lost: {0}")]
     Lost(#[from] std::io::Error),
 }
@@ -75,7 +80,13 @@ pub enum Homeless {
 }
 
 /// Serves one client, who is among those that negotiate until it has.
-pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, negotiating: Negotiating, shared: &Shared) {
+pub(super) async fn serve(
+    mut stream: Stream,
+    peer: String,
+    mut visitor: Visitor,
+    negotiating: Negotiating,
+    shared: &Shared,
+) {
     let mut input = BytesMut::new();
     let limit = shared.settings.handshake_timeout;
     let mut stages = shared.stages.clone();
@@ -83,7 +94,7 @@ pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, negoti
     let negotiated = tokio::select! {
         // What has arrived is answered first.
         biased;
-        negotiated = tokio::time::timeout(limit, negotiate(&stream, &mut input, &visitor, shared)) => {
+        negotiated = tokio::time::timeout(limit, negotiate(&mut stream, &mut input, &mut visitor, shared)) => {
             negotiated.unwrap_or(Err(Failure::TimedOut))
         }
         // It fails only when the server is gone, which is the same to us.
@@ -100,7 +111,8 @@ pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, negoti
     let export = chosen.listing.name.clone();
     let (mirror, connection, is_relay) = (chosen.mirror.map(NodeId), chosen.connection, chosen.is_relay);
     let is_mirror = chosen.is_mirror;
-    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay };
+    let tls = visitor.tls.as_ref().map(|peer| peer.names.clone());
+    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay, tls };
     let entry = shared.steering.clients.enter(newcomer);
     let session = Rc::new(session(*chosen, &entry, &shared.steering));
     tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");
@@ -143,20 +155,24 @@ async fn transmit(transmission: Transmission, session: &Session, entry: Entry, c
     );
     shared.steering.figures.connections().note_ended(parting(&end));
     drop(entry);
-    if matches!(end, End::Drained | End::Dismissed) {
-        part_from(&stream).await;
+    match end {
+        End::Drained | End::Dismissed => part_from(&stream).await,
+        End::Disconnected | End::Closed => stream.end_tls(),
+        // What was sent last is not all.
+        End::Violation(_) | End::Broken | End::Lost(_) => {}
     }
 }
 
 /// A frozen connection, and the socket that goes with it.
-fn freeze(stream: Stream, session: &Session, client: &Known, entry: &Entry, rest: Rest) -> (Detached, Frozen) {
-    let socket = stream.detach();
+fn freeze(stream: Stream, session: &Session, client: &Known, entry: &Entry, rest: Rest) -> (OwnedFd, Frozen) {
+    let Dismantled { socket, tls: saved, .. } = stream.dismantle();
     let own = session.seat.own();
     let Visitor { address, tls } = &client.visitor;
     let frozen = Frozen {
-        socket: socket.inode(),
+        socket: inode(&socket),
         peer: client.peer.clone(),
         visitor: FrozenVisitor { address: *address, tls: tls.as_ref().map(|tls| tls.names.clone()) },
+        tls: saved,
         export: entry.client().export.clone(),
         identity: own.facts().identity.map(|identity| identity.to_string()),
         file: own.file_id(),
@@ -213,6 +229,7 @@ pub(super) async fn resume(stream: Stream, frozen: Frozen, export: SharedExport,
         mirror: frozen.mirror.as_ref().and_then(|mirror| mirror.parse().ok()),
         connection: frozen.connection.as_ref().and_then(|id| Some(id.parse::<NodeId>().ok()?.0)),
         is_relay: frozen.is_relay,
+        tls: frozen.visitor.tls.clone(),
     };
     let client = Known {
         peer: frozen.peer.clone(),
@@ -295,22 +312,38 @@ impl Terms {
 }
 
 async fn negotiate(
-    stream: &Stream,
+    stream: &mut Stream,
     input: &mut BytesMut,
-    visitor: &Visitor,
+    visitor: &mut Visitor,
     shared: &Shared,
 ) -> Result<Chosen, Failure> {
     let mut output = BytesMut::new();
-    let mut handshake = ServerHandshake::new(&mut output);
+    let Shared { registry, steering, stages, settings, .. } = shared;
+    let policy = match &settings.protection {
+        None => TlsPolicy::Off,
+        Some(Protection { is_required: false, .. }) => TlsPolicy::Allow,
+        Some(_) => TlsPolicy::Require,
+    };
+    let mut handshake = ServerHandshake::new(&mut output).with_tls(policy);
     loop {
-        let Shared { registry, steering, stages, .. } = shared;
-        let exports = Exports { registry, steering, draining: *stages.borrow() == Stage::Draining, visitor };
+        let draining = *stages.borrow() == Stage::Draining;
+        let exports = Exports { registry, steering, draining, visitor: &*visitor };
         let progress = handshake.advance(input, &exports, &mut output)?;
+        // A client waits for the answer to STARTTLS: what is here already is from somebody else.
+        if matches!(progress, Progress::StartTls) && stream.queued()? > 0 {
+            return Err(Violation::BytesBeforeTls.into());
+        }
         stream.write_all(&mut output).await?;
         match progress {
             Progress::Continue => {}
             Progress::Finished(negotiated) => return Ok(negotiated),
             Progress::Aborted => return Err(Failure::Aborted),
+            Progress::StartTls => {
+                let Some(Protection { clients, .. }) = &settings.protection else { return Err(Failure::Aborted) };
+                stream.secure(clients.handshake().map_err(SecureError::from)?).await?;
+                visitor.tls = stream.peer_names().map(|names| TlsPeer { names });
+                handshake = handshake.secured();
+            }
             Progress::NeedInput => {
                 input.reserve(HANDSHAKE_INPUT);
                 if stream.read_buf(input).await? == 0 {

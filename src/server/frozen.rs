@@ -18,6 +18,7 @@ use crate::nbd::handshake::ReplyMode;
 use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::{Command, Durability, Extents, Fragments, Rules};
 use crate::nbd::wire::TransmissionFlags;
+use crate::net::SavedTls;
 use crate::ranges::ByteRange;
 
 /// A connection in its transmission phase, of no process.
@@ -29,6 +30,9 @@ pub struct Frozen {
     pub peer: String,
     /// Who it is.
     pub visitor: FrozenVisitor,
+    /// Its TLS, if it has turned to it. The keys are in it.
+    #[serde(default)]
+    pub tls: Option<SavedTls>,
     /// The full name of its export.
     pub export: String,
     /// What the export held, as far as anybody knows.

@@ -47,6 +47,7 @@ mod steering;
 mod transmission;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -56,6 +57,7 @@ use tokio::task::JoinSet;
 
 use crate::export::{Access, Registry, Visitor};
 use crate::net::{Detached, Listener};
+use crate::tls;
 use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
 pub use connection::Homeless;
@@ -88,6 +90,17 @@ pub struct Settings {
     pub grace: Duration,
     /// Who may have which export.
     pub access: Access,
+    /// TLS, if there is any.
+    pub protection: Option<Protection>,
+}
+
+/// How clients are met that speak TLS.
+#[derive(Debug, Clone)]
+pub struct Protection {
+    /// Whether those that do not get nothing.
+    pub is_required: bool,
+    /// What they are shown, and whom of them we believe.
+    pub clients: tls::Clients,
 }
 
 impl Default for Settings {
@@ -98,6 +111,7 @@ impl Default for Settings {
             shared_bytes: 512 << 20,
             grace: Duration::from_secs(10),
             access: Access::default(),
+            protection: None,
         }
     }
 }
@@ -113,7 +127,7 @@ pub struct Server {
     accepting: JoinSet<Listener>,
     /// Those that have done so.
     closed: Vec<Listener>,
-    thawed: mpsc::UnboundedReceiver<(Detached, Frozen)>,
+    thawed: mpsc::UnboundedReceiver<(OwnedFd, Frozen)>,
 }
 
 /// What all connections share.
@@ -124,7 +138,7 @@ struct Shared {
     budget: Arc<SharedBudget>,
     stages: watch::Receiver<Stage>,
     muster: Arc<Muster>,
-    frozen: mpsc::UnboundedSender<(Detached, Frozen)>,
+    frozen: mpsc::UnboundedSender<(OwnedFd, Frozen)>,
     steering: Steering,
 }
 
@@ -203,7 +217,7 @@ impl Server {
     }
 
     /// Makes all connections into what a successor can go on with. After [`Self::hold`].
-    pub async fn freeze(mut self) -> (Vec<Listener>, Vec<(Detached, Frozen)>) {
+    pub async fn freeze(mut self) -> (Vec<Listener>, Vec<(OwnedFd, Frozen)>) {
         self.stage.send_replace(Stage::Freezing);
         // Those that are closing anyway may wait for their clients; these are left.
         let _ = tokio::time::timeout(PARTING, self.all_slots()).await;
@@ -226,7 +240,7 @@ impl Server {
     }
 
     /// Goes on with a connection of the predecessor. One that has no home here is closed.
-    pub async fn resume(&self, socket: Detached, frozen: Frozen) {
+    pub async fn resume(&self, socket: Detached, mut frozen: Frozen) {
         let home = connection::home_of(&frozen, &self.shared);
         let export = match home {
             Ok(export) => export,
@@ -241,7 +255,7 @@ impl Server {
         let shared = Arc::clone(&self.shared);
         let serve = move || async move {
             let _slot = slot;
-            match socket.attach() {
+            match socket.assemble(frozen.tls.take()) {
                 Ok(stream) => connection::resume(stream, frozen, export, &shared).await,
                 Err(error) => tracing::warn!(peer = frozen.peer, %error, "cannot take a connection over"),
             }

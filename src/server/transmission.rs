@@ -404,7 +404,7 @@ impl Transmission {
         if !self.session.outbox.is_clear() {
             return Ok(false);
         }
-        match self.long_reads.step(&self.session, self.stream.family()) {
+        match self.long_reads.step(&self.session, self.stream.takes_files()) {
             Step::Nothing => return Ok(false),
             Step::Sent => self.flush()?,
             Step::MustWait => {
@@ -520,11 +520,11 @@ impl Transmission {
 
     /// Answers a read without waiting, if that is possible, or has it answered in segments.
     fn read_at_once(&mut self, asked: Asked, range: ByteRange, fragments: Fragments) -> bool {
-        let (session, family) = (&*self.session, self.stream.family());
+        let (session, takes_files) = (&*self.session, self.stream.takes_files());
         if range.is_empty() {
             return false;
         }
-        if is_long(range.length(), family) {
+        if is_long(range.length(), takes_files) {
             // What has to be fetched is asked for now, whatever is being sent. A look at the beginning will do.
             let first = ByteRange::between(range.start(), range.end().min(range.start() + PROBED));
             let is_here = session.seat.with(|export| export.is_in_file(first));

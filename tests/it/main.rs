@@ -18,6 +18,7 @@
 //! | `faults` | full disks, failing disks, refused io_uring |
 //! | `roles` | our client against our server: the conformance suite over a socket |
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
+//! | `tls` | TLS in both roles: who is let in, who is not, what is injected |
 //! | `orders` | connections under orders: switched, told, closed, sent away |
 //! | `kernel` | the kernel's client, in a virtual machine |
 //! | `attach` | `headwater attach`, `redirect --device`, `detach`, in a virtual machine |
@@ -82,6 +83,7 @@ mod serve;
 mod steps;
 mod support;
 mod takeover;
+mod tls;
 mod top;
 mod transmission;
 mod verify;

@@ -84,7 +84,8 @@ fn in_the_middle(open: fn(&str) -> Client) {
 
     // Answers that the socket does not take: more than any buffer holds.
     let mut slow = open(&uri);
-    let read = |cookie: u64| Header { flags: 0, command: command::READ, cookie, offset: 4096 * cookie, length: 4 << 20 };
+    let read =
+        |cookie: u64| Header { flags: 0, command: command::READ, cookie, offset: 4096 * cookie, length: 4 << 20 };
     slow.send_together((0..8).map(read));
     // Half a write.
     let mut writer = open(&uri);
@@ -94,7 +95,12 @@ fn in_the_middle(open: fn(&str) -> Client) {
     writer.send_raw(header, &data[..(2 << 20) + 12_345]);
     let done = |server: &Daemon| {
         let status = status(&scratch, server);
-        status["clients"].as_array().unwrap().iter().map(|client| client["written_bytes"].as_u64().unwrap()).sum::<u64>()
+        status["clients"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|client| client["written_bytes"].as_u64().unwrap())
+            .sum::<u64>()
     };
     eventually("a part of the write", || done(&server) >= 2 << 20);
     let server = replace(&scratch, server, serve(&scratch, &image), "serve.log");
@@ -157,7 +163,10 @@ fn a_successor_that_fails_changes_nothing() {
 
     // One that dies when it has everything: where it opens its image.
     let mut dying = Command::new("strace");
-    dying.args(["-f", "-o", "/dev/null", "-e", "trace=openat", "-e", "inject=openat:signal=KILL"]).arg("-P").arg(&image);
+    dying
+        .args(["-f", "-o", "/dev/null", "-e", "trace=openat", "-e", "inject=openat:signal=KILL"])
+        .arg("-P")
+        .arg(&image);
     append(&mut dying, &serve(&scratch, &image));
     dying.arg(format!("--takeover={}", server.pid()));
     assert!(!dying.status().unwrap().success());

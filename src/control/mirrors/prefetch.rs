@@ -14,7 +14,6 @@ use crate::control::status::Range;
 use crate::fill::orders::{Deadline, MOST_RANGES, Order, OrderError, Spec, What, merged};
 use crate::mirror::Here;
 use crate::nbd::Uri;
-use crate::nbd::uri::Security;
 use crate::ranges::ByteRange;
 
 /// Servers that one order may name as its source.
@@ -209,10 +208,7 @@ fn sources(sources: Vec<String>) -> Result<Vec<String>, Refusal> {
     }
     for source in &sources {
         let refused = |why: String| Refusal::Invalid(format!("the source {source:?}: {why}"));
-        let uri: Uri = source.parse().map_err(|error: crate::nbd::uri::ParseUriError| refused(error.to_string()))?;
-        if uri.security == Security::Tls {
-            return Err(refused("TLS is not supported yet".to_owned()));
-        }
+        let _: Uri = source.parse().map_err(|error: crate::nbd::uri::ParseUriError| refused(error.to_string()))?;
     }
     Ok(sources)
 }
@@ -248,10 +244,10 @@ mod tests {
     }
 
     #[test]
-    fn sources_are_uris_without_tls() {
+    fn sources_are_uris() {
         let of = |text: &str| sources(vec![text.to_owned()]).map_err(|error| error.to_string());
         assert_eq!(of("nbd://a/b"), Ok(vec!["nbd://a/b".to_owned()]));
-        assert!(of("nbds://a/b").unwrap_err().contains("TLS"));
+        assert_eq!(of("nbds://a/b"), Ok(vec!["nbds://a/b".to_owned()]));
         assert!(of("a").is_err());
         assert!(sources(vec!["nbd://a/b".to_owned(); 17]).is_err());
     }

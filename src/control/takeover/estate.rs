@@ -129,6 +129,7 @@ mod tests {
             socket: 4711,
             peer: "192.0.2.1:1".into(),
             visitor: FrozenVisitor { address: "192.0.2.1".parse().ok(), tls: None },
+            tls: None,
             export: "a".into(),
             identity: None,
             file: Some([1, 2]),

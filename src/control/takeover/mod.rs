@@ -23,7 +23,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 pub use estate::{Estate, EstateError, Shutters, fuzz};
 
-use crate::net::{Detached, Listener};
+use crate::net::{Detached, Listener, inode};
 use crate::server::Steering;
 use crate::server::frozen::Frozen;
 
@@ -45,13 +45,9 @@ pub struct Inherited {
     pub shutters: Shutters,
 }
 
-fn inode(socket: &OwnedFd) -> u64 {
-    rustix::fs::fstat(socket).map_or(0, |found| found.st_ino)
-}
-
 impl Belongings {
     /// Of a server whose connections are frozen.
-    pub fn of(listeners: Vec<Listener>, clients: Vec<(Detached, Frozen)>, steering: &Steering) -> io::Result<Self> {
+    pub fn of(listeners: Vec<Listener>, clients: Vec<(OwnedFd, Frozen)>, steering: &Steering) -> io::Result<Self> {
         let (all, exports) = steering.gate.shuttered();
         let mut estate = Estate::new(Shutters { all, exports });
         let mut sockets = Vec::with_capacity(listeners.len() + clients.len());
@@ -61,7 +57,7 @@ impl Belongings {
             sockets.push(socket);
         }
         for (socket, frozen) in clients {
-            sockets.push(socket.try_clone()?);
+            sockets.push(socket);
             estate.clients.push(frozen);
         }
         Ok(Self { estate, sockets })

@@ -1,5 +1,6 @@
 //! What `serve` and `mirror` have in common: listening, serving, ending.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,14 +10,15 @@ use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::args::{AdminChoice, Daemon, TokenFile};
+use super::config::{Live, Reloader, refuse_strangers};
 use super::output;
 use super::running::clients;
 use crate::control::casts::Casts;
 use crate::control::place::Surroundings;
 use crate::control::redirect::{Redirects, StatePlace};
 use crate::control::tree::MOST_NEIGHBOURS;
-use crate::control::{Admin, AdminListener, Client, Operated, Site, Token};
-use crate::export::Registry;
+use crate::control::{Admin, AdminListener, Client, Operated, Site, Token, TokenCell};
+use crate::export::{Access, Registry};
 use crate::net::{ListenAddress, Listener};
 use crate::server::{Server, Settings};
 use crate::worker::Workers;
@@ -47,16 +49,17 @@ pub(super) trait Exports {
 }
 
 /// Serves `exports` until a signal comes.
-pub(super) fn run(daemon: Daemon, exports: impl Exports) -> anyhow::Result<()> {
+pub(super) fn run(daemon: Daemon, exports: impl Exports, reloader: Reloader) -> anyhow::Result<()> {
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
-    runtime.block_on(serve(daemon, exports))
+    runtime.block_on(serve(daemon, exports, reloader))
 }
 
-async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> {
+async fn serve(daemon: Daemon, mut exports: impl Exports, reloader: Reloader) -> anyhow::Result<()> {
     // From here on a signal is an order to end well.
     let mut signals = Signals::new()?;
+    let hangup = signal(SignalKind::hangup())?;
     let settings = settings(&daemon);
-    let token = daemon.admin_token.as_deref().map(Token::read).transpose()?;
+    let token = token(&daemon)?;
     let neighbours = neighbours(&daemon)?;
     let listeners = listen(&daemon)?;
     let count = daemon.workers.map_or_else(default_workers, usize::from);
@@ -67,7 +70,8 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         result = exports.open(&registry, &workers, &listeners) => result?,
         () = signals.next() => return Ok(()),
     }
-    let admin = listen_to_operators(daemon.admin, token.as_ref())?;
+    refuse_strangers(&settings.access.rules(), &registry)?;
+    let admin = listen_to_operators(daemon.admin, token.as_ref().map(|(token, _)| token))?;
     let greeting = greeting(&registry, &listeners)?;
     let listen: Vec<_> = listeners.iter().filter_map(|listener| Some(listener.uri("").ok()?.to_string())).collect();
     for listener in &listeners {
@@ -81,12 +85,17 @@ async fn serve(daemon: Daemon, mut exports: impl Exports) -> anyhow::Result<()> 
         let casts = Casts::start(steering.clone(), Arc::clone(&registry), Arc::clone(&operated), &workers);
         (operated, casts)
     });
+    let live =
+        Live { steering: steering.clone(), registry: Arc::clone(&registry), operated: exports.operated(), token };
     let admin = admin.zip(casts.clone()).map(|(listener, (operated, casts))| {
         Admin::start(listener, Site { operated, steering, redirects, casts, listen, neighbours })
     });
     output::print(&greeting)?;
     notify_manager(&sd_notify::NotifyState::Ready);
-    signals.next().await;
+    tokio::select! {
+        () = signals.next() => {}
+        () = reloader.run(hangup, live) => {}
+    }
     notify_manager(&sd_notify::NotifyState::Stopping);
     tracing::info!("shutting down");
     if let Some((_, casts)) = &casts {
@@ -123,6 +132,12 @@ fn neighbours(daemon: &Daemon) -> anyhow::Result<Vec<Client>> {
     clients(daemon.neighbours.clone(), &token)
 }
 
+/// What operators must show by TCP, and where it was read from.
+fn token(daemon: &Daemon) -> anyhow::Result<Option<(TokenCell, PathBuf)>> {
+    let Some(path) = &daemon.admin_token else { return Ok(None) };
+    Ok(Some((TokenCell::new(Token::read(path)?), path.clone())))
+}
+
 fn default_workers() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
@@ -136,6 +151,7 @@ fn settings(daemon: &Daemon) -> Settings {
     Settings {
         max_connections: crate::units::to_usize(wanted.min(allowed)),
         handshake_timeout: daemon.handshake_timeout,
+        access: Access::new(daemon.access.rules()),
         ..Settings::default()
     }
 }
@@ -165,7 +181,10 @@ fn listen(daemon: &Daemon) -> anyhow::Result<Vec<Listener>> {
 }
 
 /// The admin socket. One that was asked for must be had; without the default one, clients can still be served.
-fn listen_to_operators(choice: Option<AdminChoice>, token: Option<&Token>) -> anyhow::Result<Option<AdminListener>> {
+fn listen_to_operators(
+    choice: Option<AdminChoice>,
+    token: Option<&TokenCell>,
+) -> anyhow::Result<Option<AdminListener>> {
     let listener = match choice {
         Some(AdminChoice::None) => return Ok(None),
         Some(AdminChoice::At(address)) => AdminListener::bind(&address, token)?,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use anyhow::bail;
 
 use super::args::{self, NamedUris};
+use super::config::Reloader;
 use super::daemon::{self, Exports};
 use crate::control::Operated;
 use crate::control::mirrors::{Mirrors, Plan, PlannedImage};
@@ -17,7 +18,7 @@ use crate::net::Listener;
 use crate::upstream::{Role, Settings};
 use crate::worker::Workers;
 
-pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
+pub(super) fn run(arguments: args::Mirror, reloader: Reloader) -> anyhow::Result<()> {
     let patience = arguments.upstream_timeout;
     let fill = arguments.fill.settings();
     let defaults = Settings::default();
@@ -42,7 +43,7 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         profile: profile.into(),
         hear: receive.into(),
     };
-    daemon::run(daemon, Images { plan: Some(plan), mirrors: None })
+    daemon::run(daemon, Images { plan: Some(plan), mirrors: None }, reloader)
 }
 
 /// What a name says about the content of an image is held against what its servers have.

@@ -20,6 +20,7 @@ use std::io::Read;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
@@ -44,6 +45,27 @@ pub struct Token(String);
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Token(..)")
+    }
+}
+
+/// The token of a server that runs, which may be replaced. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub struct TokenCell(Arc<RwLock<Token>>);
+
+impl TokenCell {
+    /// Begins with this token.
+    pub fn new(token: Token) -> Self {
+        Self(Arc::new(RwLock::new(token)))
+    }
+
+    /// Replaces it: the old one is of no use any more.
+    pub fn set(&self, token: Token) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = token;
+    }
+
+    /// Whether a request carries it.
+    fn is_in(&self, headers: &HeaderMap) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).is_in(headers)
     }
 }
 
@@ -118,7 +140,7 @@ impl Token {
 }
 
 /// Lets requests pass that carry the token.
-pub(super) async fn ask_for_token(State(token): State<Token>, request: Request, next: Next) -> Response {
+pub(super) async fn ask_for_token(State(token): State<TokenCell>, request: Request, next: Next) -> Response {
     if token.is_in(request.headers()) {
         return next.run(request).await;
     }

@@ -71,7 +71,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
 
-pub use access::{Token, TokenError};
+pub use access::{Token, TokenCell, TokenError};
 use api::Api;
 pub use api::Site;
 pub use client::{CallError, Client};

@@ -88,6 +88,11 @@ impl Detached {
         Ok(Stream { socket, family: self.family, room: RefCell::default(), roomy: Cell::default() })
     }
 
+    /// What kind of socket it is.
+    pub const fn family(&self) -> Family {
+        self.family
+    }
+
     /// The address of the other end; `None` on a unix socket, and when it has left.
     pub fn peer_address(&self) -> Option<IpAddr> {
         let address = SockRef::from(&self.socket).peer_addr().ok()?.as_socket()?;

@@ -18,7 +18,7 @@ use utoipa::ToSchema;
 use super::orders::Desk;
 use super::steering::ClientHandle;
 use crate::clock;
-use crate::export::{NodeId, split_content_name};
+use crate::export::{NodeId, Visitor, split_content_name};
 use crate::nbd::handshake::server::Id;
 use crate::units::to_u64;
 
@@ -130,12 +130,13 @@ struct Table {
 /// One connection, as others see it.
 #[derive(Debug)]
 pub(super) struct Client {
-    peer: String,
+    pub(super) peer: String,
     is_remote: bool,
     pub(super) export: String,
     pub(super) mirror: Option<NodeId>,
     is_relay: bool,
     connection: Option<Id>,
+    pub(super) visitor: Visitor,
     since: Instant,
     pub(super) counts: Arc<Counts>,
     pub(super) desk: Desk,
@@ -155,6 +156,8 @@ pub(super) struct Newcomer {
     pub(super) connection: Option<Id>,
     /// Whether it is a relay of another server.
     pub(super) is_relay: bool,
+    /// Who it is to the rules.
+    pub(super) visitor: Visitor,
 }
 
 impl ClientTable {
@@ -169,6 +172,11 @@ impl ClientTable {
         self.lock().clients.get(&id).map(|client| ClientHandle::new(id, Arc::clone(client)))
     }
 
+    /// All who are connected and have negotiated.
+    pub(super) fn all(&self) -> Vec<ClientHandle> {
+        self.lock().clients.iter().map(|(id, client)| ClientHandle::new(*id, Arc::clone(client))).collect()
+    }
+
     /// The clients of an export now, oldest first: under its own name and under `NAME@blake3-...`; not those of what
     /// is beside it.
     pub fn of_export(&self, export: &str) -> Vec<ClientHandle> {
@@ -177,17 +185,19 @@ impl ClientTable {
         of_it.map(|(id, client)| ClientHandle::new(*id, Arc::clone(client))).collect()
     }
 
-    /// Closes the connections to the export of this full name that call themselves `connection`.
-    pub(super) fn close(&self, export: &str, connection: Id) {
+    /// Closes the connections to the export of this full name that call themselves `connection`, of those that `may` says
+    /// yes to, by the full names of their exports.
+    pub(super) fn close(&self, export: &str, connection: Id, may: impl Fn(&str) -> bool) {
         let export = split_content_name(export).0;
         let table = self.lock();
-        let is_meant = |client: &&Arc<Client>| client.connection == Some(connection) && is_of(&client.export, export);
+        let is_named = |client: &Client| client.connection == Some(connection) && is_of(&client.export, export);
+        let is_meant = |client: &&Arc<Client>| is_named(client) && may(&client.export);
         table.clients.values().filter(is_meant).for_each(|client| client.desk.close());
     }
 
     /// Adds a client, who stays until what this gives is dropped.
     pub(super) fn enter(&self, newcomer: Newcomer) -> Entry {
-        let Newcomer { peer, export, mirror, connection, is_relay } = newcomer;
+        let Newcomer { peer, export, mirror, connection, is_relay, visitor } = newcomer;
         let client = Arc::new(Client {
             is_remote: is_remote(&peer),
             peer,
@@ -195,6 +205,7 @@ impl ClientTable {
             mirror,
             is_relay,
             connection,
+            visitor,
             since: clock::now(),
             counts: Arc::default(),
             desk: Desk::default(),

@@ -80,8 +80,13 @@ pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, shared
     };
     let export = chosen.listing.name.clone();
     let (mirror, connection, is_relay) = (chosen.mirror.map(NodeId), chosen.connection, chosen.is_relay);
-    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay };
+    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay, visitor };
     let entry = shared.steering.clients.enter(newcomer);
+    // The rules may have changed since it was let in, and whoever changed them has not seen it then.
+    if let Err(reason) = shared.steering.access.judge(&export, &entry.client().visitor) {
+        shared.steering.figures.connections().note_ended(Parting::NotNegotiated);
+        return tracing::info!(peer, export, %reason, "a client was let in by rules that have changed");
+    }
     let session = Rc::new(session(*chosen, &entry, &shared.steering));
     tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");
     let began = clock::now();

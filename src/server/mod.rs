@@ -49,8 +49,8 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
-use crate::export::{Access, Registry, Visitor};
-use crate::net::{Detached, Listener};
+use crate::export::{Access, Origin, Registry, Visitor};
+use crate::net::{Detached, Family, Listener};
 use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
 pub use directory::flags as transmission_flags;
@@ -180,7 +180,7 @@ impl Acceptor {
 
     async fn hand_over(&self, socket: Detached, slot: OwnedSemaphorePermit) {
         let (peer, shared) = (socket.peer(), Arc::clone(&self.shared));
-        let visitor = Visitor { address: socket.peer_address(), tls: None };
+        let visitor = Visitor { address: origin(&socket), tls: None };
         let serve = move || async move {
             let _slot = slot;
             match socket.attach() {
@@ -189,6 +189,14 @@ impl Acceptor {
             }
         };
         self.workers.run(serve).await;
+    }
+}
+
+/// Where a client comes from. Of one that has left already nobody knows.
+fn origin(socket: &Detached) -> Origin {
+    match socket.family() {
+        Family::Unix => Origin::Unix,
+        Family::Tcp => socket.peer_address().map_or(Origin::Unknown, Origin::Ip),
     }
 }
 

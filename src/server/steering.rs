@@ -12,8 +12,9 @@ use super::figures::Figures;
 use super::notices::Notices;
 use super::orders::{SwitchError, Switched};
 use crate::clock;
+use crate::export::access::Rules;
 use crate::export::registry::image_name;
-use crate::export::{Access, NodeId, SharedExport};
+use crate::export::{Access, NodeId, SharedExport, Visitor};
 
 /// What operators can do to the clients of a running server. Cheap to clone; all clones are one.
 #[derive(Debug, Clone)]
@@ -38,6 +39,25 @@ impl Default for Steering {
         let (clients, notices, gate) = (ClientTable::default(), Notices::default(), Gate::default());
         let (access, figures) = (Access::default(), Figures::default());
         Self { clients, notices, gate, access, figures, node: NodeId::random() }
+    }
+}
+
+impl Steering {
+    /// Replaces the rules of who may have which export, and closes the connections of those who may not have theirs any
+    /// more. Gives how many these are.
+    pub fn change_access(&self, rules: Rules) -> usize {
+        self.access.set(rules);
+        // Who negotiates now and was let in by the old rules is asked again when it has entered the table.
+        let mut closed = 0;
+        for handle in self.clients.all() {
+            let Client { peer, export, visitor, .. } = &*handle.client;
+            if let Err(why) = self.access.judge(export, visitor) {
+                tracing::info!(peer, export, %why, "closing a connection: the rules have changed");
+                handle.close();
+                closed += 1;
+            }
+        }
+        closed
     }
 }
 
@@ -66,6 +86,11 @@ impl ClientHandle {
     /// The mirror that it belongs to, if it is one and says which.
     pub fn node(&self) -> Option<NodeId> {
         self.client.mirror
+    }
+
+    /// Who it is to the rules.
+    pub fn visitor(&self) -> &Visitor {
+        &self.client.visitor
     }
 
     /// Whether it has waited for notices at least once. Such a client asks again after each answer, so news reach it at

@@ -85,8 +85,13 @@ async fn serve(daemon: Daemon, mut exports: impl Exports, reloader: Reloader) ->
         let casts = Casts::start(steering.clone(), Arc::clone(&registry), Arc::clone(&operated), &workers);
         (operated, casts)
     });
-    let live =
-        Live { steering: steering.clone(), registry: Arc::clone(&registry), operated: exports.operated(), token };
+    let live = Live {
+        steering: steering.clone(),
+        registry: Arc::clone(&registry),
+        operated: exports.operated(),
+        casts: casts.as_ref().map(|(_, casts)| casts.clone()),
+        token,
+    };
     let admin = admin.zip(casts.clone()).map(|(listener, (operated, casts))| {
         Admin::start(listener, Site { operated, steering, redirects, casts, listen, neighbours })
     });

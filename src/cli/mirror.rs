@@ -10,10 +10,12 @@ use super::daemon::{self, Exports};
 use crate::control::Operated;
 use crate::control::mirrors::{Mirrors, Plan, PlannedImage};
 use crate::control::redirect::StatePlace;
+use crate::export::access::Rules;
 use crate::export::{DuplicateName, Registry, split_content_name};
 use crate::mirror::policy::Admission;
 use crate::mirror::{self, SpaceSettings};
 use crate::nbd::Uri;
+use crate::nbd::uri::Security;
 use crate::net::Listener;
 use crate::upstream::{Role, Settings};
 use crate::worker::Workers;
@@ -43,7 +45,21 @@ pub(super) fn run(arguments: args::Mirror, reloader: Reloader) -> anyhow::Result
         profile: profile.into(),
         hear: receive.into(),
     };
+    warn_of_open_doors(&plan, &daemon.access.rules());
     daemon::run(daemon, Images { plan: Some(plan), mirrors: None }, reloader)
+}
+
+/// What was fetched through TLS is served to everybody where there is no rule: that may be meant, and may be forgotten.
+fn warn_of_open_doors(plan: &Plan, rules: &Rules) {
+    let is_fetched_by_tls = |image: &&PlannedImage| image.uris.iter().any(|uri| uri.security == Security::Tls);
+    for PlannedImage { name, .. } in plan.images.iter().filter(is_fetched_by_tls) {
+        if !rules.is_restricted(name) {
+            tracing::warn!(
+                name,
+                "the upstream is reached by TLS, and there is no rule here: whoever can connect may have it (--allow, --allow-client, --require-tls)"
+            );
+        }
+    }
 }
 
 /// What a name says about the content of an image is held against what its servers have.

@@ -30,6 +30,7 @@ use constant_time_eq::constant_time_eq_32;
 use thiserror::Error;
 
 use super::api::Problem;
+use crate::telemetry::seldom;
 
 /// Bytes of the shortest token, and of the longest file with one.
 const SHORTEST: usize = 16;
@@ -145,6 +146,9 @@ pub(super) async fn ask_for_token(State(token): State<TokenCell>, request: Reque
         return next.run(request).await;
     }
     let is_wrong = request.headers().contains_key(header::AUTHORIZATION);
+    if is_wrong {
+        seldom!(warn, "a request to the admin API had a wrong token");
+    }
     let (challenge, why) = if is_wrong {
         ("Bearer error=\"invalid_token\"", "this is not the token of this server")
     } else {

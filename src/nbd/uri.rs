@@ -87,6 +87,11 @@ impl Uri {
         Self { address, export, security: Security::Plain }
     }
 
+    /// Whether nobody on a network can read or change what is said there: TLS, or a unix socket.
+    pub fn is_protected(&self) -> bool {
+        self.security == Security::Tls || matches!(self.address, Address::Unix(_))
+    }
+
     /// Splits `URI,URI,…` before each comma that a scheme follows; commas within a URI are left alone.
     pub fn parse_list(text: &str) -> Result<Vec<Self>, ParseUriError> {
         let mut uris = Vec::new();
@@ -289,6 +294,18 @@ mod tests {
             ("nbd://h/x?socket=/a", ParseUriError::Parameter("socket".into())),
         ] {
             assert_eq!(text.parse::<Uri>(), Err(error), "{text}");
+        }
+    }
+
+    #[test]
+    fn tls_and_unix_sockets_protect() {
+        for (text, is_protected) in [
+            ("nbd://h/x", false),
+            ("nbds://h/x", true),
+            ("nbd+unix:///x?socket=/s", true),
+            ("nbd://127.0.0.1/x", false),
+        ] {
+            assert_eq!(text.parse::<Uri>().map(|uri| uri.is_protected()), Ok(is_protected), "{text}");
         }
     }
 

@@ -19,6 +19,7 @@ use super::orders::Desk;
 use super::steering::ClientHandle;
 use crate::clock;
 use crate::export::{NodeId, Visitor, split_content_name};
+use crate::nbd::Uri;
 use crate::nbd::handshake::server::Id;
 use crate::units::to_u64;
 
@@ -269,6 +270,13 @@ impl Client {
     /// Notes where it is served from; `None`: from here.
     pub(super) fn note_relayed(&self, to: Option<String>) {
         *self.lock_relayed() = to;
+    }
+
+    /// Whether it is served from elsewhere over a connection that nothing protects.
+    pub(super) fn is_relayed_bare(&self) -> bool {
+        // What cannot be read is not known to be protected.
+        let is_bare = |to: &String| Uri::parse_list(to).map_or(true, |uris| !uris.iter().all(Uri::is_protected));
+        self.lock_relayed().as_ref().is_some_and(is_bare)
     }
 
     /// Notes that it waits for notices.

@@ -25,6 +25,7 @@ use crate::nbd::handshake::server::{Negotiated, Progress, ServerHandshake, Viola
 use crate::nbd::request::Rules;
 use crate::nbd::wire::{MAX_PAYLOAD_BYTES, MAX_PAYLOAD_UNTOLD, TransmissionFlags};
 use crate::net::Stream;
+use crate::telemetry::seldom;
 
 /// How long a client that was told of the end may take to close its side. Closing first would make TCP throw away
 /// replies that it has not read yet.
@@ -46,6 +47,8 @@ enum Failure {
     TimedOut,
     #[error("the server is shutting down")]
     Draining,
+    #[error("too many negotiate at a time, and it is the one that has for the longest")]
+    Crowded,
     #[error("the client broke the protocol: {0}")]
     Violation(#[from] Violation),
     #[error("the connection was lost: {0}")]
@@ -62,6 +65,7 @@ pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, shared
         let _ = draining.wait_for(|draining| *draining).await;
     };
     let mut drain = Box::pin(drain);
+    let guest = shared.lobby.enter(clock::now());
     let negotiated = tokio::select! {
         // What has arrived is answered first.
         biased;
@@ -69,13 +73,20 @@ pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, shared
             negotiated.unwrap_or(Err(Failure::TimedOut))
         }
         () = &mut drain => Err(Failure::Draining),
+        () = guest.dismissed() => Err(Failure::Crowded),
     };
+    drop(guest);
     let chosen = match negotiated {
         Ok(chosen) => chosen,
         // Port scanners and monitors do this all day.
         Err(reason) => {
             shared.steering.figures.connections().note_ended(Parting::NotNegotiated);
-            return tracing::debug!(peer, %reason, "no client");
+            if matches!(reason, Failure::Violation(_) | Failure::Crowded) {
+                seldom!(info, peer, %reason, "a connection was refused");
+            } else {
+                tracing::debug!(peer, %reason, "no client");
+            }
+            return;
         }
     };
     let export = chosen.listing.name.clone();
@@ -85,15 +96,17 @@ pub(super) async fn serve(stream: Stream, peer: String, visitor: Visitor, shared
     // The rules may have changed since it was let in, and whoever changed them has not seen it then.
     if let Err(reason) = shared.steering.access.judge(&export, &entry.client().visitor) {
         shared.steering.figures.connections().note_ended(Parting::NotNegotiated);
-        return tracing::info!(peer, export, %reason, "a client was let in by rules that have changed");
+        seldom!(info, peer, export, %reason, "a client was let in by rules that have changed");
+        return;
     }
     let session = Rc::new(session(*chosen, &entry, &shared.steering));
-    tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");
+    seldom!(info, peer, export, replies = ?session.rules.mode, "client connected");
     let began = clock::now();
     let budget = ConnectionBudget::new(Arc::clone(&shared.budget));
     let (stream, end) = Transmission::new(stream, Rc::clone(&session), budget, input, drain).run().await;
     let Counts { requests, read_bytes, written_bytes, errors, .. } = &**entry.counts();
-    tracing::info!(
+    seldom!(
+        info,
         peer,
         export,
         requests = requests.get(),

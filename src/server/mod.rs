@@ -18,6 +18,7 @@
 //! | `orders` | how that reaches a connection |
 //! | `notices` | what mirrors are told |
 //! | `seat` | the place of a connection's export, which may be replaced |
+//! | `lobby` | connections that negotiate: how many may, and who goes first |
 //! | `limits` | how much one connection, and all together, may have in flight |
 //!
 //! A connection lives and dies on one worker. All requests that have arrived together are parsed together; what can
@@ -32,6 +33,7 @@ mod connection;
 mod directory;
 pub mod figures;
 mod limits;
+mod lobby;
 mod long_reads;
 mod notices;
 mod orders;
@@ -49,15 +51,21 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::clock;
 use crate::export::{Access, Origin, Registry, Visitor};
 use crate::net::{Detached, Family, Listener};
+use crate::telemetry::seldom;
 use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
 pub use directory::flags as transmission_flags;
 use limits::SharedBudget;
+use lobby::Lobby;
 pub use notices::{MOST_GROUPS, News, Notices};
 pub use orders::{SwitchError, Switched};
 pub use steering::{ClientHandle, Gate, Steering};
+
+/// How often those who negotiate are looked at while newcomers wait.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What an operator may set.
 #[derive(Debug, Clone)]
@@ -105,6 +113,7 @@ struct Shared {
     budget: Arc<SharedBudget>,
     draining: watch::Receiver<bool>,
     steering: Steering,
+    lobby: Lobby,
 }
 
 impl Server {
@@ -115,7 +124,8 @@ impl Server {
         let slots = Arc::new(Semaphore::new(settings.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
         let budget = Arc::new(SharedBudget::new(settings.shared_bytes));
         let steering = Steering { access: settings.access.clone(), ..Steering::default() };
-        let shared = Arc::new(Shared { registry, settings, budget, draining: receiver, steering });
+        let lobby = Lobby::of(settings.max_connections);
+        let shared = Arc::new(Shared { registry, settings, budget, draining: receiver, steering, lobby });
         let mut accepting = JoinSet::new();
         for listener in listeners {
             let acceptor =
@@ -163,17 +173,29 @@ impl Acceptor {
                 Ok(socket) => {
                     self.shared.steering.figures.connections().note_accepted();
                     // After accepting: an idle listener must not keep a place that another one's client could have.
-                    if self.slots.available_permits() == 0 {
-                        let limit = self.shared.settings.max_connections;
-                        tracing::warn!(limit, "too many connections: newcomers wait");
-                    }
-                    let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { return };
+                    let Some(slot) = self.slot().await else { return };
                     self.hand_over(socket, slot).await;
                 }
                 Err(error) => {
-                    tracing::warn!(%listener, %error, "cannot accept a connection");
+                    seldom!(warn, %listener, %error, "cannot accept a connection");
                     pause_if_exhausted(&error).await;
                 }
+            }
+        }
+    }
+
+    /// A place for a connection; `None`: the server is gone. While there is none, those who only negotiate make room.
+    async fn slot(&self) -> Option<OwnedSemaphorePermit> {
+        if let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() {
+            return Some(slot);
+        }
+        let limit = self.shared.settings.max_connections;
+        seldom!(warn, limit, "too many connections: newcomers wait");
+        loop {
+            self.shared.lobby.make_room(clock::now());
+            let slot = Arc::clone(&self.slots).acquire_owned();
+            if let Ok(slot) = tokio::time::timeout(LOOK, slot).await {
+                return slot.ok();
             }
         }
     }
@@ -185,7 +207,7 @@ impl Acceptor {
             let _slot = slot;
             match socket.attach() {
                 Ok(stream) => connection::serve(stream, peer, visitor, &shared).await,
-                Err(error) => tracing::warn!(peer, %error, "cannot take a connection over"),
+                Err(error) => seldom!(warn, peer, %error, "cannot take a connection over"),
             }
         };
         self.workers.run(serve).await;

@@ -15,6 +15,7 @@ use crate::clock;
 use crate::export::access::Rules;
 use crate::export::registry::image_name;
 use crate::export::{Access, NodeId, SharedExport, Visitor};
+use crate::telemetry::seldom;
 
 /// What operators can do to the clients of a running server. Cheap to clone; all clones are one.
 #[derive(Debug, Clone)]
@@ -51,11 +52,16 @@ impl Steering {
         let mut closed = 0;
         for handle in self.clients.all() {
             let Client { peer, export, visitor, .. } = &*handle.client;
-            if let Err(why) = self.access.judge(export, visitor) {
-                tracing::info!(peer, export, %why, "closing a connection: the rules have changed");
-                handle.close();
-                closed += 1;
-            }
+            let why = match self.access.judge(export, visitor) {
+                Err(why) => why.to_string(),
+                Ok(()) if self.access.needs_tls(export) && handle.client.is_relayed_bare() => {
+                    "it is relayed to a server without TLS".to_owned()
+                }
+                Ok(()) => continue,
+            };
+            seldom!(info, peer, export, why, "closing a connection: the rules have changed");
+            handle.close();
+            closed += 1;
         }
         closed
     }
@@ -175,6 +181,8 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::{Origin, TlsPeer};
+    use crate::server::clients::Newcomer;
 
     #[test]
     fn what_is_shut_is_shut_with_all_that_is_beside_it() {
@@ -195,6 +203,26 @@ mod tests {
         assert_eq!(is_shut(), [false; 5]);
         gate.shut(Some(&whole));
         assert_eq!(is_shut(), [false, false, false, true, false], "another generation is another export");
+    }
+
+    /// Rules that change reach those who are there, also those who are served from elsewhere.
+    #[test]
+    fn new_rules_close_connections() {
+        let steering = Steering::default();
+        let enter = |address: &str, tls: bool| {
+            let address = Origin::Ip(address.parse().unwrap());
+            let visitor = Visitor { address, tls: tls.then(TlsPeer::default) };
+            steering.clients.enter(Newcomer { export: "a".to_owned(), visitor, ..Newcomer::default() })
+        };
+        let entries = [enter("10.0.0.1", false), enter("192.0.2.1", true), enter("192.0.2.2", true)];
+        entries[1].client().note_relayed(Some("nbd://b/a".to_owned()));
+        entries[2].client().note_relayed(Some("nbds://b/a".to_owned()));
+        let closing = || entries.each_ref().map(|entry| entry.client().desk.is_closing());
+        let mut rules = Rules::default();
+        rules.addresses.add(None, vec!["0.0.0.0/0".parse().unwrap()]);
+        assert_eq!((steering.change_access(rules.clone()), closing()), (0, [false; 3]));
+        rules.tls.insert("a".to_owned());
+        assert_eq!((steering.change_access(rules), closing()), (2, [true, true, false]));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::export::facts::NAMESPACE;
 use crate::nbd::client::{Answer, InFlight, Received, Request};
 use crate::nbd::handshake::client::{Agreed, Ask, Outcome};
 use crate::nbd::reply::Violation;
-use crate::nbd::uri::Address;
+use crate::nbd::uri::{Address, Security};
 use crate::nbd::wire::{CommandFlags, NOTICE, command};
 use crate::nbd::{Extent, Uri};
 use crate::net::Stream;
@@ -67,12 +67,15 @@ impl News {
     }
 
     /// Without servers that only the teller's own host can mean: a path of a socket is of no use elsewhere, and who tells
-    /// us one could have us speak to anything here. `None`: nothing is left.
+    /// us one could have us speak to anything here. From a server that we reach by TLS nothing leads to one without.
+    /// `None`: nothing is left.
     fn told_by(self, teller: &Uri) -> Option<Self> {
         let is_near = is_on_this_host(&teller.address);
-        let keep = |uris: Vec<Uri>| -> Vec<Uri> {
-            uris.into_iter().filter(|uri| is_near || matches!(uri.address, Address::Tcp { .. })).collect()
+        let is_used = |uri: &Uri| {
+            (is_near || matches!(uri.address, Address::Tcp { .. }))
+                && (uri.is_protected() || teller.security == Security::Plain)
         };
+        let keep = |uris: Vec<Uri>| -> Vec<Uri> { uris.into_iter().filter(is_used).collect() };
         let news = match self {
             Self::Moved(uris) => Self::Moved(keep(uris)),
             Self::Upstreams(uris) => Self::Upstreams(keep(uris)),
@@ -324,6 +327,17 @@ mod tests {
             let left = news().told_by(&teller.parse().unwrap()).unwrap();
             assert_eq!(left.uris().len(), count, "{teller}");
         }
+        for (teller, left) in [
+            ("nbds://192.0.2.1/x", None),
+            ("nbds://localhost/x", Some(&["nbd+unix:///x?socket=/s"][..])),
+            ("nbds+unix:///x?socket=/t", Some(&["nbd+unix:///x?socket=/s"][..])),
+        ] {
+            let told = news().told_by(&teller.parse().unwrap());
+            assert_eq!(told, left.map(|left| News::Moved(uris(left))), "TLS is not given up: {teller}");
+        }
+        let safe =
+            find(&["x-headwater:upstreams=nbd://b/x,nbds://c/x"]).unwrap().told_by(&"nbds://a/x".parse().unwrap());
+        assert_eq!(safe, Some(News::Upstreams(uris(&["nbds://c/x"]))));
         let only = find(&["x-headwater:moved=nbd+unix:///x?socket=/s"]).unwrap();
         assert_eq!(only.told_by(&"nbd://192.0.2.1/x".parse().unwrap()), None);
     }

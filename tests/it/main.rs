@@ -7,6 +7,7 @@
 //! | `data_path` | long reads and merged writes, as the server does them in parts, in any mixture |
 //! | `access` | who may have which export, and every way around it |
 //! | `config` | the configuration file: checked, read, read again |
+//! | `hostile` | ten thousand hostile connections, and clients that are served meanwhile |
 //! | `serve` | real images: files, devices, durability, several views of one image |
 //! | `index` | manifests: made, announced, refused, named |
 //! | `metrics` | `/metrics`: what Prometheus' own checker says, and whether it agrees with clients |
@@ -68,6 +69,7 @@ mod fleet;
 mod follow;
 mod generations;
 mod handshake;
+mod hostile;
 mod index;
 mod interop_clients;
 mod interop_upstreams;

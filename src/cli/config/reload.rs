@@ -21,6 +21,7 @@ use tokio::signal::unix::Signal;
 use super::arguments::Added;
 use super::{Origin, daemon_of, tell, whole_line};
 use crate::cli::args::{Arguments, Command};
+use crate::control::casts::Casts;
 use crate::control::settings::{Settings, change};
 use crate::control::{Operated, Token, TokenCell};
 use crate::export::Registry;
@@ -42,6 +43,7 @@ pub(in crate::cli) struct Live {
     pub(in crate::cli) steering: Steering,
     pub(in crate::cli) registry: Arc<Registry>,
     pub(in crate::cli) operated: Option<Arc<dyn Operated>>,
+    pub(in crate::cli) casts: Option<Casts>,
     /// What operators must show by TCP, and where it was read from.
     pub(in crate::cli) token: Option<(TokenCell, PathBuf)>,
 }
@@ -122,6 +124,9 @@ impl Change {
         }
         if let Some(rules) = rules {
             let closed = live.steering.change_access(rules);
+            if let Some(casts) = &live.casts {
+                casts.call_off_restricted().await;
+            }
             tracing::info!(closed, "there are new rules of who may come");
         }
         if let (Some(token), Some((cell, _))) = (token, &live.token) {

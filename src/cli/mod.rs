@@ -29,6 +29,8 @@ mod balance;
 mod cast;
 mod config;
 mod daemon;
+#[cfg(test)]
+mod documents;
 mod drain;
 mod index;
 mod info;

@@ -172,3 +172,61 @@ fn news_and_the_order_to_close_are_for_those_who_may_have_the_export() {
     let status: serde_json::Value = serde_json::from_str(&clients).unwrap();
     assert_eq!(status["clients"].as_array().unwrap().len(), 1, "{clients}");
 }
+
+/// Whatever the way and whoever insists: what is served through TLS only is not served without it from elsewhere.
+#[test]
+fn no_order_gives_tls_up() {
+    let ground = Ground::new(&["--require-tls=shut"]);
+    let bare = "nbd://127.0.0.1:1/shut";
+    for words in [
+        &["redirect", "shut", "--to", bare][..],
+        &["redirect", "shut", "--to", bare, "--force"],
+        &["redirect", "shut", "--to", bare, "--way=relay", "--force"],
+        &["redirect", "shut", "--to", bare, "--way=close", "--force"],
+        &["redirect", "shut", "--to", bare, "--way=notice", "--force"],
+        &["redirect", "shut", "--to", "nbd+unix:///shut?socket=/s,nbd://127.0.0.1:1/shut", "--force"],
+        &["drain", "shut", "--to", bare, "--force"],
+        &["drain", "--to", "nbd://127.0.0.1:1", "--force"],
+    ] {
+        let complaint = run_failing(&mut ground.operate(words));
+        assert!(complaint.contains("served through TLS only"), "{words:?}: {complaint}");
+    }
+    // Nobody was sent away for it, and a unix socket is as good as TLS: what is wrong with this one is that it is not there.
+    assert!(Ground::can_be_had(&ground.tcp("open")));
+    let near = "nbd+unix:///shut?socket=/nonexistent";
+    let complaint = run_failing(&mut ground.operate(&["redirect", "shut", "--to", near]));
+    assert!(!complaint.contains("TLS"), "{complaint}");
+}
+
+#[test]
+fn a_group_is_for_everybody() {
+    let scratch = Scratch::new();
+    let image = scratch.file("a.raw", &noise(SIZE, 1));
+    crate::support::cache::index(&scratch, &image, &[]);
+    let config = |allow: &str| {
+        let text = format!(
+            "[serve]\nimages = ['a={}']\nunix = '{}'\nadmin = '{}'\nread-only = true\n{allow}\n",
+            image.display(),
+            scratch.path("s.sock").display(),
+            scratch.path("admin.sock").display()
+        );
+        scratch.file("c.toml", text.as_bytes())
+    };
+    let log = scratch.path("serve.log");
+    let mut command = headwater(&log);
+    command.args(["serve", "--config"]).arg(config(""));
+    let server = Daemon::start(command, 1, &log);
+    let group = format!("--group={}", crate::support::group::own_group());
+    let cast = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_headwater"));
+        command.args(["cast", "a", &group, "--interface=lo", "--wait-for=100", "--patience=10m", "--no-wait", "--at"]);
+        command.arg(scratch.path("admin.sock"));
+        command
+    };
+    run(&mut cast());
+    config("allow = ['10.0.0.0/8']");
+    server.signal("HUP");
+    server.wait_for_log("a cast is called off");
+    let complaint = run_failing(&mut cast());
+    assert!(complaint.contains("not everybody may have it"), "{complaint}");
+}

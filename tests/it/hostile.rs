@@ -86,7 +86,7 @@ fn ten_thousand_hostile_connections_disturb_nobody() {
             }
         });
         eventually("first reads", || reads.load(Ordering::Relaxed) > 100);
-        attack::run(&victim, CONNECTIONS, AT_ONCE, &outcome);
+        attack::run(&victim, CONNECTIONS, AT_ONCE, &AtomicBool::new(false), &outcome);
         let so_far = reads.load(Ordering::Relaxed);
         eventually("reads after the attack", || reads.load(Ordering::Relaxed) > so_far + 100);
         stop.store(true, Ordering::Relaxed);

@@ -71,6 +71,24 @@ impl Origin {
     }
 }
 
+/// The name of the key of an argument, if it has one.
+#[cfg(test)]
+pub(super) use arguments::key;
+/// Whether SIGHUP changes what is behind a key.
+#[cfg(test)]
+pub(super) use reload::is_live;
+
+/// Whether all keys and values of a file make sense, for documents.
+#[cfg(test)]
+pub(super) fn read_example(text: &str) -> Result<(), String> {
+    let file = ConfigFile::parse(std::path::Path::new("example"), text).map_err(|fault| fault.to_string())?;
+    let command = relaxed(Arguments::command());
+    for name in ["serve", "mirror"] {
+        added(&file, &command, name, None).map_err(|faults| tell(&faults))?;
+    }
+    Ok(())
+}
+
 /// All faults, a line for each.
 fn tell(faults: &[Fault]) -> String {
     faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")

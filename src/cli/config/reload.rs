@@ -33,6 +33,12 @@ const RULES: [&str; 3] = ["allow", "allow-client", "require-tls"];
 /// Keys of settings, which have the same names there but for the dashes.
 const SETTINGS: [&str; 6] = ["log-level", "fill-rate", "image-fill-rate", "cache-size", "reserve", "index-rate"];
 
+/// Whether SIGHUP changes what is behind a key.
+#[cfg(test)]
+pub(in crate::cli) fn is_live(key: &str) -> bool {
+    RULES.contains(&key) || SETTINGS.contains(&key) || key == "admin-token"
+}
+
 /// Reads a configuration again. Without one, only what is in files of its own.
 #[derive(Debug)]
 pub(in crate::cli) struct Reloader(Option<Origin>);

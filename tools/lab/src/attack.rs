@@ -15,7 +15,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Whom to attack.
@@ -58,8 +58,8 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// Connections that each attacker keeps open, newest last.
 const KEPT: usize = 1;
 
-/// Makes `count` connections of all kinds in turns, `at_once` at a time.
-pub(crate) fn run(victim: &Victim, count: u64, at_once: u64, outcome: &Outcome) {
+/// Makes `count` connections of all kinds in turns, `at_once` at a time, unless it is told to stop before.
+pub(crate) fn run(victim: &Victim, count: u64, at_once: u64, stop: &AtomicBool, outcome: &Outcome) {
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for _ in 0..at_once {
@@ -67,7 +67,7 @@ pub(crate) fn run(victim: &Victim, count: u64, at_once: u64, outcome: &Outcome) 
                 let mut kept = Vec::new();
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
-                    if number >= count {
+                    if number >= count || stop.load(Ordering::Relaxed) {
                         return;
                     }
                     if kept.len() >= KEPT {

@@ -107,8 +107,11 @@ fn reference() -> String {
     for (name, command) in commands() {
         let about = command.get_about().map(ToString::to_string).unwrap_or_default();
         let _ = write!(text, "\n## {name}\n\n{about}.\n");
-        let args: Vec<_> =
-            command.get_arguments().filter(is_shown).filter(|arg| name == "headwater" || !arg.is_global_set()).collect();
+        let args: Vec<_> = command
+            .get_arguments()
+            .filter(is_shown)
+            .filter(|arg| name == "headwater" || !arg.is_global_set())
+            .collect();
         if !args.is_empty() {
             text.push_str("\n| argument | meaning |\n| --- | --- |\n");
         }
@@ -151,7 +154,9 @@ fn flags(text: &str) -> BTreeSet<String> {
 fn documents_name_no_flag_that_there_is_not() {
     let ours: BTreeSet<String> = commands()
         .iter()
-        .flat_map(|(_, command)| command.get_arguments().filter_map(Arg::get_long).map(str::to_owned).collect::<Vec<_>>())
+        .flat_map(|(_, command)| {
+            command.get_arguments().filter_map(Arg::get_long).map(str::to_owned).collect::<Vec<_>>()
+        })
         .collect();
     let mut unknown = BTreeMap::new();
     for name in READ {

@@ -4,6 +4,7 @@ use std::process::Command;
 
 use headwater::nbd::wire::NOTICE;
 
+use crate::support::cache::index;
 use crate::support::client::{Client, Socket};
 use crate::support::{Daemon, Scratch, eventually, headwater, noise, run, run_failing};
 
@@ -19,7 +20,8 @@ impl Ground {
     fn new(arguments: &[&str]) -> Self {
         let scratch = Scratch::new();
         for (name, seed) in [("open.raw", 1), ("shut.raw", 3)] {
-            scratch.file(name, &noise(SIZE, seed));
+            let image = scratch.file(name, &noise(SIZE, seed));
+            index(&scratch, &image, &[]);
         }
         let log = scratch.path("serve.log");
         let mut command = headwater(&log);
@@ -60,13 +62,13 @@ impl Ground {
 #[test]
 fn addresses_decide_and_unix_sockets_are_open() {
     let ground = Ground::new(&["--allow=shut=192.0.2.0/24,2001:db8::1"]);
-    for name in ["open", "open@profile"] {
+    for name in ["open", "open@manifest"] {
         assert!(Ground::can_be_had(&ground.tcp(name)) && Ground::can_be_had(&ground.unix(name)), "{name}");
     }
     for name in ["shut", "shut@profile", "shut@manifest", "shut@profile-inbox"] {
         assert!(!Ground::can_be_had(&ground.tcp(name)), "{name}");
     }
-    assert!(Ground::can_be_had(&ground.unix("shut")) && Ground::can_be_had(&ground.unix("shut@profile")));
+    assert!(Ground::can_be_had(&ground.unix("shut")) && Ground::can_be_had(&ground.unix("shut@manifest")));
     let listed = run(Command::new("nbdinfo").args(["--list", &ground.tcp("")]));
     assert!(listed.contains("open") && !listed.contains("shut"), "{listed}");
     let qemu = run_failing(Command::new("qemu-img").args(["info", &ground.tcp("shut")]));
@@ -202,7 +204,7 @@ fn no_order_gives_tls_up() {
 fn a_group_is_for_everybody() {
     let scratch = Scratch::new();
     let image = scratch.file("a.raw", &noise(SIZE, 1));
-    crate::support::cache::index(&scratch, &image, &[]);
+    index(&scratch, &image, &[]);
     let config = |allow: &str| {
         let text = format!(
             "[serve]\nimages = ['a={}']\nunix = '{}'\nadmin = '{}'\nread-only = true\n{allow}\n",

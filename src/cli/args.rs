@@ -1,5 +1,6 @@
 //! What was typed. Nothing here looks at a file or a socket.
 
+mod access;
 mod fill;
 mod servers;
 mod tls;
@@ -20,6 +21,7 @@ use crate::nbd::Uri;
 use crate::net::ListenAddress;
 use crate::telemetry::LogFormat;
 use crate::units::ByteSize;
+pub(super) use access::AccessRules;
 pub(super) use fill::Fill;
 pub(super) use servers::{RunningServer, Servers, TokenFile};
 pub(super) use tls::Tls;
@@ -112,6 +114,7 @@ pub(super) enum Command {
     Top(super::top::Top),
     Balance(super::balance::Balance),
     Settings(super::settings::Settings),
+    CheckConfig(super::config::CheckConfig),
 }
 
 /// Serve real images: raw files, block devices, qcow2 files.
@@ -369,6 +372,12 @@ pub(super) struct Daemon {
     pub(super) disk_io: DiskIo,
     #[command(flatten)]
     pub(super) tls: Tls,
+    /// Take what is not typed from a file: TOML, with the names of these flags as keys (headwater check-config).
+    /// SIGHUP has it read again.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) access: AccessRules,
 }
 
 #[derive(Debug, Args)]

@@ -2,6 +2,8 @@
 
 mod succession;
 
+use std::path::PathBuf;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,7 @@ use tokio::runtime::{Builder, LocalOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::args::{AdminChoice, Daemon, TokenFile};
+use super::config::{Live, Reloader, refuse_strangers};
 use super::output;
 use super::running::clients;
 use crate::clock;
@@ -20,13 +23,14 @@ use crate::control::redirect::{Redirects, StatePlace};
 use crate::control::status::Role;
 use crate::control::takeover::{Belongings, Inherited, manager, talk::Successor};
 use crate::control::tree::MOST_NEIGHBOURS;
-use crate::control::{Admin, AdminListener, Client, Operated, Site, Token};
-use crate::export::Registry;
+use crate::control::{Admin, AdminListener, Client, Operated, Site, Token, TokenCell};
+use crate::export::{Access, Registry};
 use crate::nbd::Uri;
 use crate::nbd::uri::Security;
 use crate::net::{Detached, ListenAddress, Listener};
 use crate::server::frozen::Frozen;
 use crate::server::{Homeless, Server, Settings};
+use crate::telemetry::crash_point;
 use crate::worker::Workers;
 use succession::{Origin, Succession, chain};
 
@@ -63,6 +67,7 @@ pub(super) fn run<E: Exports>(
     daemon: Daemon,
     role: Role,
     exports: impl Fn() -> anyhow::Result<E>,
+    reloader: Reloader,
 ) -> anyhow::Result<()> {
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     runtime.block_on(async {
@@ -70,7 +75,7 @@ pub(super) fn run<E: Exports>(
         let mut signals = Signals::new()?;
         let mut origin = Origin::of_process(daemon.takeover.as_ref(), role).await?;
         loop {
-            match serve(&daemon, role, exports()?, origin, &mut signals).await? {
+            match serve(&daemon, role, exports()?, origin, &mut signals, &reloader).await? {
                 End::Over => return Ok(()),
                 End::GoesOn(belongings) => origin = Origin::Left { belongings, managers: Vec::new() },
             }
@@ -95,6 +100,7 @@ struct Running<E> {
     admin: Option<Admin>,
     casts: Option<(Arc<dyn Operated>, Casts)>,
     listening: Vec<String>,
+    live: Live,
 }
 
 async fn serve<E: Exports>(
@@ -103,15 +109,19 @@ async fn serve<E: Exports>(
     exports: E,
     origin: Origin,
     signals: &mut Signals,
+    reloader: &Reloader,
 ) -> anyhow::Result<End> {
+    let hangup = signal(SignalKind::hangup())?;
     let Some(mut running) = start(daemon, exports, origin, signals).await? else { return Ok(End::Over) };
     let mut succession = Succession::new(role);
+    let mut reloading = Box::pin(reloader.clone().run(hangup, running.live.clone()));
     loop {
         tokio::select! {
             signal = signals.next() => match signal {
                 Order::Replace => succession.begin(&running.listening),
                 Order::End if manager::room() > 0 => {
                     notify_manager(&sd_notify::NotifyState::Stopping);
+                    drop(reloading);
                     return leave_to_manager(running, signals).await;
                 }
                 Order::End => {
@@ -119,6 +129,7 @@ async fn serve<E: Exports>(
                     return end(running, signals).await;
                 }
             },
+            () = &mut reloading => {}
             successor = succession.next(&running.listening) => {
                 let since = clock::now();
                 if let Err(busy) = running.server.hold().await {
@@ -126,7 +137,7 @@ async fn serve<E: Exports>(
                     successor.stop(&busy.to_string()).await;
                     continue;
                 }
-                drop(succession);
+                drop((succession, reloading));
                 return hand_over(running, successor, since).await;
             }
         }
@@ -145,7 +156,7 @@ async fn start<E: Exports>(
         Some(protection) if protection.is_required => Security::Tls,
         _ => Security::Plain,
     };
-    let token = daemon.admin_token.as_deref().map(Token::read).transpose()?;
+    let token = token(daemon)?;
     let neighbours = neighbours(daemon)?;
     let own = listen(daemon, &origin.listening()?)?;
     let count = daemon.workers.map_or_else(default_workers, usize::from);
@@ -154,6 +165,9 @@ async fn start<E: Exports>(
     // From here to the end of this function clients of a predecessor wait.
     let (inherited, predecessor) = origin.take().await?;
     let Inherited { listeners: mut passed, clients, shutters } = inherited;
+    if predecessor.is_some() {
+        crash_point("takeover-taken");
+    }
     retire(&mut passed, daemon);
     let listeners: Vec<_> = own.into_iter().chain(passed).collect();
     let registry = Arc::new(Registry::new());
@@ -167,13 +181,14 @@ async fn start<E: Exports>(
         if !opening.await? {
             return Ok(None);
         }
+        refuse_strangers(&settings.access.rules(), &registry)?;
         let server = Server::prepare(Arc::clone(&registry), Arc::clone(&workers), settings);
         if predecessor.is_some() {
             check_homes(&server, &clients)?;
         }
         Ok(Some((
             server,
-            listen_to_operators(daemon.admin.clone(), token.as_ref())?,
+            listen_to_operators(daemon.admin.clone(), token.as_ref().map(|(token, _)| token))?,
             greeting(&registry, &listeners, security)?,
         )))
     };
@@ -195,6 +210,7 @@ async fn start<E: Exports>(
     let state = exports.state(&listeners);
     let steering = server.steering();
     if let Some(predecessor) = &predecessor {
+        crash_point("takeover-open");
         predecessor.opened().await.context("cannot take over")?;
         tracing::info!(
             process = predecessor.process(),
@@ -218,12 +234,19 @@ async fn start<E: Exports>(
         let casts = Casts::start(steering.clone(), Arc::clone(&registry), Arc::clone(&operated), &workers);
         (operated, casts)
     });
+    let live = Live {
+        steering: steering.clone(),
+        registry: Arc::clone(&registry),
+        operated: exports.operated(),
+        casts: casts.as_ref().map(|(_, casts)| casts.clone()),
+        token,
+    };
     let admin = admin.zip(casts.clone()).map(|(listener, (operated, casts))| {
         Admin::start(listener, Site { operated, steering, redirects, casts, listen, neighbours })
     });
     output::print(&greeting)?;
     notify_manager(&sd_notify::NotifyState::Ready);
-    Ok(Some(Running { exports, registry, workers, server, admin, casts, listening }))
+    Ok(Some(Running { exports, registry, workers, server, admin, casts, listening, live }))
 }
 
 /// Ends well: what has been received is answered.
@@ -262,7 +285,8 @@ async fn settle(exports: &impl Exports, registry: &Registry, workers: &Workers) 
 
 /// Closes a server whose connections are held, but for its sockets.
 async fn pack<E: Exports>(running: Running<E>) -> anyhow::Result<Belongings> {
-    let Running { exports, registry, workers, server, admin, casts, .. } = running;
+    let Running { exports, registry, workers, server, admin, casts, live, .. } = running;
+    drop(live);
     let steering = server.steering();
     let (listeners, clients) = server.freeze().await;
     let belongings = Belongings::of(listeners, clients, &steering)?;
@@ -363,6 +387,12 @@ fn neighbours(daemon: &Daemon) -> anyhow::Result<Vec<Client>> {
     clients(daemon.neighbours.clone(), &token)
 }
 
+/// What operators must show by TCP, and where it was read from.
+fn token(daemon: &Daemon) -> anyhow::Result<Option<(TokenCell, PathBuf)>> {
+    let Some(path) = &daemon.admin_token else { return Ok(None) };
+    Ok(Some((TokenCell::new(Token::read(path)?), path.clone())))
+}
+
 fn default_workers() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
@@ -376,6 +406,7 @@ fn settings(daemon: &Daemon) -> Settings {
     Settings {
         max_connections: crate::units::to_usize(wanted.min(allowed)),
         handshake_timeout: daemon.handshake_timeout,
+        access: Access::new(daemon.access.rules()),
         ..Settings::default()
     }
 }
@@ -412,7 +443,10 @@ fn listen(daemon: &Daemon, opened: &[Option<String>]) -> anyhow::Result<Vec<List
 }
 
 /// The admin socket. One that was asked for must be had; without the default one, clients can still be served.
-fn listen_to_operators(choice: Option<AdminChoice>, token: Option<&Token>) -> anyhow::Result<Option<AdminListener>> {
+fn listen_to_operators(
+    choice: Option<AdminChoice>,
+    token: Option<&TokenCell>,
+) -> anyhow::Result<Option<AdminListener>> {
     let listener = match choice {
         Some(AdminChoice::None) => return Ok(None),
         Some(AdminChoice::At(address)) => AdminListener::bind(&address, token)?,

@@ -5,19 +5,22 @@ use std::sync::Arc;
 use anyhow::bail;
 
 use super::args::{self, NamedUris};
+use super::config::Reloader;
 use super::daemon::{self, Exports};
 use crate::control::mirrors::{Mirrors, Plan, PlannedImage};
 use crate::control::redirect::StatePlace;
 use crate::control::{self, Operated};
+use crate::export::access::Rules;
 use crate::export::{DuplicateName, Registry, split_content_name};
 use crate::mirror::policy::Admission;
 use crate::mirror::{self, SpaceSettings};
 use crate::nbd::Uri;
+use crate::nbd::uri::Security;
 use crate::net::Listener;
 use crate::upstream::{Role, Settings};
 use crate::worker::Workers;
 
-pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
+pub(super) fn run(arguments: args::Mirror, reloader: Reloader) -> anyhow::Result<()> {
     let patience = arguments.upstream_timeout;
     let fill = arguments.fill.settings();
     let defaults = Settings::default();
@@ -42,7 +45,22 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         profile: profile.into(),
         hear: receive.into(),
     };
-    daemon::run(daemon, control::status::Role::Mirror, || Ok(Images { plan: Some(plan.clone()), mirrors: None }))
+    warn_of_open_doors(&plan, &daemon.access.rules());
+    let images = || Ok(Images { plan: Some(plan.clone()), mirrors: None });
+    daemon::run(daemon, control::status::Role::Mirror, images, reloader)
+}
+
+/// What was fetched through TLS is served to everybody where there is no rule: that may be meant, and may be forgotten.
+fn warn_of_open_doors(plan: &Plan, rules: &Rules) {
+    let is_fetched_by_tls = |image: &&PlannedImage| image.uris.iter().any(|uri| uri.security == Security::Tls);
+    for PlannedImage { name, .. } in plan.images.iter().filter(is_fetched_by_tls) {
+        if !rules.is_restricted(name) {
+            tracing::warn!(
+                name,
+                "the upstream is reached by TLS, and there is no rule here: whoever can connect may have it (--allow, --allow-client, --require-tls)"
+            );
+        }
+    }
 }
 
 /// What a name says about the content of an image is held against what its servers have.

@@ -7,6 +7,7 @@ use anyhow::{Context, anyhow, ensure};
 use futures_util::future::join_all;
 
 use super::args::{FormatArgument, NamedPath, Serve};
+use super::config::Reloader;
 use super::daemon::{self, Exports};
 use crate::control::Operated;
 use crate::control::real::{RealImage, RealImages};
@@ -20,7 +21,7 @@ use crate::image::{self, Options};
 use crate::net::Listener;
 use crate::worker::Workers;
 
-pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
+pub(super) fn run(arguments: Serve, reloader: Reloader) -> anyhow::Result<()> {
     ensure!(
         arguments.backing.is_empty() || matches!(arguments.format, FormatArgument::Qcow2),
         "--backing needs --format qcow2: a raw image whose guest writes a qcow2 header into it must not become one"
@@ -37,7 +38,7 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
     let rate = Rate::new(Some(arguments.index_rate));
     let settings = Settings { threads: 1, rate: rate.clone(), ..Settings::default() };
     let Serve { images, index, state, daemon, .. } = arguments;
-    daemon::run(daemon, Role::Serve, || {
+    let images = || {
         Ok(Images {
             images: images.clone(),
             options: options.clone(),
@@ -47,7 +48,8 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
             indexing: Mutex::default(),
             open: Vec::new(),
         })
-    })
+    };
+    daemon::run(daemon, Role::Serve, images, reloader)
 }
 
 struct Images {

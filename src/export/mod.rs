@@ -27,7 +27,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 
-pub use access::{Access, TlsPeer, Visitor};
+pub use access::{Access, Origin, TlsPeer, Visitor};
 pub use facts::{Context, Facts, ImageId, NodeId, Residency};
 pub use file::FileExport;
 pub use registry::{DuplicateName, Registry, image_name, split_content_name};

@@ -117,6 +117,11 @@ impl Uri {
         self
     }
 
+    /// Whether nobody on a network can read or change what is said there: TLS, or a unix socket.
+    pub fn is_protected(&self) -> bool {
+        self.security == Security::Tls || matches!(self.address, Address::Unix(_))
+    }
+
     /// Splits `URI,URI,…` before each comma that a scheme follows; commas within a URI are left alone.
     pub fn parse_list(text: &str) -> Result<Vec<Self>, ParseUriError> {
         let mut uris = Vec::new();
@@ -352,6 +357,18 @@ mod tests {
             ("nbds://h/x?tls-hostname=%ff", ParseUriError::Tls("tls-hostname=%ff".into())),
         ] {
             assert_eq!(text.parse::<Uri>(), Err(error), "{text}");
+        }
+    }
+
+    #[test]
+    fn tls_and_unix_sockets_protect() {
+        for (text, is_protected) in [
+            ("nbd://h/x", false),
+            ("nbds://h/x", true),
+            ("nbd+unix:///x?socket=/s", true),
+            ("nbd://127.0.0.1/x", false),
+        ] {
+            assert_eq!(text.parse::<Uri>().map(|uri| uri.is_protected()), Ok(is_protected), "{text}");
         }
     }
 

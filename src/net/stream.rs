@@ -125,6 +125,11 @@ impl Detached {
         Stream::assemble(Dismantled { socket: self.socket, family: self.family, tls })
     }
 
+    /// What kind of socket it is.
+    pub const fn family(&self) -> Family {
+        self.family
+    }
+
     /// The address of the other end; `None` on a unix socket, and when it has left.
     pub fn peer_address(&self) -> Option<IpAddr> {
         let address = SockRef::from(&self.socket).peer_addr().ok()?.as_socket()?;

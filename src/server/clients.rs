@@ -19,7 +19,8 @@ use super::frozen::Done;
 use super::orders::Desk;
 use super::steering::ClientHandle;
 use crate::clock;
-use crate::export::{NodeId, split_content_name};
+use crate::export::{NodeId, Visitor, split_content_name};
+use crate::nbd::Uri;
 use crate::nbd::handshake::server::Id;
 use crate::units::to_u64;
 
@@ -137,14 +138,13 @@ struct Table {
 /// One connection, as others see it.
 #[derive(Debug)]
 pub(super) struct Client {
-    peer: String,
+    pub(super) peer: String,
     is_remote: bool,
     pub(super) export: String,
     pub(super) mirror: Option<NodeId>,
     is_relay: bool,
-    /// The names in its certificate, if it speaks TLS.
-    tls: Option<Vec<String>>,
     connection: Option<Id>,
+    pub(super) visitor: Visitor,
     since: Instant,
     pub(super) counts: Arc<Counts>,
     pub(super) desk: Desk,
@@ -166,8 +166,8 @@ pub(super) struct Newcomer {
     pub(super) connection: Option<Id>,
     /// Whether it is a relay of another server.
     pub(super) is_relay: bool,
-    /// The names in its certificate, if it speaks TLS.
-    pub(super) tls: Option<Vec<String>>,
+    /// Who it is to the rules.
+    pub(super) visitor: Visitor,
 }
 
 impl ClientTable {
@@ -182,6 +182,11 @@ impl ClientTable {
         self.lock().clients.get(&id).map(|client| ClientHandle::new(id, Arc::clone(client)))
     }
 
+    /// All who are connected and have negotiated.
+    pub(super) fn all(&self) -> Vec<ClientHandle> {
+        self.lock().clients.iter().map(|(id, client)| ClientHandle::new(*id, Arc::clone(client))).collect()
+    }
+
     /// The clients of an export now, oldest first: under its own name and under `NAME@blake3-...`; not those of what
     /// is beside it.
     pub fn of_export(&self, export: &str) -> Vec<ClientHandle> {
@@ -190,25 +195,27 @@ impl ClientTable {
         of_it.map(|(id, client)| ClientHandle::new(*id, Arc::clone(client))).collect()
     }
 
-    /// Closes the connections to the export of this full name that call themselves `connection`.
-    pub(super) fn close(&self, export: &str, connection: Id) {
+    /// Closes the connections to the export of this full name that call themselves `connection`, of those that `may` says
+    /// yes to, by the full names of their exports.
+    pub(super) fn close(&self, export: &str, connection: Id, may: impl Fn(&str) -> bool) {
         let export = split_content_name(export).0;
         let table = self.lock();
-        let is_meant = |client: &&Arc<Client>| client.connection == Some(connection) && is_of(&client.export, export);
+        let is_named = |client: &Client| client.connection == Some(connection) && is_of(&client.export, export);
+        let is_meant = |client: &&Arc<Client>| is_named(client) && may(&client.export);
         table.clients.values().filter(is_meant).for_each(|client| client.desk.close());
     }
 
     /// Adds a client, who stays until what this gives is dropped.
     pub(super) fn enter(&self, newcomer: Newcomer) -> Entry {
-        let Newcomer { peer, export, mirror, connection, is_relay, tls } = newcomer;
+        let Newcomer { peer, export, mirror, connection, is_relay, visitor } = newcomer;
         let client = Arc::new(Client {
             is_remote: is_remote(&peer),
             peer,
             export,
             mirror,
             is_relay,
-            tls,
             connection,
+            visitor,
             since: clock::now(),
             counts: Arc::default(),
             desk: Desk::default(),
@@ -289,8 +296,8 @@ impl Client {
             replayed: counts.replayed.get(),
             timed_requests: counts.timed_requests.get(),
             latency_seconds: Duration::from_nanos(counts.latency_nanoseconds.get()).as_secs_f64(),
-            tls: self.tls.is_some(),
-            tls_names: self.tls.clone().unwrap_or_default(),
+            tls: self.visitor.tls.is_some(),
+            tls_names: self.visitor.tls.as_ref().map_or_else(Vec::new, |tls| tls.names.clone()),
         }
     }
 
@@ -327,6 +334,13 @@ impl Client {
     /// Notes where it is served from; `None`: from here.
     pub(super) fn note_relayed(&self, to: Option<String>) {
         *self.lock_relayed() = to;
+    }
+
+    /// Whether it is served from elsewhere over a connection that nothing protects.
+    pub(super) fn is_relayed_bare(&self) -> bool {
+        // What cannot be read is not known to be protected.
+        let is_bare = |to: &String| Uri::parse_list(to).map_or(true, |uris| !uris.iter().all(Uri::is_protected));
+        self.lock_relayed().as_ref().is_some_and(is_bare)
     }
 
     /// Notes that it waits for notices.

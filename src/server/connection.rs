@@ -14,7 +14,7 @@ use super::clients::{Counts, Entry, Newcomer};
 use super::directory::flags as transmission_flags;
 use super::directory::{Exports, Offered};
 use super::figures::Parting;
-use super::frozen::{Agreed, Blob, Frozen, FrozenVisitor};
+use super::frozen::{Agreed, Blob, Frozen};
 use super::limits::ConnectionBudget;
 use super::notices::Ears;
 use super::requests::Session;
@@ -23,13 +23,13 @@ use super::stage::{Negotiating, Stage, Stages};
 use super::steering::Steering;
 use super::transmission::{End, Left, Rest, Transmission};
 use super::{Protection, Shared};
+use crate::clock;
 use crate::export::{Client, NodeId, SharedExport, TlsPeer, Visitor, split_content_name};
-use crate::nbd::handshake::server::{
-    Id, Negotiated, Progress, ServerHandshake, TlsPolicy, Verdict, Violation, context_id,
-};
+use crate::nbd::handshake::server::{Id, Negotiated, Progress, ServerHandshake, TlsPolicy, Violation, context_id};
 use crate::nbd::request::Rules;
 use crate::nbd::wire::{MAX_PAYLOAD_BYTES, MAX_PAYLOAD_UNTOLD, TransmissionFlags};
 use crate::net::{Dismantled, SecureError, Stream, inode};
+use crate::telemetry::seldom;
 
 /// How long a client that was told of the end may take to close its side. Closing first would make TCP throw away
 /// replies that it has not read yet.
@@ -51,6 +51,8 @@ enum Failure {
     TimedOut,
     #[error("the server is shutting down")]
     Draining,
+    #[error("too many negotiate at a time, and it is the one that has for the longest")]
+    Crowded,
     #[error("the client broke the protocol: {0}")]
     Violation(#[from] Violation),
     #[error(transparent)]
@@ -91,6 +93,7 @@ pub(super) async fn serve(
     let limit = shared.settings.handshake_timeout;
     let mut stages = shared.stages.clone();
     let is_over = |stage: &Stage| matches!(stage, Stage::Freezing | Stage::Draining);
+    let guest = shared.lobby.enter(clock::now());
     let negotiated = tokio::select! {
         // What has arrived is answered first.
         biased;
@@ -99,35 +102,46 @@ pub(super) async fn serve(
         }
         // It fails only when the server is gone, which is the same to us.
         _ = stages.wait_for(is_over) => Err(Failure::Draining),
+        () = guest.dismissed() => Err(Failure::Crowded),
     };
+    drop(guest);
     let chosen = match negotiated {
         Ok(chosen) => chosen,
         // Port scanners and monitors do this all day.
         Err(reason) => {
             shared.steering.figures.connections().note_ended(Parting::NotNegotiated);
-            return tracing::debug!(peer, %reason, "no client");
+            if matches!(reason, Failure::Violation(_) | Failure::Crowded) {
+                seldom!(info, peer, %reason, "a connection was refused");
+            } else {
+                tracing::debug!(peer, %reason, "no client");
+            }
+            return;
         }
     };
     let export = chosen.listing.name.clone();
     let (mirror, connection, is_relay) = (chosen.mirror.map(NodeId), chosen.connection, chosen.is_relay);
     let is_mirror = chosen.is_mirror;
-    let tls = visitor.tls.as_ref().map(|peer| peer.names.clone());
-    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay, tls };
+    let newcomer = Newcomer { peer: peer.clone(), export: export.clone(), mirror, connection, is_relay, visitor };
     let entry = shared.steering.clients.enter(newcomer);
+    // The rules may have changed since it was let in, and whoever changed them has not seen it then.
+    if let Err(reason) = shared.steering.access.judge(&export, &entry.client().visitor) {
+        shared.steering.figures.connections().note_ended(Parting::NotNegotiated);
+        seldom!(info, peer, export, %reason, "a client was let in by rules that have changed");
+        return;
+    }
     let session = Rc::new(session(*chosen, &entry, &shared.steering));
-    tracing::info!(peer, export, replies = ?session.rules.mode, "client connected");
+    seldom!(info, peer, export, replies = ?session.rules.mode, "client connected");
     let (budget, stages) = (ConnectionBudget::new(Arc::clone(&shared.budget)), Stages::of(shared.stages.clone()));
     let place = shared.muster.serves();
     drop(negotiating);
     let transmission = Transmission::new(stream, Rc::clone(&session), budget, input, stages, place);
-    let client = Known { peer, visitor, is_mirror, is_relay, connection };
+    let client = Known { peer, is_mirror, is_relay, connection };
     transmit(transmission, &session, entry, client, shared).await;
 }
 
 /// What is known of a client, beside its place in the table.
 struct Known {
     peer: String,
-    visitor: Visitor,
     is_mirror: bool,
     is_relay: bool,
     connection: Option<Id>,
@@ -142,7 +156,8 @@ async fn transmit(transmission: Transmission, session: &Session, entry: Entry, c
         return;
     }
     let Counts { requests, read_bytes, written_bytes, errors, .. } = &**entry.counts();
-    tracing::info!(
+    seldom!(
+        info,
         peer = client.peer,
         export = entry.client().export,
         requests = requests.get(),
@@ -159,7 +174,7 @@ async fn transmit(transmission: Transmission, session: &Session, entry: Entry, c
         End::Drained | End::Dismissed => part_from(&stream).await,
         End::Disconnected | End::Closed => stream.end_tls(),
         // What was sent last is not all.
-        End::Violation(_) | End::Broken | End::Lost(_) => {}
+        End::Violation(_) | End::Broken | End::Lost(_) | End::Frozen => {}
     }
 }
 
@@ -167,11 +182,10 @@ async fn transmit(transmission: Transmission, session: &Session, entry: Entry, c
 fn freeze(stream: Stream, session: &Session, client: &Known, entry: &Entry, rest: Rest) -> (OwnedFd, Frozen) {
     let Dismantled { socket, tls: saved, .. } = stream.dismantle();
     let own = session.seat.own();
-    let Visitor { address, tls } = &client.visitor;
     let frozen = Frozen {
         socket: inode(&socket),
         peer: client.peer.clone(),
-        visitor: FrozenVisitor { address: *address, tls: tls.as_ref().map(|tls| tls.names.clone()) },
+        visitor: entry.client().visitor.clone(),
         tls: saved,
         export: entry.client().export.clone(),
         identity: own.facts().identity.map(|identity| identity.to_string()),
@@ -215,7 +229,7 @@ pub(super) fn home_of(frozen: &Frozen, shared: &Shared) -> Result<SharedExport, 
     if frozen.relayed_to.is_some() && !frozen.agreed.flags().contains(TransmissionFlags::READ_ONLY) {
         return Err(Homeless::Relayed);
     }
-    if shared.steering.access.verdict(&frozen.export, &frozen.visitor()) != Verdict::Admitted {
+    if shared.steering.access.judge(&frozen.export, &frozen.visitor).is_err() {
         return Err(Homeless::Denied);
     }
     Ok(export)
@@ -229,11 +243,10 @@ pub(super) async fn resume(stream: Stream, frozen: Frozen, export: SharedExport,
         mirror: frozen.mirror.as_ref().and_then(|mirror| mirror.parse().ok()),
         connection: frozen.connection.as_ref().and_then(|id| Some(id.parse::<NodeId>().ok()?.0)),
         is_relay: frozen.is_relay,
-        tls: frozen.visitor.tls.clone(),
+        visitor: frozen.visitor.clone(),
     };
     let client = Known {
         peer: frozen.peer.clone(),
-        visitor: frozen.visitor(),
         is_mirror: frozen.is_mirror,
         is_relay: frozen.is_relay,
         connection: newcomer.connection,
@@ -258,7 +271,6 @@ const fn parting(end: &End) -> Parting {
         End::Drained | End::Dismissed => Parting::Drained,
         End::Violation(_) => Parting::Violation,
         End::Broken => Parting::Broken,
-        // Of the latter none comes here.
         End::Lost(_) | End::Frozen => Parting::Lost,
     }
 }

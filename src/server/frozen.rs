@@ -13,7 +13,7 @@ use data_encoding::BASE64;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::directory::Offered;
-use crate::export::{TlsPeer, Visitor};
+use crate::export::Visitor;
 use crate::nbd::handshake::ReplyMode;
 use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::{Command, Durability, Extents, Fragments, Rules};
@@ -29,7 +29,7 @@ pub struct Frozen {
     /// Its address, as operators see it.
     pub peer: String,
     /// Who it is.
-    pub visitor: FrozenVisitor,
+    pub visitor: Visitor,
     /// Its TLS, if it has turned to it. The keys are in it.
     #[serde(default)]
     pub tls: Option<SavedTls>,
@@ -71,15 +71,6 @@ pub struct Frozen {
     pub payload: Option<FrozenPayload>,
     /// What has been asked, changes nothing, and is not answered whole. One that has been begun comes first.
     pub asks: Vec<Ask>,
-}
-
-/// Who a client is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FrozenVisitor {
-    /// Its address; none on a unix socket.
-    pub address: Option<std::net::IpAddr>,
-    /// The names in its certificate, if it came by TLS.
-    pub tls: Option<Vec<String>>,
 }
 
 /// What client and server have agreed upon.
@@ -241,13 +232,6 @@ impl From<FrozenMode> for ReplyMode {
             FrozenMode::Structured => Self::Structured,
             FrozenMode::Extended => Self::Extended,
         }
-    }
-}
-
-impl Frozen {
-    pub(super) fn visitor(&self) -> Visitor {
-        let FrozenVisitor { address, tls } = &self.visitor;
-        Visitor { address: *address, tls: tls.clone().map(|names| TlsPeer { names }) }
     }
 }
 

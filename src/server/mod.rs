@@ -20,6 +20,7 @@
 //! | `seat` | the place of a connection's export, which may be replaced |
 //! | `stage` | how far the end of the server is, and who is ready for it |
 //! | [`frozen`] | a connection between this server and its successor |
+//! | `lobby` | connections that negotiate: how many may, and who goes first |
 //! | `limits` | how much one connection, and all together, may have in flight |
 //!
 //! A connection lives and dies on one worker. All requests that have arrived together are parsed together; what can
@@ -35,6 +36,7 @@ mod directory;
 pub mod figures;
 pub mod frozen;
 mod limits;
+mod lobby;
 mod long_reads;
 mod notices;
 mod orders;
@@ -55,8 +57,10 @@ use thiserror::Error;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::export::{Access, Registry, Visitor};
-use crate::net::{Detached, Listener};
+use crate::clock;
+use crate::export::{Access, Origin, Registry, Visitor};
+use crate::net::{Detached, Family, Listener};
+use crate::telemetry::seldom;
 use crate::tls;
 use crate::worker::Workers;
 pub use clients::{ClientStatus, ClientTable};
@@ -64,6 +68,7 @@ pub use connection::Homeless;
 pub use directory::flags as transmission_flags;
 use frozen::Frozen;
 use limits::SharedBudget;
+use lobby::Lobby;
 pub use notices::{MOST_GROUPS, News, Notices};
 pub use orders::{SwitchError, Switched};
 use stage::{Muster, Negotiating, Stage};
@@ -75,6 +80,8 @@ const NEGOTIATIONS: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long connections that are being closed may take while the others are frozen.
 const PARTING: Duration = Duration::from_millis(50);
+/// How often those who negotiate are looked at while newcomers wait.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What an operator may set.
 #[derive(Debug, Clone)]
@@ -140,6 +147,7 @@ struct Shared {
     muster: Arc<Muster>,
     frozen: mpsc::UnboundedSender<(OwnedFd, Frozen)>,
     steering: Steering,
+    lobby: Lobby,
 }
 
 impl Server {
@@ -158,8 +166,8 @@ impl Server {
         let slots = Arc::new(Semaphore::new(settings.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
         let budget = Arc::new(SharedBudget::new(settings.shared_bytes));
         let steering = Steering { access: settings.access.clone(), ..Steering::default() };
-        let muster = Arc::default();
-        let shared = Arc::new(Shared { registry, settings, budget, stages, muster, frozen, steering });
+        let (muster, lobby) = (Arc::default(), Lobby::of(settings.max_connections));
+        let shared = Arc::new(Shared { registry, settings, budget, stages, muster, frozen, steering, lobby });
         Self { shared, workers, slots, stage, accepting: JoinSet::new(), closed: Vec::new(), thawed }
     }
 
@@ -286,32 +294,54 @@ impl Acceptor {
                     self.shared.steering.figures.connections().note_accepted();
                     let negotiating = self.shared.muster.negotiates();
                     // After accepting: an idle listener must not keep a place that another one's client could have.
-                    if self.slots.available_permits() == 0 {
-                        let limit = self.shared.settings.max_connections;
-                        tracing::warn!(limit, "too many connections: newcomers wait");
-                    }
-                    let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { return listener };
+                    let Some(slot) = self.slot().await else { return listener };
                     self.hand_over(socket, slot, negotiating).await;
                 }
                 Err(error) => {
-                    tracing::warn!(%listener, %error, "cannot accept a connection");
+                    seldom!(warn, %listener, %error, "cannot accept a connection");
                     pause_if_exhausted(&error).await;
                 }
             }
         }
     }
 
+    /// A place for a connection; `None`: there are to be no newcomers. While there is none, those who only negotiate make
+    /// room.
+    async fn slot(&self) -> Option<OwnedSemaphorePermit> {
+        if let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() {
+            return Some(slot);
+        }
+        let limit = self.shared.settings.max_connections;
+        seldom!(warn, limit, "too many connections: newcomers wait");
+        while *self.shared.stages.borrow() == Stage::Serving {
+            self.shared.lobby.make_room(clock::now());
+            let slot = Arc::clone(&self.slots).acquire_owned();
+            if let Ok(slot) = tokio::time::timeout(LOOK, slot).await {
+                return slot.ok();
+            }
+        }
+        None
+    }
+
     async fn hand_over(&self, socket: Detached, slot: OwnedSemaphorePermit, negotiating: Negotiating) {
         let (peer, shared) = (socket.peer(), Arc::clone(&self.shared));
-        let visitor = Visitor { address: socket.peer_address(), tls: None };
+        let visitor = Visitor { address: origin(&socket), tls: None };
         let serve = move || async move {
             let _slot = slot;
             match socket.attach() {
                 Ok(stream) => connection::serve(stream, peer, visitor, negotiating, &shared).await,
-                Err(error) => tracing::warn!(peer, %error, "cannot take a connection over"),
+                Err(error) => seldom!(warn, peer, %error, "cannot take a connection over"),
             }
         };
         self.workers.run(serve).await;
+    }
+}
+
+/// Where a client comes from. Of one that has left already nobody knows.
+fn origin(socket: &Detached) -> Origin {
+    match socket.family() {
+        Family::Unix => Origin::Unix,
+        Family::Tcp => socket.peer_address().map_or(Origin::Unknown, Origin::Ip),
     }
 }
 

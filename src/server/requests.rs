@@ -30,6 +30,7 @@ use crate::nbd::reply::{self, Last, ReplyTo};
 use crate::nbd::request::{Command, Durability, Extents, Fragments, Rules};
 use crate::nbd::{Extent, errno};
 use crate::ranges::ByteRange;
+use crate::telemetry::seldom;
 use crate::units::{KIB, MIB, to_u64, to_usize};
 
 /// The unit of long reads. Fits the second-level cache, so that what is read is still warm when it is sent.
@@ -332,7 +333,7 @@ impl Session {
                     }
                 }
                 Err(error) if self.mode() == ReplyMode::Simple => {
-                    tracing::warn!(error = %error.chain(), "a long read failed in the middle: closing the connection");
+                    seldom!(warn, error = %error.chain(), "a long read failed in the middle: closing the connection");
                     return self.is_broken.set(true);
                 }
                 Err(error) => {

@@ -36,6 +36,7 @@ use crate::nbd::reply::{Last, ReplyTo};
 use crate::nbd::request::{self, Checked, Command, Fragments, Header, Violation, header_length};
 use crate::net::Stream;
 use crate::ranges::ByteRange;
+use crate::telemetry::seldom;
 use crate::units::{KIB, to_usize};
 
 /// Input is taken in pieces of this size: room for eight thousand request headers, and for payload to be written while
@@ -138,7 +139,7 @@ async fn thaw(session: Rc<Session>, place: FileRange) {
         Ok(bytes) => session.outbox.thaw(bytes),
         Err(error) => {
             // The header has gone, with the promise that data follows.
-            tracing::warn!(%error, "a read failed in the middle: closing the connection");
+            seldom!(warn, %error, "a read failed in the middle: closing the connection");
             session.is_broken.set(true);
         }
     }

@@ -5,6 +5,9 @@
 //! | `support` | the program under test, other servers and clients, a link that can be cut |
 //! | `handshake`, `transmission` | the server, byte by byte, as good and bad clients use it |
 //! | `data_path` | long reads and merged writes, as the server does them in parts, in any mixture |
+//! | `access` | who may have which export, and every way around it |
+//! | `config` | the configuration file: checked, read, read again |
+//! | `hostile` | ten thousand hostile connections, and clients that are served meanwhile |
 //! | `serve` | real images: files, devices, durability, several views of one image |
 //! | `index` | manifests: made, announced, refused, named |
 //! | `metrics` | `/metrics`: what Prometheus' own checker says, and whether it agrees with clients |
@@ -49,6 +52,7 @@
     reason = "a test that panics has failed; the rules of `.clippy.toml` are for the program"
 )]
 
+mod access;
 mod admin;
 mod api;
 mod attach;
@@ -57,6 +61,7 @@ mod bound;
 mod cast;
 mod cast_orders;
 mod command_line;
+mod config;
 mod crash;
 mod data_path;
 mod faults;
@@ -65,6 +70,7 @@ mod fleet;
 mod follow;
 mod generations;
 mod handshake;
+mod hostile;
 mod index;
 mod interop_clients;
 mod interop_upstreams;

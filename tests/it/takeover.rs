@@ -161,18 +161,14 @@ fn a_successor_that_fails_changes_nothing() {
     assert!(said.contains("headwater serve"), "{said}");
     readers.go_on(5);
 
-    // One that dies when it has everything: where it opens its image.
-    let mut dying = Command::new("strace");
-    dying
-        .args(["-f", "-o", "/dev/null", "-e", "trace=openat", "-e", "inject=openat:signal=KILL"])
-        .arg("-P")
-        .arg(&image);
-    append(&mut dying, &serve(&scratch, &image));
-    dying.arg(format!("--takeover={}", server.pid()));
-    assert!(!dying.status().unwrap().success());
-    server.wait_for_log("the successor cannot go on: this server does");
-    readers.go_on(5);
-    assert_holds(&uri, &bytes);
+    for point in ["takeover-taken", "takeover-open"] {
+        let mut dying = serve(&scratch, &image);
+        dying.arg(format!("--takeover={}", server.pid())).env("HEADWATER_CRASH_AT", point);
+        assert!(!dying.status().unwrap().success());
+        server.wait_for_log("the successor cannot go on: this server does");
+        readers.go_on(5);
+        assert_holds(&uri, &bytes);
+    }
 
     let server = replace(&scratch, server, serve(&scratch, &image), "serve.log");
     readers.go_on(5);

@@ -14,6 +14,7 @@ use crate::control::status::Range;
 use crate::fill::orders::{Deadline, MOST_RANGES, Order, OrderError, Spec, What, merged};
 use crate::mirror::Here;
 use crate::nbd::Uri;
+use crate::nbd::uri::Security;
 use crate::ranges::ByteRange;
 
 /// Servers that one order may name as its source.
@@ -57,6 +58,7 @@ impl Mirrors {
             let why = "has no manifest here, so what another mirror sends could not be verified: index it first";
             return Err(Refusal::Conflict(format!("{image:?} {why}")));
         }
+        refuse_downgrade(image, &generation.remote.uris(), &spec.source)?;
         generation.mirror.check_room(&spec.ranges).map_err(|error| Refusal::Conflict(error.to_string()))?;
         let order = self.0.orders.add(spec, now.wall).map_err(refusal)?;
         // At once, and not when the runner comes to it: it is to be forecast.
@@ -201,6 +203,17 @@ pub(in crate::control) fn deadline_of(order: &PrefetchOrder, now: Moment) -> Res
     }
 }
 
+/// What an image's upstreams send by TLS is not fetched without it.
+fn refuse_downgrade(image: &str, upstreams: &[Uri], sources: &[String]) -> Result<(), Refusal> {
+    let is_bare = |source: &&String| source.parse().is_ok_and(|uri: Uri| !uri.is_protected());
+    match sources.iter().find(is_bare) {
+        Some(source) if upstreams.iter().all(|uri| uri.security == Security::Tls) => Err(Refusal::Conflict(format!(
+            "{image:?} is fetched through TLS, and {source} has none: name it with nbds://, or by a unix socket"
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// The servers that an order names, if they can be used.
 fn sources(sources: Vec<String>) -> Result<Vec<String>, Refusal> {
     if sources.len() > MOST_SOURCES {
@@ -241,6 +254,17 @@ mod tests {
         ] {
             assert!(of(at, after).unwrap_err().contains(why), "{at:?} {after:?}");
         }
+    }
+
+    #[test]
+    fn tls_is_not_given_up_for_a_source() {
+        let of = |upstreams: &[&str], source: &str| {
+            let upstreams: Vec<Uri> = upstreams.iter().map(|uri| uri.parse().unwrap()).collect();
+            refuse_downgrade("x", &upstreams, &[source.to_owned()]).is_ok()
+        };
+        assert!(!of(&["nbds://a/x"], "nbd://b/x"));
+        assert!(of(&["nbds://a/x"], "nbds://b/x") && of(&["nbds://a/x"], "nbd+unix:///x?socket=/s"));
+        assert!(of(&["nbd://a/x"], "nbd://b/x") && of(&["nbds://a/x", "nbd://c/x"], "nbd://b/x"));
     }
 
     #[test]

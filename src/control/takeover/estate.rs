@@ -122,13 +122,14 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    use crate::server::frozen::{Agreed, Ask, Blob, Done, FrozenMode, FrozenPayload, FrozenRest, FrozenVisitor, What};
+    use crate::export::{Origin, Visitor};
+    use crate::server::frozen::{Agreed, Ask, Blob, Done, FrozenMode, FrozenPayload, FrozenRest, What};
 
     fn client() -> Frozen {
         Frozen {
             socket: 4711,
             peer: "192.0.2.1:1".into(),
-            visitor: FrozenVisitor { address: "192.0.2.1".parse().ok(), tls: None },
+            visitor: Visitor { address: Origin::Unix, tls: None },
             tls: None,
             export: "a".into(),
             identity: None,

@@ -85,7 +85,7 @@ pub enum Violation {
     #[error("an option without its magic number")]
     BadMagic,
     /// EXPORT_NAME cannot be refused, so the connection is ("NBD_OPT_EXPORT_NAME").
-    #[error("no export {0:?}")]
+    #[error("no export {:?}", .0.chars().take(64).collect::<String>())]
     UnknownExport(String),
     /// EXPORT_NAME with something that is not a name.
     #[error("an export name that is not a string")]

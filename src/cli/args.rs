@@ -111,6 +111,8 @@ pub(super) enum Command {
     Top(super::top::Top),
     Balance(super::balance::Balance),
     Settings(super::settings::Settings),
+    Man(super::manual::Pages),
+    Completions(super::manual::Completions),
 }
 
 /// Serve real images: raw files, block devices, qcow2 files.

@@ -115,6 +115,8 @@ pub(super) enum Command {
     Balance(super::balance::Balance),
     Settings(super::settings::Settings),
     CheckConfig(super::config::CheckConfig),
+    Man(super::manual::Pages),
+    Completions(super::manual::Completions),
 }
 
 /// Serve real images: raw files, block devices, qcow2 files.

@@ -14,6 +14,7 @@
 //! | `balance` | moving clients until servers share their load |
 //! | `settings` | what may be changed while a server runs |
 //! | `attach` | binding an export to a device of the kernel, and giving it back |
+//! | `manual` | pages of the manual and completions for shells, made from `args` |
 //! | `verify_file` | `verify` for files, which needs no server |
 //! | `running` | finding the running server that a command is for |
 //! | `long_work` | calling long work off, and showing how it gets on |
@@ -35,6 +36,7 @@ mod drain;
 mod index;
 mod info;
 mod long_work;
+mod manual;
 mod mirror;
 mod output;
 mod pin;
@@ -87,6 +89,8 @@ pub fn run() -> ExitCode {
         Command::Top(arguments) => top::run(arguments),
         Command::Balance(arguments) => balance::run(arguments),
         Command::Detach(arguments) => attach::detach(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Man(arguments) => manual::write_pages(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Completions(arguments) => manual::print_completions(&arguments).map(|()| ExitCode::SUCCESS),
     };
     match result {
         Ok(code) => code,

@@ -9,7 +9,8 @@
 //! | root | `/run/headwater` |
 //! | anybody else | `/tmp/headwater-UID` |
 //!
-//! Commands look in all of these, except that within a unit they look in the unit's own alone.
+//! Commands look in all of these and in those of the units that the package brings, except that within a unit they look in the
+//! unit's own alone.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -30,6 +31,11 @@ use super::status::Status;
 
 /// Sockets that are looked at in all.
 const SOCKETS: usize = 256;
+/// The directory of the system's servers, if they run as root.
+const OF_ROOT: &str = "/run/headwater";
+/// `RuntimeDirectory=` of the units that the package brings, which have a user of their own. Not below root's: that one holds
+/// records which nobody else may write.
+const OF_UNITS: [&str; 2] = ["/run/headwater-serve", "/run/headwater-mirror"];
 /// What the name of a default socket has behind the number of its process.
 const EXTENSION: &str = "sock";
 /// What that of a socket for successors has.
@@ -122,17 +128,21 @@ impl Surroundings {
             return vec![known(path)];
         }
         let session = self.session.as_ref().and_then(first_path).map(|path| known(path.join("headwater")));
-        let of_system = known("/run/headwater".into());
+        let of_system = [OF_ROOT].into_iter().chain(OF_UNITS).map(|path| known(path.into()));
         let of_user = Directory { path: format!("/tmp/headwater-{}", self.user).into(), is_in_public: true };
-        session.into_iter().chain([of_system, of_user]).collect()
+        session.into_iter().chain(of_system).chain([of_user]).collect()
     }
 
     /// Where a server of this user has its socket if it is not told otherwise: `PID.sock` in a directory that is made
     /// if it is missing, and from which sockets of dead servers are removed.
     pub fn default_place(&self, pid: u32) -> io::Result<AdminAddress> {
         let mut directories = self.directories().into_iter();
-        // Only root can make the directory of the system.
-        let mine = directories.find(|directory| self.user == 0 || directory.path != Path::new("/run/headwater"));
+        // Only root can make the directory of the system, and nobody those of units.
+        let is_anothers = |path: &Path| {
+            OF_UNITS.iter().any(|unit| path == Path::new(unit)) || self.user != 0 && path == Path::new(OF_ROOT)
+        };
+        let is_in_unit = self.unit.as_ref().and_then(first_path).is_some();
+        let mine = directories.find(|directory| is_in_unit || !is_anothers(&directory.path));
         let directory = mine.ok_or(io::ErrorKind::NotFound)?;
         let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", directory.path.display()));
         make_private(&directory.path).map_err(named)?;
@@ -334,11 +344,18 @@ mod tests {
         assert_eq!(paths(&surroundings(Some(unit), Some(session), 7)), ["/run/unit"]);
         assert_eq!(
             paths(&surroundings(None, Some(session), 7)),
-            ["/run/user/7/headwater", "/run/headwater", "/tmp/headwater-7"]
+            [
+                "/run/user/7/headwater",
+                "/run/headwater",
+                "/run/headwater-serve",
+                "/run/headwater-mirror",
+                "/tmp/headwater-7"
+            ]
         );
-        assert_eq!(paths(&surroundings(None, None, 0)), ["/run/headwater", "/tmp/headwater-0"]);
+        let of_root = paths(&surroundings(None, None, 0));
+        assert_eq!(of_root, ["/run/headwater", "/run/headwater-serve", "/run/headwater-mirror", "/tmp/headwater-0"]);
         assert_eq!(paths(&surroundings(Some(Path::new("/run/a:/run/b")), None, 0)), ["/run/a"]);
-        assert_eq!(paths(&surroundings(Some(Path::new("relative")), None, 7)).len(), 2, "it means nothing");
+        assert_eq!(paths(&surroundings(Some(Path::new("relative")), None, 7)).len(), 4, "it means nothing");
     }
 
     #[test]

@@ -40,6 +40,7 @@
 //! | `cast` | one sending that fills many mirrors, and what becomes of them when it goes wrong |
 //! | `page` | the status page, in a real browser |
 //! | `top` | `headwater top` in a terminal: what it shows, what its keys do |
+//! | `package` | the manual, completions, units of systemd |
 //! | `command_line` | what it prints, refuses and returns |
 //!
 //! A tool that is missing fails the test that needs it; `tools/test` installs them all.
@@ -79,6 +80,7 @@ mod lies;
 mod metrics;
 mod mirror;
 mod orders;
+mod package;
 mod page;
 mod prefetch;
 mod profile;

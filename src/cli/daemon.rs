@@ -57,8 +57,20 @@ pub(super) trait Exports {
     /// Where the orders to move clients are kept.
     fn state(&self, listeners: &[Listener]) -> Option<StatePlace>;
 
+    /// Does what can be done before a takeover while clients are served, so that they wait for less.
+    async fn make_ready(&self, workers: &Workers);
+
     /// Makes everything durable, once there are no clients any more.
-    async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()>;
+    async fn settle(&self, registry: &Registry, workers: &Workers, ending: Ending) -> anyhow::Result<()>;
+}
+
+/// Why exports are closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// The server ends, and its clients have gone.
+    ForGood,
+    /// Clients wait for a successor. What only a crash of the machine would lose need not be durable now: it was not before.
+    Takeover,
 }
 
 /// Serves what `exports` makes until a signal comes, or a successor. It makes the same each time: this server may have to
@@ -131,6 +143,7 @@ async fn serve<E: Exports>(
             },
             () = &mut reloading => {}
             successor = succession.next(&running.listening) => {
+                running.exports.make_ready(&running.workers).await;
                 let since = clock::now();
                 if let Err(busy) = running.server.hold().await {
                     tracing::warn!(%busy, "cannot be replaced now");
@@ -270,7 +283,7 @@ async fn end<E: Exports>(running: Running<E>, signals: &mut Signals) -> anyhow::
         }
     };
     drop((admin, casts));
-    settle(&exports, &registry, &workers).await?;
+    settle(&exports, &registry, &workers, Ending::ForGood).await?;
     // What has not ended by now may never end (a disk that hangs): then the threads end with the process.
     if is_clean && let Ok(workers) = Arc::try_unwrap(workers) {
         workers.stop();
@@ -278,8 +291,8 @@ async fn end<E: Exports>(running: Running<E>, signals: &mut Signals) -> anyhow::
     Ok(End::Over)
 }
 
-async fn settle(exports: &impl Exports, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
-    let settled = tokio::time::timeout(SETTLE, exports.settle(registry, workers)).await;
+async fn settle(exports: &impl Exports, registry: &Registry, workers: &Workers, ending: Ending) -> anyhow::Result<()> {
+    let settled = tokio::time::timeout(SETTLE, exports.settle(registry, workers, ending)).await;
     settled.context("making things durable took too long")?
 }
 
@@ -294,7 +307,7 @@ async fn pack<E: Exports>(running: Running<E>) -> anyhow::Result<Belongings> {
         casts.close().await;
     }
     drop((admin, casts, steering));
-    if let Err(error) = settle(&exports, &registry, &workers).await {
+    if let Err(error) = settle(&exports, &registry, &workers, Ending::Takeover).await {
         tracing::error!(error = format!("{error:#}"), "not everything is durable");
     }
     drop((exports, registry));
@@ -324,7 +337,7 @@ async fn hand_over<E: Exports>(running: Running<E>, successor: Successor, since:
     let belongings = pack(running).await?;
     let clients = belongings.estate().clients.len();
     let given = successor.give(&belongings).await;
-    let pause = || clock::now().saturating_duration_since(since).as_millis();
+    let pause = || u64::try_from(clock::now().saturating_duration_since(since).as_millis()).unwrap_or(u64::MAX);
     match given {
         Ok(()) => {
             successor.go().await.context("the successor has gone in the last moment, and the clients with it")?;
@@ -341,6 +354,7 @@ async fn hand_over<E: Exports>(running: Running<E>, successor: Successor, since:
 
 /// Leaves everything to the service manager, or ends well if it does not take it.
 async fn leave_to_manager<E: Exports>(mut running: Running<E>, signals: &mut Signals) -> anyhow::Result<End> {
+    running.exports.make_ready(&running.workers).await;
     if let Err(busy) = running.server.hold().await {
         tracing::warn!(%busy, "the connections cannot be kept");
         return end(running, signals).await;

@@ -1,12 +1,13 @@
 //! `headwater mirror`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::bail;
 
 use super::args::{self, NamedUris};
 use super::config::Reloader;
-use super::daemon::{self, Exports};
+use super::daemon::{self, Ending, Exports};
 use crate::control::mirrors::{Mirrors, Plan, PlannedImage};
 use crate::control::redirect::StatePlace;
 use crate::control::{self, Operated};
@@ -19,6 +20,9 @@ use crate::nbd::uri::Security;
 use crate::net::Listener;
 use crate::upstream::{Role, Settings};
 use crate::worker::Workers;
+
+/// How long what is on its way is waited for while clients wait for a successor.
+const TAKEOVER_FETCHES: Duration = Duration::from_millis(10);
 
 pub(super) fn run(arguments: args::Mirror, reloader: Reloader) -> anyhow::Result<()> {
     let patience = arguments.upstream_timeout;
@@ -129,9 +133,16 @@ impl Exports for Images {
         self.mirrors.as_ref().map(Mirrors::state_place)
     }
 
-    async fn settle(&self, _: &Registry, workers: &Workers) -> anyhow::Result<()> {
+    async fn make_ready(&self, workers: &Workers) {
         if let Some(mirrors) = &self.mirrors {
-            mirrors.settle(workers).await;
+            mirrors.flush(workers).await;
+        }
+    }
+
+    async fn settle(&self, _: &Registry, workers: &Workers, ending: Ending) -> anyhow::Result<()> {
+        let fetches = if ending == Ending::Takeover { TAKEOVER_FETCHES } else { mirror::LAST_FETCHES };
+        if let Some(mirrors) = &self.mirrors {
+            mirrors.settle(workers, fetches).await;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 
 use super::args::{FormatArgument, NamedPath, Serve};
 use super::config::Reloader;
-use super::daemon::{self, Exports};
+use super::daemon::{self, Ending, Exports};
 use crate::control::Operated;
 use crate::control::real::{RealImage, RealImages};
 use crate::control::redirect::StatePlace;
@@ -103,10 +103,15 @@ impl Exports for Images {
         Some(StatePlace { directory, name, space: None })
     }
 
-    async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
+    async fn make_ready(&self, _: &Workers) {}
+
+    async fn settle(&self, registry: &Registry, workers: &Workers, ending: Ending) -> anyhow::Result<()> {
         let indexing = self.indexing.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(indexing) = indexing {
             tokio::task::spawn_blocking(|| indexing.stop()).await?;
+        }
+        if ending == Ending::Takeover {
+            return Ok(());
         }
         let flushes = registry.all().into_iter().map(|(name, export)| async move {
             let result = workers.ask(move || async move { export.flush().await.map_err(|error| error.chain()) }).await;

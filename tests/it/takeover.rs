@@ -6,15 +6,17 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use headwater::nbd::request::Header;
 use headwater::nbd::wire::{CommandFlags, command};
 
 use crate::support::cache::{assert_holds, status};
 use crate::support::client::Client;
+use crate::support::guest::{HOST, run_in_guest_of};
 use crate::support::link::Link;
 use crate::support::readers::Readers;
-use crate::support::{Daemon, ON_DEMAND, Scratch, append, eventually, headwater, mirror_command, noise};
+use crate::support::{Daemon, ON_DEMAND, Scratch, append, eventually, headwater, mirror_command, noise, run};
 
 const SIZE: usize = 8 << 20;
 
@@ -327,4 +329,153 @@ fn a_service_manager_keeps_the_connections_over_a_restart() {
     let mut rest = String::new();
     hear.read_to_string(&mut rest).unwrap();
     assert!(manager.wait().unwrap().success(), "{rest}");
+}
+
+/// Says to whoever connects whether to go on, until it is dropped.
+struct GoOn {
+    is_over: Arc<AtomicBool>,
+    port: u16,
+}
+
+impl GoOn {
+    fn new() -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let is_over = Arc::<AtomicBool>::default();
+        let over = Arc::clone(&is_over);
+        std::thread::spawn(move || {
+            for socket in listener.incoming() {
+                let word = if over.load(Ordering::Relaxed) { "stop" } else { "go" };
+                // A guest that is switched off does not listen.
+                let _ = socket.and_then(|mut socket| writeln!(socket, "{word}"));
+            }
+        });
+        Self { is_over, port }
+    }
+
+    fn is_over(&self) -> bool {
+        self.is_over.load(Ordering::Relaxed)
+    }
+}
+
+/// A guest whose disk is an export, and whose kernel has another one: it writes and reads both, and compares.
+fn guest_of_two_disks(scratch: &Scratch, go_on: &GoOn, socket: &Path, port: &str) -> String {
+    let script = format!(
+        r"
+modprobe virtio_blk
+nbd-client -N kernel {HOST} {port} /dev/nbd0
+mkdir -p /tmp
+round=0
+while nc {HOST} {go_on} </dev/null | grep -q go; do
+    at=$((round % 30))
+    dd if=/dev/urandom of=/tmp/piece bs=64k count=16 2>/dev/null
+    for disk in vda nbd0; do
+        dd if=/tmp/piece of=/dev/$disk bs=1M seek=$at conv=fsync,notrunc 2>/dev/null
+        echo 3 >/proc/sys/vm/drop_caches
+        dd if=/dev/$disk bs=1M skip=$at count=1 2>/dev/null | cmp - /tmp/piece
+    done
+    round=$((round + 1))
+done
+echo rounds $round
+nbd-client -d /dev/nbd0
+",
+        go_on = go_on.port
+    );
+    let disk = format!("file=nbd+unix:///disk?socket={},format=raw,if=virtio,cache=none", socket.display());
+    run_in_guest_of(scratch, &script, &["-drive", &disk])
+}
+
+/// Copies an export again and again, and compares.
+fn copy_and_compare(scratch: &Scratch, uri: &str, number: usize, bytes: &[u8], go_on: &GoOn) -> u64 {
+    let copy = scratch.path(&format!("copy{number}"));
+    let mut copies = 0;
+    while !go_on.is_over() {
+        run(Command::new("nbdcopy").arg("--").arg(uri).arg(&copy));
+        assert!(fs::read(&copy).unwrap() == bytes, "nbdcopy has got wrong bytes");
+        copies += 1;
+    }
+    copies
+}
+
+/// Writes, flushes and reads back.
+fn write_and_compare(uri: &str, go_on: &GoOn) -> u64 {
+    let mut client = Client::open(uri);
+    let mut round = 0;
+    while !go_on.is_over() {
+        let (data, offset) = (noise(100_000, round + 1), (round % 64) * 123_456);
+        assert_eq!(client.write(offset, &data), None);
+        if round % 4 == 0 {
+            assert_eq!(client.flush(), None);
+        }
+        assert!(client.read(offset, 100_000) == data, "wrong bytes at {offset}");
+        round += 1;
+    }
+    round
+}
+
+#[test]
+fn a_virtual_machine_a_kernel_and_copies_go_on_over_twenty_successors() {
+    let scratch = Scratch::new();
+    let (bytes, image) = a(&scratch);
+    let bytes = Arc::new(bytes);
+    for name in ["disk", "kernel", "log"] {
+        scratch.sparse(&format!("{name}.raw"), 32 << 20, &[]);
+    }
+    let command = || {
+        let mut command = headwater(&scratch.path("serve.log"));
+        command
+            .arg("serve")
+            .arg(&image)
+            .args(["disk", "kernel", "log"].map(|name| scratch.path(&format!("{name}.raw"))));
+        command.arg("--unix").arg(scratch.path("serve.sock")).args(["--listen", "127.0.0.1:0"]);
+        command
+    };
+    let mut server = Daemon::start(command(), 4, &scratch.path("serve.log"));
+    let socket = scratch.path("serve.sock");
+    let tcp = server.uri().to_owned();
+    let port = tcp.trim_start_matches("nbd://127.0.0.1:").split('/').next().unwrap().to_owned();
+    let uri = format!("nbd+unix:///a?socket={}", socket.display());
+    let log = format!("nbd+unix:///log?socket={}", socket.display());
+    let go_on = GoOn::new();
+    let server = std::thread::scope(|scope| {
+        let guest = scope.spawn(|| guest_of_two_disks(&scratch, &go_on, &socket, &port));
+        let copies = [(0, &uri), (1, &tcp)].map(|(number, uri)| {
+            let (scratch, bytes, go_on) = (&scratch, &bytes, &go_on);
+            scope.spawn(move || copy_and_compare(scratch, uri, number, bytes, go_on))
+        });
+        let writer = scope.spawn(|| write_and_compare(&log, &go_on));
+        let readers = Readers::start([&*uri, &tcp, &uri], &bytes);
+        eventually("the guest's disks", || {
+            assert!(!guest.is_finished(), "the guest has failed");
+            let status = status(&scratch, &server);
+            let clients = status["clients"].as_array().unwrap();
+            ["disk", "kernel"].iter().all(|name| {
+                clients.iter().any(|client| client["export"] == *name && client["written_bytes"].as_u64() > Some(0))
+            })
+        });
+        for number in 0..20 {
+            if number % 4 == 1 {
+                let mut dying = command();
+                let point = if number % 8 == 1 { "takeover-taken" } else { "takeover-open" };
+                dying.arg(format!("--takeover={}", server.pid())).env("HEADWATER_CRASH_AT", point);
+                assert!(!dying.status().unwrap().success());
+                readers.go_on(3);
+            }
+            server = replace(&scratch, server, command(), "serve.log");
+            readers.go_on(3);
+        }
+        go_on.is_over.store(true, Ordering::Relaxed);
+        let printed = guest.join().unwrap();
+        assert!(printed.contains("rounds ") && !printed.contains("rounds 0\n"), "{printed}");
+        assert!(copies.into_iter().all(|copies| copies.join().unwrap() > 0) && writer.join().unwrap() > 0);
+        let longest = readers.stop().into_iter().map(|sample| sample.took).max();
+        println!("the longest read took {longest:?}");
+        server
+    });
+    let log = server.stop();
+    let pauses: Vec<_> = log.lines("another server has taken over").map(|line| line["pause_ms"].clone()).collect();
+    println!("pauses in milliseconds: {pauses:?}");
+    assert_eq!(pauses.len(), 20);
+    assert_eq!(log.lines("the successor cannot go on: this server does").count(), 5);
+    assert_eq!(log.sum("client left", "errors"), 0);
 }

@@ -155,8 +155,7 @@ mod tests {
         let registry = Registry::new();
         for (index, name) in NAMES.into_iter().enumerate() {
             let size = SIZE + u64::try_from(index).unwrap();
-            let export = Memory::zeroed(1).with_facts(|facts| {
-                facts.size = size;
+            let export = Memory::zeroed(size).with_facts(|facts| {
                 facts.description = secret(name);
                 facts.identity = Some(ImageId([0x10 + u8::try_from(index).unwrap(); 32]));
             });
@@ -166,7 +165,7 @@ mod tests {
     }
 
     const NAMES: [&str; 4] = ["", "a", "a@manifest", "b"];
-    const SIZE: u64 = 0x5ec2_e700_0000_0000;
+    const SIZE: u64 = 0x5ec2;
 
     fn secret(name: &str) -> String {
         format!("secret of <{name}>")

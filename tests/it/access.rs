@@ -54,7 +54,7 @@ impl Ground {
     fn can_be_had(uri: &str) -> bool {
         let output = Command::new("nbdinfo").args(["--size", uri]).output().unwrap();
         let complaint = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success() || complaint.contains("no such export"), "{complaint}");
+        assert!(output.status.success() || complaint.contains("no export named"), "{complaint}");
         output.status.success()
     }
 }
@@ -157,9 +157,8 @@ fn news_and_the_order_to_close_are_for_those_who_may_have_the_export() {
     let mut mine = Client::open(&ground.unix("shut"));
     let script = |uri: &str| {
         format!(
-            "h.set_opt_mode(True)\nh.connect_uri('{uri}')\n\
-            try:\n  h.opt_list_meta_context_queries(['x-headwater:', '{NOTICE}', 'base:'], lambda name: print(name))\n\
-            except nbd.Error as error:\n  print('refused', error)\nh.opt_abort()"
+            "h.set_opt_mode(True)\nfor name in ['x-headwater:', '{NOTICE}', 'base:']: h.add_meta_context(name)\n\n\
+            h.connect_uri('{uri}')\ntry:\n  h.opt_list_meta_context(lambda name: print(name))\nexcept nbd.Error as error:\n  print('refused', error)\nh.opt_abort()"
         )
     };
     let ask = |uri: &str| run(crate::support::nbdsh_command().args(["-c", &script(uri)]));
@@ -188,7 +187,6 @@ fn no_order_gives_tls_up() {
         &["redirect", "shut", "--to", bare, "--way=notice", "--force"],
         &["redirect", "shut", "--to", "nbd+unix:///shut?socket=/s,nbd://127.0.0.1:1/shut", "--force"],
         &["drain", "shut", "--to", bare, "--force"],
-        &["drain", "--to", "nbd://127.0.0.1:1", "--force"],
     ] {
         let complaint = run_failing(&mut ground.operate(words));
         assert!(complaint.contains("served through TLS only"), "{words:?}: {complaint}");

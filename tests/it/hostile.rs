@@ -73,7 +73,11 @@ fn ten_thousand_hostile_connections_disturb_nobody() {
     let victim = Victim { nbd, admin: Some(admin), open: "open".to_owned(), shut: "shut".to_owned() };
     let (stop, reads, outcome) = (AtomicBool::new(false), AtomicU64::new(0), Outcome::default());
     // It knows all of the image, so what comes after is of the attack.
-    assert!(Client::open(&uri).read(0, SIZE as u64) == bytes);
+    let mut first = Client::open(&uri);
+    for (index, part) in bytes.chunks(8 << 20).enumerate() {
+        assert!(first.read((index * (8 << 20)) as u64, part.len() as u64) == part);
+    }
+    first.disconnect();
     let (before, most) = (server.resident_kib(), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..4 {
@@ -117,4 +121,49 @@ fn ten_thousand_hostile_connections_disturb_nobody() {
     {
         assert!(kinds.contains_key(message), "{message:?} is not in the log");
     }
+}
+
+/// Whether nothing has come on a connection, and it is open.
+fn is_open(socket: &mut std::net::TcpStream) -> bool {
+    use std::io::Read;
+    socket.set_nonblocking(true).unwrap();
+    matches!(socket.read(&mut [0; 64]), Err(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+}
+
+/// Those who only negotiate, and take all the time that they have, keep nobody out.
+#[test]
+fn a_lobby_that_is_full_lets_clients_in() {
+    let scratch = Scratch::new();
+    let bytes = noise(100_000, 1);
+    let image = scratch.file("image.raw", &bytes);
+    let words = ["--listen=127.0.0.1:0", "--max-connections=8", "--handshake-timeout=600"];
+    let server = Daemon::serve(&scratch, &image, &words);
+    let address = server.uri().trim_start_matches("nbd://").split('/').next().unwrap().to_owned();
+    let held: Vec<_> = (0..8).map(|_| std::net::TcpStream::connect(&address).unwrap()).collect();
+    assert!(Client::open(server.uri()).read(5, 5000) == bytes[5..5005]);
+    server.wait_for_log("too many negotiate at a time");
+    drop(held);
+}
+
+/// Nor do those who come to the admin API and ask nothing.
+#[test]
+fn an_operator_gets_in_beside_those_who_ask_nothing() {
+    use std::os::unix::fs::PermissionsExt;
+    let scratch = Scratch::new();
+    let image = scratch.file("image.raw", &noise(4096, 1));
+    let token = scratch.file("token", b"a-token-that-nobody-guesses");
+    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let probe = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let admin = probe.local_addr().unwrap().to_string();
+    drop(probe);
+    let _server = Daemon::serve(
+        &scratch,
+        &image,
+        &["--listen=127.0.0.1:0", &format!("--admin={admin}"), &format!("--admin-token={}", token.display())],
+    );
+    let mut silent: Vec<_> = (0..70).map(|_| std::net::TcpStream::connect(&admin).unwrap()).collect();
+    let mut status = Command::new(env!("CARGO_BIN_EXE_headwater"));
+    run(status.args(["status", "--at", &admin, "--token"]).arg(&token));
+    // Had the operator waited until their time was over, none would be left.
+    assert!(is_open(silent.last_mut().unwrap()) && !is_open(&mut silent[0]));
 }

@@ -277,7 +277,7 @@ mod tests {
             ("[serve]\nindex-rate = [1]", "c:2: [serve] index-rate: one value"),
             ("[serve]\nindex-rate = 0", "c:2: [serve] index-rate: \"0\": more than nothing"),
             ("[serve]\nworkers = 5000", "c:2: [serve] workers: \"5000\": 5000 is not in 1..=1024"),
-            ("[serve.listen]\na = 'b'", "c:2: [serve] listen: no table"),
+            ("[serve.listen]\na = 'b'", "c:1: [serve] listen: no table"),
             ("[serve]\nallow = '10.1.1.1/8'", "c:2: [serve] allow: \"10.1.1.1/8\": "),
         ] {
             let error = joined(text, &["serve"]).unwrap_err();

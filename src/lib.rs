@@ -18,6 +18,7 @@
 //! | 1 | [`manifest`] | what an image holds: digests, identity |
 //! | 1 | [`sealed`] | small files of JSON that say whether they are whole |
 //! | 1 | [`telemetry`] | logs and counters |
+//! | 1 | [`tls`] | TLS 1.3 without I/O: handshakes, records, certificates |
 //! | 2 | [`net`] | sockets |
 //! | 2 | [`worker`] | one thread per core |
 //! | 2 | [`export`] | what every tier is; wrappers; the conformance suite |
@@ -51,6 +52,7 @@ pub mod ranges;
 pub mod sealed;
 pub mod server;
 pub mod telemetry;
+pub mod tls;
 pub mod units;
 pub mod upstream;
 pub mod worker;

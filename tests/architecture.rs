@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The rooms and their levels. A room may import rooms of lower levels only.
-const LEVELS: [(&str, u32); 22] = [
+const LEVELS: [(&str, u32); 23] = [
     ("units", 0),
     ("ranges", 0),
     ("clock", 0),
@@ -18,6 +18,7 @@ const LEVELS: [(&str, u32); 22] = [
     ("manifest", 1),
     ("sealed", 1),
     ("telemetry", 1),
+    ("tls", 1),
     ("net", 2),
     ("worker", 2),
     ("export", 2),

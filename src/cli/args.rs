@@ -1,7 +1,9 @@
 //! What was typed. Nothing here looks at a file or a socket.
 
+mod access;
 mod fill;
 mod servers;
+mod tls;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,12 +18,13 @@ use crate::image::Format;
 use crate::mirror::CHUNK_SIZES;
 use crate::mirror::policy::Kind as Policy;
 use crate::nbd::Uri;
-use crate::nbd::uri::Security;
 use crate::net::ListenAddress;
 use crate::telemetry::LogFormat;
 use crate::units::ByteSize;
+pub(super) use access::AccessRules;
 pub(super) use fill::Fill;
 pub(super) use servers::{RunningServer, Servers, TokenFile};
+pub(super) use tls::Tls;
 
 /// A tiered NBD server for people who start many machines from few disk images.
 ///
@@ -111,6 +114,7 @@ pub(super) enum Command {
     Top(super::top::Top),
     Balance(super::balance::Balance),
     Settings(super::settings::Settings),
+    CheckConfig(super::config::CheckConfig),
     Man(super::manual::Pages),
     Completions(super::manual::Completions),
 }
@@ -231,11 +235,14 @@ pub(super) struct Index {
 #[derive(Debug, Args)]
 #[command(after_help = INFO_EXAMPLES)]
 pub(super) struct Info {
-    /// The export, as nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH.
+    /// The export, as nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH; nbds:// and nbds+unix:// with TLS.
     pub(super) uri: Uri,
     /// Print JSON.
     #[arg(long)]
     pub(super) json: bool,
+    /// For nbds://: ca-cert.pem to know the server by; client-cert.pem and client-key.pem if it wants to know us.
+    #[arg(long, value_name = "DIR")]
+    pub(super) tls_certificates: Option<PathBuf>,
     /// How long to wait for the server.
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub(super) timeout: Duration,
@@ -357,9 +364,22 @@ pub(super) struct Daemon {
     /// What the neighbours with TCP addresses are shown. [default: the file of --admin-token]
     #[arg(long, value_name = "FILE")]
     pub(super) neighbours_token: Option<PathBuf>,
+    /// Take over from a running server, whose clients stay connected: they notice a pause. It is named by the number of
+    /// its process or the path of its socket; left out, it is the only one that runs. If this server cannot start, that
+    /// one goes on.
+    #[arg(long, value_name = "PID|PATH", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub(super) takeover: Option<PathBuf>,
     /// How files are read and written: io_uring where the kernel allows it, or threads.
     #[arg(long, value_enum, default_value = "auto")]
     pub(super) disk_io: DiskIo,
+    #[command(flatten)]
+    pub(super) tls: Tls,
+    /// Take what is not typed from a file: TOML, with the names of these flags as keys (headwater check-config).
+    /// SIGHUP has it read again.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) access: AccessRules,
 }
 
 #[derive(Debug, Args)]
@@ -491,9 +511,6 @@ impl std::str::FromStr for NamedUris {
             _ => (None, text),
         };
         let uris = Uri::parse_list(uris).map_err(|error| error.to_string())?;
-        if uris.iter().any(|uri| uri.security == Security::Tls) {
-            return Err("TLS is not supported yet".into());
-        }
         let name = name.map_or_else(|| uris.first().map_or_else(String::new, |uri| uri.export.clone()), str::to_owned);
         Ok(Self { name: checked_name(name)?, uris })
     }

@@ -14,10 +14,14 @@ use crate::nbd::Uri;
 use crate::nbd::handshake::ReplyMode;
 use crate::nbd::handshake::client::{Agreed, Refusal};
 use crate::ranges::ByteRange;
+use crate::tls::set_default_certificates;
 use crate::units::{ByteSize, to_u64};
 use crate::upstream::{self, Expectation, OpenFailure, Remote, Settings};
 
 pub(super) fn run(arguments: &args::Info) -> anyhow::Result<()> {
+    if let Some(directory) = &arguments.tls_certificates {
+        set_default_certificates(directory.clone());
+    }
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     let info = runtime.block_on(Info::of(&arguments.uri, arguments.timeout))?;
     if arguments.json {

@@ -1,23 +1,30 @@
 //! `headwater mirror`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::bail;
 
 use super::args::{self, NamedUris};
-use super::daemon::{self, Exports};
-use crate::control::Operated;
+use super::config::Reloader;
+use super::daemon::{self, Ending, Exports};
 use crate::control::mirrors::{Mirrors, Plan, PlannedImage};
 use crate::control::redirect::StatePlace;
+use crate::control::{self, Operated};
+use crate::export::access::Rules;
 use crate::export::{DuplicateName, Registry, split_content_name};
 use crate::mirror::policy::Admission;
 use crate::mirror::{self, SpaceSettings};
 use crate::nbd::Uri;
+use crate::nbd::uri::Security;
 use crate::net::Listener;
 use crate::upstream::{Role, Settings};
 use crate::worker::Workers;
 
-pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
+/// How long what is on its way is waited for while clients wait for a successor.
+const TAKEOVER_FETCHES: Duration = Duration::from_millis(10);
+
+pub(super) fn run(arguments: args::Mirror, reloader: Reloader) -> anyhow::Result<()> {
     let patience = arguments.upstream_timeout;
     let fill = arguments.fill.settings();
     let defaults = Settings::default();
@@ -42,7 +49,22 @@ pub(super) fn run(arguments: args::Mirror) -> anyhow::Result<()> {
         profile: profile.into(),
         hear: receive.into(),
     };
-    daemon::run(daemon, Images { plan: Some(plan), mirrors: None })
+    warn_of_open_doors(&plan, &daemon.access.rules());
+    let images = || Ok(Images { plan: Some(plan.clone()), mirrors: None });
+    daemon::run(daemon, control::status::Role::Mirror, images, reloader)
+}
+
+/// What was fetched through TLS is served to everybody where there is no rule: that may be meant, and may be forgotten.
+fn warn_of_open_doors(plan: &Plan, rules: &Rules) {
+    let is_fetched_by_tls = |image: &&PlannedImage| image.uris.iter().any(|uri| uri.security == Security::Tls);
+    for PlannedImage { name, .. } in plan.images.iter().filter(is_fetched_by_tls) {
+        if !rules.is_restricted(name) {
+            tracing::warn!(
+                name,
+                "the upstream is reached by TLS, and there is no rule here: whoever can connect may have it (--allow, --allow-client, --require-tls)"
+            );
+        }
+    }
 }
 
 /// What a name says about the content of an image is held against what its servers have.
@@ -111,9 +133,16 @@ impl Exports for Images {
         self.mirrors.as_ref().map(Mirrors::state_place)
     }
 
-    async fn settle(&self, _: &Registry, workers: &Workers) -> anyhow::Result<()> {
+    async fn make_ready(&self, workers: &Workers) {
         if let Some(mirrors) = &self.mirrors {
-            mirrors.settle(workers).await;
+            mirrors.flush(workers).await;
+        }
+    }
+
+    async fn settle(&self, _: &Registry, workers: &Workers, ending: Ending) -> anyhow::Result<()> {
+        let fetches = if ending == Ending::Takeover { TAKEOVER_FETCHES } else { mirror::LAST_FETCHES };
+        if let Some(mirrors) = &self.mirrors {
+            mirrors.settle(workers, fetches).await;
         }
         Ok(())
     }

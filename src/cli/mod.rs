@@ -7,6 +7,7 @@
 //! | `serve`, `mirror`, `index`, `info`, `status`, `pin`, `verify`, `profile` | one command each; `pin` has `unpin` too |
 //! | `prefetch` | ordering, waiting, deploying to many mirrors |
 //! | `cast` | sending an image to a group |
+//! | `config` | the configuration file: read, checked, read again |
 //! | `redirect` | moving clients: at a server, at a virtual machine, at a device of the kernel |
 //! | `drain` | taking a server out of service |
 //! | `top` | watching servers |
@@ -27,7 +28,10 @@ mod args;
 mod attach;
 mod balance;
 mod cast;
+mod config;
 mod daemon;
+#[cfg(test)]
+mod documents;
 mod drain;
 mod index;
 mod info;
@@ -51,17 +55,22 @@ mod verify_file;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 use args::{Arguments, Command};
 
 /// Does what the command line says.
 pub fn run() -> ExitCode {
-    let Arguments { command, logging } = Arguments::parse();
+    let (Arguments { command, logging }, reloader) = match config::parse() {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            output::complain(&error);
+            // The same as a command line that makes no sense.
+            return ExitCode::from(2);
+        }
+    };
     crate::telemetry::start_logging(logging.level(), logging.format());
     let result = match command {
-        Command::Serve(arguments) => serve::run(arguments).map(|()| ExitCode::SUCCESS),
-        Command::Mirror(arguments) => mirror::run(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Serve(arguments) => serve::run(arguments, reloader).map(|()| ExitCode::SUCCESS),
+        Command::Mirror(arguments) => mirror::run(arguments, reloader).map(|()| ExitCode::SUCCESS),
         Command::Index(arguments) => index::run(arguments).map(|()| ExitCode::SUCCESS),
         Command::Info(arguments) => info::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Status(arguments) => status::run(arguments).map(|()| ExitCode::SUCCESS),
@@ -74,6 +83,7 @@ pub fn run() -> ExitCode {
         Command::Redirect(arguments) => redirect::run(*arguments),
         Command::Drain(arguments) => drain::run(arguments),
         Command::Attach(arguments) => attach::attach(arguments).map(|()| ExitCode::SUCCESS),
+        Command::CheckConfig(arguments) => config::check(&arguments),
         Command::Settings(arguments) => settings::run(arguments),
         #[cfg(feature = "tui")]
         Command::Top(arguments) => top::run(arguments),

@@ -7,11 +7,13 @@ use anyhow::{Context, anyhow, ensure};
 use futures_util::future::join_all;
 
 use super::args::{FormatArgument, NamedPath, Serve};
-use super::daemon::{self, Exports};
+use super::config::Reloader;
+use super::daemon::{self, Ending, Exports};
 use crate::control::Operated;
 use crate::control::real::{RealImage, RealImages};
 use crate::control::redirect::StatePlace;
 use crate::control::redirect::file::{default_directory, name_of};
+use crate::control::status::Role;
 use crate::export::{Registry, SharedExport};
 use crate::fill::profile::{Kept, Store, profile_path};
 use crate::image::index::{Background, Rate, Settings};
@@ -19,7 +21,7 @@ use crate::image::{self, Options};
 use crate::net::Listener;
 use crate::worker::Workers;
 
-pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
+pub(super) fn run(arguments: Serve, reloader: Reloader) -> anyhow::Result<()> {
     ensure!(
         arguments.backing.is_empty() || matches!(arguments.format, FormatArgument::Qcow2),
         "--backing needs --format qcow2: a raw image whose guest writes a qcow2 header into it must not become one"
@@ -30,21 +32,24 @@ pub(super) fn run(arguments: Serve) -> anyhow::Result<()> {
     let options = Options {
         read_only: arguments.read_only,
         format: arguments.format.into(),
-        backing_directories: arguments.backing,
+        backing_directories: arguments.backing.clone(),
     };
     // One thread: it has the time.
     let rate = Rate::new(Some(arguments.index_rate));
     let settings = Settings { threads: 1, rate: rate.clone(), ..Settings::default() };
-    let images = Images {
-        images: arguments.images,
-        options,
-        index: arguments.index.then_some(settings),
-        index_rate: arguments.index.then_some(rate),
-        state: arguments.state,
-        indexing: Mutex::default(),
-        open: Vec::new(),
+    let Serve { images, index, state, daemon, .. } = arguments;
+    let images = || {
+        Ok(Images {
+            images: images.clone(),
+            options: options.clone(),
+            index: index.then(|| settings.clone()),
+            index_rate: index.then(|| rate.clone()),
+            state: state.clone(),
+            indexing: Mutex::default(),
+            open: Vec::new(),
+        })
     };
-    daemon::run(arguments.daemon, images)
+    daemon::run(daemon, Role::Serve, images, reloader)
 }
 
 struct Images {
@@ -98,10 +103,15 @@ impl Exports for Images {
         Some(StatePlace { directory, name, space: None })
     }
 
-    async fn settle(&self, registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
+    async fn make_ready(&self, _: &Workers) {}
+
+    async fn settle(&self, registry: &Registry, workers: &Workers, ending: Ending) -> anyhow::Result<()> {
         let indexing = self.indexing.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(indexing) = indexing {
             tokio::task::spawn_blocking(|| indexing.stop()).await?;
+        }
+        if ending == Ending::Takeover {
+            return Ok(());
         }
         let flushes = registry.all().into_iter().map(|(name, export)| async move {
             let result = workers.ask(move || async move { export.flush().await.map_err(|error| error.chain()) }).await;

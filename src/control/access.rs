@@ -20,6 +20,7 @@ use std::io::Read;
 use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
@@ -29,6 +30,7 @@ use constant_time_eq::constant_time_eq_32;
 use thiserror::Error;
 
 use super::api::Problem;
+use crate::telemetry::seldom;
 
 /// Bytes of the shortest token, and of the longest file with one.
 const SHORTEST: usize = 16;
@@ -44,6 +46,27 @@ pub struct Token(String);
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Token(..)")
+    }
+}
+
+/// The token of a server that runs, which may be replaced. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub struct TokenCell(Arc<RwLock<Token>>);
+
+impl TokenCell {
+    /// Begins with this token.
+    pub fn new(token: Token) -> Self {
+        Self(Arc::new(RwLock::new(token)))
+    }
+
+    /// Replaces it: the old one is of no use any more.
+    pub fn set(&self, token: Token) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = token;
+    }
+
+    /// Whether a request carries it.
+    fn is_in(&self, headers: &HeaderMap) -> bool {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).is_in(headers)
     }
 }
 
@@ -118,11 +141,14 @@ impl Token {
 }
 
 /// Lets requests pass that carry the token.
-pub(super) async fn ask_for_token(State(token): State<Token>, request: Request, next: Next) -> Response {
+pub(super) async fn ask_for_token(State(token): State<TokenCell>, request: Request, next: Next) -> Response {
     if token.is_in(request.headers()) {
         return next.run(request).await;
     }
     let is_wrong = request.headers().contains_key(header::AUTHORIZATION);
+    if is_wrong {
+        seldom!(warn, "a request to the admin API had a wrong token");
+    }
     let (challenge, why) = if is_wrong {
         ("Bearer error=\"invalid_token\"", "this is not the token of this server")
     } else {

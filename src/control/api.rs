@@ -25,7 +25,7 @@ use tokio::sync::Mutex;
 use utoipa::IntoParams;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 
-use super::access::{Token, Way, ask_for_token, refuse_strangers};
+use super::access::{TokenCell, Way, ask_for_token, refuse_strangers};
 use super::casts::{self, Casts};
 use super::client::Client;
 use super::load::Loads;
@@ -84,7 +84,7 @@ impl Api {
     }
 
     /// Answers requests; `token` is what they must carry, if they come by TCP.
-    pub(super) fn router(self, token: Option<&Token>) -> Router {
+    pub(super) fn router(self, token: Option<&TokenCell>) -> Router {
         let nowhere = async || Problem::new(StatusCode::NOT_FOUND, "there is no such thing in this API");
         let not_so = async || Problem::new(StatusCode::METHOD_NOT_ALLOWED, "this cannot be done with it");
         let (mut guarded, open) = (Router::from(routes()), Router::from(open_routes()));

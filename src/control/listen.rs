@@ -14,7 +14,7 @@ use socket2::{Domain, SockAddr, Socket as Socket2, Type};
 use thiserror::Error;
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
-use super::access::{HOW, Token};
+use super::access::{HOW, TokenCell};
 use super::place::AdminAddress;
 
 /// Bytes of the longest path in a unix socket's address (`unix(7)`).
@@ -57,7 +57,7 @@ pub struct AdminListener(Kind);
 
 #[derive(Debug)]
 enum Kind {
-    Tcp { socket: TcpListener, token: Token },
+    Tcp { socket: TcpListener, token: TokenCell },
     Unix { socket: UnixListener, made: SocketFile },
 }
 
@@ -78,7 +78,7 @@ struct SocketFile {
 impl AdminListener {
     /// Listens at `address`. The directory of a unix socket is made if only it is missing; the socket is for its owner
     /// alone, and takes the place of one that a dead server left. Requests by TCP must carry `token`.
-    pub fn bind(address: &AdminAddress, token: Option<&Token>) -> Result<Self, BindError> {
+    pub fn bind(address: &AdminAddress, token: Option<&TokenCell>) -> Result<Self, BindError> {
         match address {
             AdminAddress::Tcp(_) => {
                 let failed = |source| BindError::System { address: address.clone(), source };
@@ -99,7 +99,7 @@ impl AdminListener {
     }
 
     /// What requests must carry; nothing on a unix socket.
-    pub(super) const fn token(&self) -> Option<&Token> {
+    pub(super) const fn token(&self) -> Option<&TokenCell> {
         match &self.0 {
             Kind::Tcp { token, .. } => Some(token),
             Kind::Unix { .. } => None,

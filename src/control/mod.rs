@@ -20,6 +20,7 @@
 //! | [`figures`] | what happened to images, as counters |
 //! | [`load`] | what a server does just now |
 //! | [`residency`] | pictures of what is here of an image |
+//! | [`takeover`] | a server is replaced while its clients stay |
 //! | [`tree`] | several servers, and what flows between them |
 //! | `metrics` | what it has done, for Prometheus |
 //! | `page` | the status page |
@@ -61,17 +62,24 @@ pub mod redirect;
 pub mod residency;
 pub mod settings;
 pub mod status;
+pub mod takeover;
 pub mod tree;
 
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::rc::Rc;
 use std::time::Duration;
 
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
-pub use access::{Token, TokenError};
+use crate::telemetry::seldom;
+
+pub use access::{Token, TokenCell, TokenError};
 use api::Api;
 pub use api::Site;
 pub use client::{CallError, Client};
@@ -82,7 +90,7 @@ use load::Loads;
 pub use operated::{Answer, Operated, Refusal};
 pub use place::AdminAddress;
 
-/// Connections at the same time; more wait to be accepted.
+/// Connections at the same time. Of more, those go first whose request has not come; else newcomers wait.
 const CONNECTIONS: usize = 64;
 /// How long the head of a request may take to arrive.
 const HEAD_PATIENCE: Duration = Duration::from_secs(10);
@@ -113,15 +121,27 @@ impl Admin {
 
 type Service = TowerToHyperService<axum::Router>;
 
+/// Connections whose request has not come yet, oldest first.
+type Silent = VecDeque<(Rc<Cell<bool>>, AbortHandle)>;
+
 async fn accept(listener: AdminListener, service: Service) {
     let mut connections = JoinSet::new();
+    let mut silent = Silent::new();
     loop {
         tokio::select! {
-            accepted = listener.accept(), if connections.len() < CONNECTIONS => match accepted {
-                Ok(Socket::Unix(socket)) => drop(connections.spawn_local(serve(socket, service.clone()))),
-                Ok(Socket::Tcp(socket)) => drop(connections.spawn_local(serve(socket, service.clone()))),
+            accepted = listener.accept() => match accepted {
+                Ok(socket) => {
+                    make_room(&mut connections, &mut silent).await;
+                    let heard = Rc::new(Cell::new(false));
+                    let (service, is_heard) = (service.clone(), Rc::clone(&heard));
+                    let handle = match socket {
+                        Socket::Unix(socket) => connections.spawn_local(serve(socket, service, is_heard)),
+                        Socket::Tcp(socket) => connections.spawn_local(serve(socket, service, is_heard)),
+                    };
+                    silent.push_back((heard, handle));
+                }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept an admin connection");
+                    seldom!(warn, %error, "cannot accept an admin connection");
                     tokio::time::sleep(PAUSE).await;
                 }
             },
@@ -130,8 +150,23 @@ async fn accept(listener: AdminListener, service: Service) {
     }
 }
 
-/// Answers the one request of a connection.
-async fn serve(socket: impl AsyncRead + AsyncWrite + Unpin + 'static, service: Service) {
+/// Waits until there is a place for another connection. Whoever has come and asks nothing keeps nobody out.
+async fn make_room(connections: &mut JoinSet<()>, silent: &mut Silent) {
+    silent.retain(|(heard, handle)| !heard.get() && !handle.is_finished());
+    while connections.len() >= CONNECTIONS {
+        if let Some((_, oldest)) = silent.pop_front() {
+            oldest.abort();
+        }
+        connections.join_next().await;
+    }
+}
+
+/// Answers the one request of a connection, and notes when it has come.
+async fn serve(socket: impl AsyncRead + AsyncWrite + Unpin + 'static, service: Service, heard: Rc<Cell<bool>>) {
+    let service = service_fn(move |request| {
+        heard.set(true);
+        service.call(request)
+    });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_PATIENCE).keep_alive(false).max_buf_size(HEAD_BYTES);
     match tokio::time::timeout(LIFE, http.serve_connection(TokioIo::new(socket), service)).await {

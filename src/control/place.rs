@@ -38,6 +38,8 @@ const OF_ROOT: &str = "/run/headwater";
 const OF_UNITS: [&str; 2] = ["/run/headwater-serve", "/run/headwater-mirror"];
 /// What the name of a default socket has behind the number of its process.
 const EXTENSION: &str = "sock";
+/// What that of a socket for successors has.
+const TAKEOVER: &str = "takeover";
 
 /// Where operators reach a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -147,6 +149,23 @@ impl Surroundings {
         self.check(&directory.path).map_err(named)?;
         remove_dead(&directory.path);
         Ok(AdminAddress::Unix(directory.path.join(format!("{pid}.{EXTENSION}"))))
+    }
+
+    /// Where a server of this user waits for its successor: beside the default admin socket.
+    pub fn takeover_place(&self, pid: u32) -> io::Result<PathBuf> {
+        match self.default_place(pid)? {
+            AdminAddress::Unix(path) => Ok(path.with_extension(TAKEOVER)),
+            AdminAddress::Tcp(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// All places where servers of this user may wait for successors.
+    pub fn takeover_places(&self) -> Vec<PathBuf> {
+        let directories = self.directories().into_iter();
+        let believed = directories.filter(|directory| self.check(&directory.path).is_ok());
+        let named = |path: &PathBuf| path.extension().is_some_and(|extension| extension == TAKEOVER);
+        let listed = believed.filter_map(|directory| fs::read_dir(directory.path).ok()).flatten();
+        listed.filter_map(|entry| Some(entry.ok()?.path())).filter(named).take(SOCKETS).collect()
     }
 
     /// Refuses a directory in which others could put a socket of theirs in our place.

@@ -19,6 +19,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::api::{Answered, Api, Problem, Shared, gather, read_order};
+use super::operated::{Operated, Refusal};
 use super::status::Complaint;
 use crate::telemetry;
 
@@ -101,6 +102,22 @@ impl From<LevelFilter> for LogLevel {
 }
 
 impl Settings {
+    /// The names of all of them.
+    pub const NAMES: [&str; 6] = ["log_level", "fill_rate", "image_fill_rate", "cache_size", "reserve", "index_rate"];
+
+    /// Those whose names `wanted` says yes to.
+    #[must_use]
+    pub fn only(&self, wanted: impl Fn(&str) -> bool) -> Self {
+        let fields: Map<_, _> = self.by_name().into_iter().filter(|(name, _)| wanted(name)).collect();
+        // It was one before.
+        serde_json::from_value(Value::Object(fields)).unwrap_or_default()
+    }
+
+    /// Whether the one of this name is named.
+    pub fn has(&self, name: &str) -> bool {
+        self.by_name().contains_key(name)
+    }
+
     /// By their names, as in JSON.
     fn by_name(&self) -> Map<String, Value> {
         match serde_json::to_value(self) {
@@ -126,7 +143,7 @@ pub(super) fn routes() -> OpenApiRouter<Arc<Api>> {
 /// `headwater settings`.
 #[utoipa::path(get, path = "/v1/settings", tag = "settings", responses((status = 200, body = Settings)))]
 async fn settings(State(api): Shared) -> Json<Settings> {
-    Json(now(&api))
+    Json(now(api.operated()))
 }
 
 /// Change settings.
@@ -140,22 +157,22 @@ async fn change_settings(State(api): Shared, body: Body) -> Answered<Settings> {
     if let Some(why) = order.complaint() {
         return Err(Problem::new(StatusCode::BAD_REQUEST, why));
     }
-    gather(api, move |api| change(api, &order)).await?.map(Json)
+    Ok(gather(api, move |api| change(api.operated(), &order)).await?.map(Json)?)
 }
 
-fn now(api: &Api) -> Settings {
-    Settings { log_level: telemetry::log_level().map(LogLevel::from), ..api.operated().settings() }
+fn now(operated: &dyn Operated) -> Settings {
+    Settings { log_level: telemetry::log_level().map(LogLevel::from), ..operated.settings() }
 }
 
-/// Changes what is named, or nothing. Blocks.
-fn change(api: &Api, order: &Settings) -> Result<Settings, Problem> {
-    let (before, wanted) = (now(api).by_name(), order.by_name());
+/// Changes what is named, or nothing, and logs it. Gives all of them as they are then. Blocks.
+pub fn change(operated: &dyn Operated, order: &Settings) -> Result<Settings, Refusal> {
+    let (before, wanted) = (now(operated).by_name(), order.by_name());
     if let Some(name) = wanted.keys().find(|name| !before.contains_key(*name)) {
         let known: Vec<_> = before.keys().cloned().collect();
         let why = format!("this server has no {name}: what can be changed here is {}", known.join(", "));
-        return Err(Problem::new(StatusCode::CONFLICT, why));
+        return Err(Refusal::Conflict(why));
     }
-    api.operated().change_settings(order)?;
+    operated.change_settings(order)?;
     let tell = || {
         for (name, to) in wanted.iter().filter(|(name, to)| before.get(*name) != Some(to)) {
             let from = before.get(name).map_or_else(String::new, Value::to_string);
@@ -174,7 +191,7 @@ fn change(api: &Api, order: &Settings) -> Result<Settings, Problem> {
         }
         (None, _) => tell(),
     }
-    Ok(now(api))
+    Ok(now(operated))
 }
 
 #[cfg(test)]
@@ -211,6 +228,16 @@ mod tests {
             assert!(order.complaint().is_some_and(|why| why.contains(name)), "{name}");
         }
         assert_eq!(parsed(json!({"reserve": 0, "fill_rate": 1})).unwrap().complaint(), None);
+    }
+
+    #[test]
+    fn all_names_are_known() {
+        let all =
+            Settings::NAMES.map(|name| (name.to_owned(), if name == "log_level" { json!("info") } else { json!(1) }));
+        let all = parsed(Value::Object(all.into_iter().collect())).unwrap();
+        assert!(Settings::NAMES.iter().all(|name| all.has(name)) && all.by_name().len() == Settings::NAMES.len());
+        let only = all.only(|name| name == "reserve");
+        assert_eq!(only, Settings { reserve: Some(1), ..Settings::default() });
     }
 
     #[test]

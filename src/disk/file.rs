@@ -121,6 +121,12 @@ impl File {
         self.size
     }
 
+    /// What it is called whatever its path is: device and inode; of a device its own number.
+    pub fn id(&self) -> io::Result<[u64; 2]> {
+        let found = rustix::fs::fstat(&self.fd)?;
+        Ok(if self.kind == Kind::BlockDevice { [u64::MAX, found.st_rdev] } else { [found.st_dev, found.st_ino] })
+    }
+
     /// Takes the lock of this file for as long as it is open; `false` when another open file has it.
     pub fn try_lock(&self) -> io::Result<bool> {
         match rustix::fs::flock(&self.fd, rustix::fs::FlockOperation::NonBlockingLockExclusive) {

@@ -27,7 +27,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 
-pub use access::{Access, TlsPeer, Visitor};
+pub use access::{Access, Origin, TlsPeer, Visitor};
 pub use facts::{Context, Facts, ImageId, NodeId, Residency};
 pub use file::FileExport;
 pub use registry::{DuplicateName, Registry, image_name, split_content_name};
@@ -154,6 +154,12 @@ pub trait Export: fmt::Debug + Send + Sync {
     fn is_in_file(&self, range: ByteRange) -> bool {
         let _ = range;
         false
+    }
+
+    /// The file that all of its bytes are in, as device and inode, if there is one. Where there is no identity, this says
+    /// whether two openings of an image have the same bytes.
+    fn file_id(&self) -> Option<[u64; 2]> {
+        None
     }
 
     /// Reads `range`: pieces in order that add up to it.

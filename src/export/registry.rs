@@ -43,6 +43,12 @@ pub fn image_name(name: &str) -> &str {
     split_content_name(image.unwrap_or(name)).0
 }
 
+/// What a full name is beside, or a content of, one step in; `None`: of nothing, it is a name only.
+pub(super) fn inner_name(name: &str) -> Option<&str> {
+    let beside = SIDES.iter().find_map(|(suffix, _)| name.strip_suffix(suffix));
+    beside.or_else(|| Some(split_content_name(name)).filter(|(_, id)| id.is_some()).map(|(name, _)| name))
+}
+
 /// Names and what they stand for. Read at each handshake, changed rarely.
 #[derive(Debug, Default)]
 pub struct Registry {

@@ -31,6 +31,7 @@ use crate::export::{Context, Export, Facts, LocalFuture, Piece, SharedExport, Tr
 use crate::nbd::Extent;
 use crate::nbd::wire::Allocation;
 use crate::ranges::ByteRange;
+use crate::telemetry::seldom;
 use crate::units::{KIB, MIB, to_u64, to_usize};
 
 /// The unit of looking up: all mappings within it are remembered together.
@@ -173,7 +174,7 @@ impl Qcow2Image {
 
     fn failed(&self, what: &str, range: ByteRange, error: io::Error) -> Error {
         let error = Error::from_io(format!("cannot {what} {} bytes at {}", range.length(), range.start()), error);
-        tracing::error!(path = %self.path.display(), error = %error.chain(), "disk error");
+        seldom!(error, path = %self.path.display(), error = %error.chain(), "disk error");
         error
     }
 }

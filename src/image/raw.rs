@@ -22,6 +22,7 @@ use crate::nbd::Extent;
 use crate::nbd::request::{Durability, ZeroMode};
 use crate::nbd::wire::Allocation;
 use crate::ranges::ByteRange;
+use crate::telemetry::seldom;
 use crate::units::{KIB, MIB, to_usize};
 
 /// Spans of one read. A file more fragmented than this has its remaining holes sent as zeroes.
@@ -154,7 +155,7 @@ impl RawImage {
     fn failed(&self, what: &str, range: ByteRange, error: io::Error) -> Error {
         let error = Error::from_io(format!("cannot {what} {} bytes at {}", range.length(), range.start()), error);
         if error.kind() != ErrorKind::NoSpace {
-            tracing::error!(path = %self.file.path().display(), error = %error.chain(), "disk error");
+            seldom!(error, path = %self.file.path().display(), error = %error.chain(), "disk error");
         }
         error
     }
@@ -403,6 +404,10 @@ impl Export for RawImage {
             Inline::Done => TryRead::Data,
             Inline::WouldBlock => TryRead::Wait,
         }
+    }
+
+    fn file_id(&self) -> Option<[u64; 2]> {
+        self.file.id().ok()
     }
 
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {

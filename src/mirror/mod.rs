@@ -110,7 +110,7 @@ const EXTENTS_PATIENCE: Duration = Duration::from_secs(2);
 /// The troubles of the disk, and those of the upstream, are told at most this often.
 const WARNINGS: Duration = Duration::from_secs(10);
 /// How long the end of a mirror waits for what is on its way.
-const LAST_FETCHES: Duration = Duration::from_secs(3);
+pub const LAST_FETCHES: Duration = Duration::from_secs(3);
 
 /// What an operator may set.
 #[derive(Debug, Clone)]
@@ -315,9 +315,14 @@ impl Mirror {
 
     /// Makes everything durable that is stored and marks it, also what is on its way and arrives soon.
     pub async fn settle(&self) {
+        self.settle_within(LAST_FETCHES).await;
+    }
+
+    /// As [`Self::settle`], waiting for what is on its way for so long. What comes later is fetched again some day.
+    pub async fn settle_within(&self, fetches: Duration) {
         // First of all what is here, should the rest take longer than we are given.
         self.0.flush_group().await;
-        if tokio::time::timeout(LAST_FETCHES, self.0.stored()).await.is_err() {
+        if tokio::time::timeout(fetches, self.0.stored()).await.is_err() {
             tracing::debug!(image = self.0.name, "not waiting for an upstream that does not answer");
         }
         self.0.flush_group().await;

@@ -24,6 +24,17 @@ pub struct Uri {
     pub export: String,
     /// Whether the connection must be encrypted (`nbds`).
     pub security: Security,
+    /// How the server is known, if it must be.
+    pub tls: TlsQuery,
+}
+
+/// What the query of an `nbds` URI says of TLS. Nothing in other URIs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct TlsQuery {
+    /// `tls-certificates`: the directory of the authorities that are believed, and of what we show.
+    pub certificates: Option<PathBuf>,
+    /// `tls-hostname`: the name that the server's certificate must have; without it, the host of the URI.
+    pub hostname: Option<String>,
 }
 
 /// How a server is reached.
@@ -79,12 +90,36 @@ pub enum ParseUriError {
     /// A query parameter that means nothing here.
     #[error("unknown parameter {0:?}")]
     Parameter(String),
+    /// Something that would weaken TLS, or that we have not.
+    #[error("{0} is not possible: TLS is by certificates here, and servers are always verified")]
+    Tls(String),
 }
 
 impl Uri {
     /// The export `export` at `address`, in plain text.
     pub const fn plain(address: Address, export: String) -> Self {
-        Self { address, export, security: Security::Plain }
+        Self { address, export, security: Security::Plain, tls: TlsQuery { certificates: None, hostname: None } }
+    }
+
+    /// The name that the server's certificate must have. On this host, where no host is named, that is `localhost`.
+    pub fn tls_name(&self) -> &str {
+        match (&self.tls.hostname, &self.address) {
+            (Some(name), _) => name,
+            (None, Address::Tcp { host, .. }) => host,
+            (None, Address::Unix(_)) => "localhost",
+        }
+    }
+
+    /// The same without paths of files of whoever wrote it: for URIs that come from other hosts.
+    #[must_use]
+    pub fn without_files(mut self) -> Self {
+        self.tls.certificates = None;
+        self
+    }
+
+    /// Whether nobody on a network can read or change what is said there: TLS, or a unix socket.
+    pub fn is_protected(&self) -> bool {
+        self.security == Security::Tls || matches!(self.address, Address::Unix(_))
     }
 
     /// Splits `URI,URI,…` before each comma that a scheme follows; commas within a URI are left alone.
@@ -134,7 +169,7 @@ impl FromStr for Uri {
             .filter(|name| name.len() <= MAX_STRING && !name.contains('\0'))
             .ok_or(ParseUriError::Export)?
             .into_owned();
-        let socket = parse_query(uri.query().map_or("", |query| query.as_str()))?;
+        let Query { socket, tls } = parse_query(uri.query().map_or("", |query| query.as_str()))?;
         let address = if unix {
             Address::Unix(socket.ok_or(ParseUriError::NoSocket)?)
         } else if socket.is_some() {
@@ -147,7 +182,8 @@ impl FromStr for Uri {
             let host = if host.is_empty() { "localhost".to_owned() } else { host };
             Address::Tcp { host, port: parse_port(port)? }
         };
-        Ok(Self { address, export, security })
+        let tls = if security == Security::Tls { tls } else { TlsQuery::default() };
+        Ok(Self { address, export, security, tls })
     }
 }
 
@@ -165,23 +201,34 @@ fn parse_port(port: &str) -> Result<u16, ParseUriError> {
     }
 }
 
-/// The `socket` parameter, if there is one.
-fn parse_query(query: &str) -> Result<Option<PathBuf>, ParseUriError> {
-    let mut socket = None;
+/// The parameters that we know.
+#[derive(Default)]
+struct Query {
+    socket: Option<PathBuf>,
+    tls: TlsQuery,
+}
+
+fn parse_query(query: &str) -> Result<Query, ParseUriError> {
+    let mut found = Query::default();
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
         let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        let bytes: Vec<u8> = percent_decode_str(value).collect();
+        let path = || PathBuf::from(std::ffi::OsString::from_vec(bytes.clone()));
+        let refused = || ParseUriError::Tls(parameter.to_owned());
         match key {
-            "socket" if !value.is_empty() => {
-                let path: Vec<u8> = percent_decode_str(value).collect();
-                socket = Some(PathBuf::from(std::ffi::OsString::from_vec(path)));
-            }
+            "socket" if !value.is_empty() => found.socket = Some(path()),
             "socket" => return Err(ParseUriError::NoSocket),
-            // Known to the standard; of use once TLS is.
-            "tls-type" | "tls-hostname" | "tls-verify-peer" => {}
+            "tls-certificates" if !value.is_empty() => found.tls.certificates = Some(path()),
+            "tls-hostname" if !value.is_empty() => {
+                found.tls.hostname = Some(String::from_utf8(bytes).map_err(|_| refused())?);
+            }
+            "tls-type" if value == "x509" => {}
+            "tls-verify-peer" if ["1", "true", "yes", "on"].contains(&value) => {}
+            "tls-certificates" | "tls-hostname" | "tls-type" | "tls-verify-peer" => return Err(refused()),
             _ => return Err(ParseUriError::Parameter(key.to_owned())),
         }
     }
-    Ok(socket)
+    Ok(found)
 }
 
 /// Everything but what may stand in a path segment or a query value as it is.
@@ -199,10 +246,19 @@ impl fmt::Display for Uri {
                 if *port != DEFAULT_PORT {
                     write!(f, ":{port}")?;
                 }
-                write!(f, "/{export}")
+                write!(f, "/{export}")?;
             }
-            Address::Unix(path) => write!(f, "nbd{tls}+unix:///{export}?socket={}", SocketDisplay(path)),
+            Address::Unix(path) => write!(f, "nbd{tls}+unix:///{export}?socket={}", PathDisplay(path))?,
         }
+        let mut separator = if matches!(self.address, Address::Unix(_)) { '&' } else { '?' };
+        if let Some(directory) = &self.tls.certificates {
+            write!(f, "{separator}tls-certificates={}", PathDisplay(directory))?;
+            separator = '&';
+        }
+        if let Some(name) = &self.tls.hostname {
+            write!(f, "{separator}tls-hostname={}", percent_encode(name.as_bytes(), ENCODED))?;
+        }
+        Ok(())
     }
 }
 
@@ -219,9 +275,9 @@ impl fmt::Display for HostDisplay<'_> {
     }
 }
 
-struct SocketDisplay<'a>(&'a Path);
+struct PathDisplay<'a>(&'a Path);
 
-impl fmt::Display for SocketDisplay<'_> {
+impl fmt::Display for PathDisplay<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         percent_encode(self.0.as_os_str().as_bytes(), ENCODED).fmt(f)
     }
@@ -270,6 +326,15 @@ mod tests {
             assert_eq!(text.parse(), Ok(uri), "{text}");
         }
         assert_eq!("nbds://h/x".parse::<Uri>().map(|uri| uri.security), Ok(Security::Tls));
+        let query =
+            "nbds+unix:///x?socket=/s&tls-certificates=/etc/a%20b&tls-hostname=h&tls-verify-peer=true&tls-type=x509";
+        let uri: Uri = query.parse().unwrap();
+        assert_eq!((uri.tls.certificates.as_deref(), uri.tls_name()), (Some(Path::new("/etc/a b")), "h"));
+        assert_eq!(uri.to_string(), "nbds+unix:///x?socket=/s&tls-certificates=/etc/a%20b&tls-hostname=h");
+        assert_eq!(uri.without_files().to_string(), "nbds+unix:///x?socket=/s&tls-hostname=h");
+        assert_eq!("nbds://h/x?tls-hostname=g".parse::<Uri>().unwrap().to_string(), "nbds://h/x?tls-hostname=g");
+        assert_eq!("nbds://[::1]/x".parse::<Uri>().unwrap().tls_name(), "::1");
+        assert_eq!("nbd://h/x?tls-hostname=g".parse(), Ok(tcp("h", 10809, "x")), "without TLS it means nothing");
     }
 
     #[test]
@@ -287,8 +352,23 @@ mod tests {
             ("nbd://h/x#y", ParseUriError::Fragment("nbd://h/x#y".into())),
             ("nbd://h/x?colour=red", ParseUriError::Parameter("colour".into())),
             ("nbd://h/x?socket=/a", ParseUriError::Parameter("socket".into())),
+            ("nbds://h/x?tls-verify-peer=false", ParseUriError::Tls("tls-verify-peer=false".into())),
+            ("nbds://h/x?tls-type=psk", ParseUriError::Tls("tls-type=psk".into())),
+            ("nbds://h/x?tls-hostname=%ff", ParseUriError::Tls("tls-hostname=%ff".into())),
         ] {
             assert_eq!(text.parse::<Uri>(), Err(error), "{text}");
+        }
+    }
+
+    #[test]
+    fn tls_and_unix_sockets_protect() {
+        for (text, is_protected) in [
+            ("nbd://h/x", false),
+            ("nbds://h/x", true),
+            ("nbd+unix:///x?socket=/s", true),
+            ("nbd://127.0.0.1/x", false),
+        ] {
+            assert_eq!(text.parse::<Uri>().map(|uri| uri.is_protected()), Ok(is_protected), "{text}");
         }
     }
 
@@ -322,6 +402,7 @@ mod tests {
             fuzz(text.as_bytes());
             fuzz(format!("nbd:{tail}").as_bytes());
             fuzz(format!("nbd+unix:{tail}").as_bytes());
+            fuzz(format!("nbds://h/?tls-{tail}").as_bytes());
         }
 
         #[test]

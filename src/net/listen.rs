@@ -4,14 +4,15 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use listenfd::ListenFd;
-use socket2::{Domain, SockAddr, Socket, Type};
+use serde::{Deserialize, Serialize};
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use thiserror::Error;
 use tokio::net::{TcpListener, UnixListener};
 
@@ -102,6 +103,16 @@ pub enum BindError {
 #[derive(Debug)]
 pub struct Listener {
     kind: Kind,
+    asked: Option<String>,
+}
+
+/// What another process must know of a listening socket beside its descriptor.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListeningAt {
+    /// The address that the operator wrote; `None` for a socket of the service manager.
+    pub asked: Option<String>,
+    /// Device and inode of the socket file, if a server has made it: whoever has the socket removes it at the end.
+    pub made: Option<(u64, u64)>,
 }
 
 #[derive(Debug)]
@@ -118,6 +129,12 @@ enum Kind {
 impl Listener {
     /// Listens at `address`: one socket for a unix path, one for each address of a host. Blocks on name resolution.
     pub fn bind(address: &ListenAddress) -> Result<Vec<Self>, BindError> {
+        let mut listeners = Self::bind_all(address)?;
+        listeners.iter_mut().for_each(|listener| listener.asked = Some(address.to_string()));
+        Ok(listeners)
+    }
+
+    fn bind_all(address: &ListenAddress) -> Result<Vec<Self>, BindError> {
         match address {
             ListenAddress::Unix(path) => Ok(vec![bind_unix(path)?]),
             ListenAddress::Tcp { host, port } => {
@@ -137,28 +154,44 @@ impl Listener {
         }
     }
 
-    /// The sockets that a service manager opened for us (`LISTEN_FDS`), in its order; none if there is no such
-    /// manager.
-    pub fn inherited() -> io::Result<Vec<Self>> {
-        let mut fds = ListenFd::from_env();
-        let mut listeners = Vec::new();
-        for index in 0..fds.len() {
-            // `take_*` fails for a socket of another family and leaves it in its place.
-            let kind = if let Ok(Some(socket)) = fds.take_unix_listener(index) {
-                socket.set_nonblocking(true)?;
-                let address = socket.local_addr()?;
-                let path = address.as_pathname().map(Path::to_owned).or_else(|| abstract_path(&address));
-                let path = path.unwrap_or_default();
-                Kind::Unix { socket: UnixListener::from_std(socket)?, path, made: None }
-            } else if let Some(socket) = fds.take_tcp_listener(index)? {
-                socket.set_nonblocking(true)?;
-                Kind::Tcp(TcpListener::from_std(socket)?)
-            } else {
-                continue;
-            };
-            listeners.push(Self { kind });
+    /// Takes a socket that listens already, if it is one: from the service manager, or from another process, which has
+    /// said what it is. Gives the descriptor back if it is none.
+    pub fn from_fd(socket: OwnedFd, known: Option<ListeningAt>) -> io::Result<Result<Self, OwnedFd>> {
+        let found = SockRef::from(&socket);
+        if !found.is_listener().unwrap_or(false) {
+            return Ok(Err(socket));
         }
-        Ok(listeners)
+        found.set_nonblocking(true)?;
+        let is_unix = found.local_addr()?.is_unix();
+        let known = known.unwrap_or_default();
+        let kind = if is_unix {
+            let socket = std::os::unix::net::UnixListener::from(socket);
+            let address = socket.local_addr()?;
+            let path = address.as_pathname().map(Path::to_owned).or_else(|| abstract_path(&address));
+            let path = path.unwrap_or_default();
+            Kind::Unix { socket: UnixListener::from_std(socket)?, path, made: known.made }
+        } else {
+            Kind::Tcp(TcpListener::from_std(socket.into())?)
+        };
+        Ok(Ok(Self { kind, asked: known.asked }))
+    }
+
+    /// The address that the operator wrote; `None` for a socket of the service manager.
+    pub fn asked(&self) -> Option<&str> {
+        self.asked.as_deref()
+    }
+
+    /// Leaves this process to another one, which will remove the socket file when it ends.
+    pub fn into_fd(mut self) -> io::Result<(OwnedFd, ListeningAt)> {
+        let socket = match &self.kind {
+            Kind::Tcp(socket) => socket.as_fd().try_clone_to_owned()?,
+            Kind::Unix { socket, .. } => socket.as_fd().try_clone_to_owned()?,
+        };
+        let made = match &mut self.kind {
+            Kind::Tcp(_) => None,
+            Kind::Unix { made, .. } => made.take(),
+        };
+        Ok((socket, ListeningAt { asked: self.asked.take(), made }))
     }
 
     /// Waits for the next connection.
@@ -253,7 +286,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    Ok(Listener { kind: Kind::Tcp(TcpListener::from_std(socket.into())?) })
+    Ok(Listener { kind: Kind::Tcp(TcpListener::from_std(socket.into())?), asked: None })
 }
 
 fn bind_unix(path: &Path) -> Result<Listener, BindError> {
@@ -276,7 +309,7 @@ fn bind_unix(path: &Path) -> Result<Listener, BindError> {
     }
     .map_err(failed)?;
     let made = fs::symlink_metadata(path).map(|file| (file.dev(), file.ino())).ok();
-    Ok(Listener { kind: Kind::Unix { socket, path: path.to_owned(), made } })
+    Ok(Listener { kind: Kind::Unix { socket, path: path.to_owned(), made }, asked: None })
 }
 
 /// Removes a socket file that a dead server left.

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+use serde::{Deserialize, Serialize};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -22,8 +23,10 @@ use tokio::net::{TcpStream, UnixStream, lookup_host};
 use tokio::task::coop::consume_budget;
 
 use super::socket::{receive, watch};
+use super::tls::{SavedTls, SecureError, Tls};
 use crate::disk::File;
 use crate::nbd::uri::Address;
+use crate::tls::{Handshake, Progress};
 use crate::units::to_usize;
 
 /// A connected socket, of no thread's runtime.
@@ -34,7 +37,8 @@ pub struct Detached {
 }
 
 /// What kind of socket it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Family {
     /// TCP.
     Tcp,
@@ -51,7 +55,23 @@ pub struct Stream {
     room: RefCell<Option<AsyncFd<OwnedFd>>>,
     /// Sends since the last one that was not taken whole.
     roomy: Cell<u32>,
+    /// What is between the socket and whoever reads and writes here.
+    tls: Option<Box<RefCell<Tls>>>,
 }
+
+/// A connection of no thread's runtime, with all that this process knows of it: to go on elsewhere.
+#[derive(Debug)]
+pub struct Dismantled {
+    /// The connected socket.
+    pub socket: OwnedFd,
+    /// What kind of socket it is.
+    pub family: Family,
+    /// Its TLS, if it has turned to it. It must go on in one place only.
+    pub tls: Option<SavedTls>,
+}
+
+/// Bytes received at once during a TLS handshake.
+const HANDSHAKE_INPUT: usize = 16 << 10;
 
 /// After so many sends that were taken whole, room to write is not watched for any more.
 const ROOMY: u32 = 64;
@@ -85,7 +105,29 @@ impl Detached {
     /// Joins the runtime of this thread.
     pub fn attach(self) -> io::Result<Stream> {
         let socket = watch(self.socket, Interest::READABLE)?;
-        Ok(Stream { socket, family: self.family, room: RefCell::default(), roomy: Cell::default() })
+        Ok(Stream { socket, family: self.family, room: RefCell::default(), roomy: Cell::default(), tls: None })
+    }
+
+    /// Takes a connected socket that another process has had.
+    pub fn from_fd(socket: OwnedFd) -> io::Result<Self> {
+        let address = SockRef::from(&socket).local_addr()?;
+        let family = if address.is_unix() { Family::Unix } else { Family::Tcp };
+        Ok(Self { socket, family })
+    }
+
+    /// The descriptor.
+    pub fn into_fd(self) -> OwnedFd {
+        self.socket
+    }
+
+    /// Joins the runtime of this thread, and goes on with TLS if there was any.
+    pub fn assemble(self, tls: Option<SavedTls>) -> io::Result<Stream> {
+        Stream::assemble(Dismantled { socket: self.socket, family: self.family, tls })
+    }
+
+    /// What kind of socket it is.
+    pub const fn family(&self) -> Family {
+        self.family
     }
 
     /// The address of the other end; `None` on a unix socket, and when it has left.
@@ -119,8 +161,62 @@ impl Stream {
         self.family
     }
 
+    /// Turns to TLS. Nothing else is sent or received meanwhile, and nothing may have arrived before.
+    pub async fn secure(&mut self, mut handshake: Handshake) -> Result<(), SecureError> {
+        let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
+        loop {
+            let progress = handshake.advance(&mut input, &mut output);
+            // Also when it failed: the peer is told why.
+            let sent = self.write_all(&mut output).await;
+            match progress? {
+                Progress::Finished => break,
+                Progress::NeedInput => sent?,
+            }
+            input.reserve(HANDSHAKE_INPUT);
+            if self.read_buf(&mut input).await? == 0 {
+                return Err(SecureError::Closed);
+            }
+        }
+        self.tls = Some(Box::new(RefCell::new(Tls::new(handshake.finish()?, input))));
+        Ok(())
+    }
+
+    /// Whom the peer's certificate names, if this is TLS.
+    pub fn peer_names(&self) -> Option<Vec<String>> {
+        self.tls.as_ref().map(|tls| tls.borrow().peer_names().to_vec())
+    }
+
+    /// Whether stretches of files can be sent without a copy ([`Self::try_send_file`]), and that is worth it.
+    pub const fn takes_files(&self) -> bool {
+        matches!(self.family, Family::Unix) && self.tls.is_none()
+    }
+
+    /// Leaves the runtime of this thread, to go on elsewhere ([`Self::assemble`]).
+    ///
+    /// Bytes that TLS has sealed and the socket has not taken are not sent yet, as [`Self::try_write_vectored`] has said:
+    /// whoever goes on sends the same bytes first.
+    pub fn dismantle(self) -> Dismantled {
+        let tls = self.tls.as_ref().map(|tls| tls.borrow().save());
+        Dismantled { socket: self.socket.into_inner(), family: self.family, tls }
+    }
+
+    /// Joins the runtime of this thread with a connection that was dismantled, here or in another process.
+    pub fn assemble(dismantled: Dismantled) -> io::Result<Self> {
+        let Dismantled { socket, family, tls } = dismantled;
+        let tls = tls.map(Tls::restore).transpose().map_err(io::Error::other)?;
+        let stream = Detached { socket, family }.attach()?;
+        Ok(Self { tls: tls.map(|tls| Box::new(RefCell::new(tls))), ..stream })
+    }
+
     /// Appends what has arrived to the room that `buffer` has; `Ok(0)` is the end.
     pub fn try_read_buf(&self, buffer: &mut impl BufMut) -> io::Result<usize> {
+        match &self.tls {
+            None => self.try_receive(buffer),
+            Some(tls) => tls.borrow_mut().read(buffer, |room| self.try_receive(room)),
+        }
+    }
+
+    fn try_receive(&self, buffer: &mut impl BufMut) -> io::Result<usize> {
         let (received, is_all_room) =
             self.socket.try_io(Interest::READABLE, |socket| receive(socket.as_fd(), buffer))?;
         if received > 0 && !is_all_room {
@@ -141,18 +237,27 @@ impl Stream {
         let _ = self.socket.try_io(Interest::READABLE, |_| Err::<(), _>(full()));
     }
 
-    /// How many bytes have arrived and were not received yet.
+    /// How many bytes have arrived and were not received yet; with TLS, how many there are at most.
     pub fn queued(&self) -> io::Result<usize> {
-        Ok(to_usize(rustix::io::ioctl_fionread(self)?))
+        let opened = self.tls.as_ref().map_or(0, |tls| tls.borrow().queued());
+        Ok(opened + to_usize(rustix::io::ioctl_fionread(self)?))
     }
 
     /// Puts what has arrived into `buffer`, asking the socket itself: the runtime may not have heard of it yet.
-    pub fn receive_queued(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::net::recv(self, buffer, RecvFlags::DONTWAIT)?.0)
+    pub fn receive_queued(&self, mut buffer: &mut [u8]) -> io::Result<usize> {
+        match &self.tls {
+            None => Ok(rustix::net::recv(self, buffer, RecvFlags::DONTWAIT)?.0),
+            Some(tls) => tls.borrow_mut().read(&mut buffer, |room| Ok(receive(self.as_fd(), room)?.0)),
+        }
     }
 
     /// Sends as much as the socket takes. With `more`, something is to follow at once.
+    ///
+    /// What it has not said to be sent must come again, at the front.
     pub fn try_write_vectored(&self, buffers: &[IoSlice<'_>], more: bool) -> io::Result<usize> {
+        if let Some(tls) = &self.tls {
+            return tls.borrow_mut().write(buffers, |sealed| self.send_sealed(sealed));
+        }
         let mut flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         flags.set(SendFlags::MORE, more);
         let length = buffers.iter().map(|buffer| buffer.len()).sum();
@@ -170,6 +275,11 @@ impl Stream {
     /// Waits for the disk if they are not in memory.
     pub fn try_send_file(&self, file: &File, mut offset: u64, length: usize) -> io::Result<usize> {
         self.try_send(length, |socket| Ok(rustix::fs::sendfile(socket, file, Some(&mut offset), length)?))
+    }
+
+    fn send_sealed(&self, sealed: &[u8]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        self.try_send(sealed.len(), |socket| Ok(rustix::net::send(socket, sealed, flags)?))
     }
 
     fn try_send(&self, length: usize, send: impl FnOnce(BorrowedFd<'_>) -> io::Result<usize>) -> io::Result<usize> {
@@ -200,11 +310,19 @@ impl Stream {
 
     /// Whether the runtime has heard of something to read, or of the end.
     pub fn is_readable(&self) -> bool {
-        self.socket.try_io(Interest::READABLE, |_| Ok(())).is_ok()
+        self.has_input() || self.socket.try_io(Interest::READABLE, |_| Ok(())).is_ok()
+    }
+
+    /// Whether something has been received that nobody has taken yet.
+    fn has_input(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.borrow().has_input())
     }
 
     /// Waits until there is something to read, or the end.
     pub fn poll_readable(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.has_input() {
+            return Poll::Ready(Ok(()));
+        }
         self.socket.poll_read_ready(context).map_ok(drop)
     }
 
@@ -220,7 +338,7 @@ impl Stream {
     ///
     /// Cancel safety: nothing is lost.
     pub async fn readable(&self) -> io::Result<()> {
-        self.socket.readable().await.map(drop)
+        poll_fn(|context| self.poll_readable(context)).await
     }
 
     /// Waits until there may be room to write.
@@ -262,7 +380,17 @@ impl Stream {
 
     /// Tells the peer that nothing more will come, after all that was sent.
     pub fn shutdown_write(&self) -> io::Result<()> {
+        self.end_tls();
         SockRef::from(self).shutdown(std::net::Shutdown::Write)
+    }
+}
+
+impl Stream {
+    /// Tells the peer that TLS ends here, if there is any and the socket takes it: then its end is known to be no cut.
+    pub fn end_tls(&self) {
+        if let Some(tls) = &self.tls {
+            tls.borrow_mut().end(|sealed| self.send_sealed(sealed));
+        }
     }
 }
 

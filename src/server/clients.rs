@@ -9,16 +9,18 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::frozen::Done;
 use super::orders::Desk;
 use super::steering::ClientHandle;
 use crate::clock;
-use crate::export::{NodeId, split_content_name};
+use crate::export::{NodeId, Visitor, split_content_name};
+use crate::nbd::Uri;
 use crate::nbd::handshake::server::Id;
 use crate::units::to_u64;
 
@@ -112,6 +114,12 @@ pub struct ClientStatus {
     /// How long these took together, from their arrival until their answers were on their way.
     #[serde(default)]
     pub latency_seconds: f64,
+    /// Whether it speaks TLS.
+    #[serde(default)]
+    pub tls: bool,
+    /// The names in its certificate; none if it showed none.
+    #[serde(default)]
+    pub tls_names: Vec<String>,
 }
 
 /// All clients of a server. Cheap to clone; all clones are one table.
@@ -130,17 +138,20 @@ struct Table {
 /// One connection, as others see it.
 #[derive(Debug)]
 pub(super) struct Client {
-    peer: String,
+    pub(super) peer: String,
     is_remote: bool,
     pub(super) export: String,
     pub(super) mirror: Option<NodeId>,
     is_relay: bool,
     connection: Option<Id>,
+    pub(super) visitor: Visitor,
     since: Instant,
     pub(super) counts: Arc<Counts>,
     pub(super) desk: Desk,
     hears_notices: AtomicBool,
     relayed_to: Mutex<Option<String>>,
+    /// For how long it had been connected to the predecessor.
+    before: OnceLock<Duration>,
 }
 
 /// Who comes.
@@ -155,6 +166,8 @@ pub(super) struct Newcomer {
     pub(super) connection: Option<Id>,
     /// Whether it is a relay of another server.
     pub(super) is_relay: bool,
+    /// Who it is to the rules.
+    pub(super) visitor: Visitor,
 }
 
 impl ClientTable {
@@ -169,6 +182,11 @@ impl ClientTable {
         self.lock().clients.get(&id).map(|client| ClientHandle::new(id, Arc::clone(client)))
     }
 
+    /// All who are connected and have negotiated.
+    pub(super) fn all(&self) -> Vec<ClientHandle> {
+        self.lock().clients.iter().map(|(id, client)| ClientHandle::new(*id, Arc::clone(client))).collect()
+    }
+
     /// The clients of an export now, oldest first: under its own name and under `NAME@blake3-...`; not those of what
     /// is beside it.
     pub fn of_export(&self, export: &str) -> Vec<ClientHandle> {
@@ -177,17 +195,19 @@ impl ClientTable {
         of_it.map(|(id, client)| ClientHandle::new(*id, Arc::clone(client))).collect()
     }
 
-    /// Closes the connections to the export of this full name that call themselves `connection`.
-    pub(super) fn close(&self, export: &str, connection: Id) {
+    /// Closes the connections to the export of this full name that call themselves `connection`, of those that `may` says
+    /// yes to, by the full names of their exports.
+    pub(super) fn close(&self, export: &str, connection: Id, may: impl Fn(&str) -> bool) {
         let export = split_content_name(export).0;
         let table = self.lock();
-        let is_meant = |client: &&Arc<Client>| client.connection == Some(connection) && is_of(&client.export, export);
+        let is_named = |client: &Client| client.connection == Some(connection) && is_of(&client.export, export);
+        let is_meant = |client: &&Arc<Client>| is_named(client) && may(&client.export);
         table.clients.values().filter(is_meant).for_each(|client| client.desk.close());
     }
 
     /// Adds a client, who stays until what this gives is dropped.
     pub(super) fn enter(&self, newcomer: Newcomer) -> Entry {
-        let Newcomer { peer, export, mirror, connection, is_relay } = newcomer;
+        let Newcomer { peer, export, mirror, connection, is_relay, visitor } = newcomer;
         let client = Arc::new(Client {
             is_remote: is_remote(&peer),
             peer,
@@ -195,17 +215,41 @@ impl ClientTable {
             mirror,
             is_relay,
             connection,
+            visitor,
             since: clock::now(),
             counts: Arc::default(),
             desk: Desk::default(),
             hears_notices: AtomicBool::new(false),
             relayed_to: Mutex::default(),
+            before: OnceLock::new(),
         });
         let mut table = self.lock();
         table.count += 1;
         let id = table.count;
         table.clients.insert(id, Arc::clone(&client));
         Entry { table: self.clone(), id, client }
+    }
+
+    /// Adds a client of the predecessor, with what it has done there.
+    pub(super) fn enter_again(&self, newcomer: Newcomer, done: &Done) -> Entry {
+        let entry = self.enter(newcomer);
+        let counts = entry.counts();
+        let all = [
+            (&counts.requests, done.requests),
+            (&counts.read_bytes, done.read_bytes),
+            (&counts.written_bytes, done.written_bytes),
+            (&counts.errors, done.errors),
+            (&counts.replayed, done.replayed),
+            (&counts.timed_requests, done.timed_requests),
+            (&counts.latency_nanoseconds, done.latency_nanoseconds),
+        ];
+        all.into_iter().for_each(|(tally, value)| tally.set(value));
+        if done.hears_notices {
+            entry.client().note_hearing();
+        }
+        let before = Duration::try_from_secs_f64(done.connected_seconds).unwrap_or_default();
+        let _ = entry.client().before.set(before);
+        entry
     }
 
     /// Bytes of answers that have gone over the network so far, those to this host not counted; and how many clients had
@@ -233,12 +277,12 @@ fn is_of(name: &str, export: &str) -> bool {
 
 impl Client {
     pub(super) fn status(&self, id: u64, now: Instant) -> ClientStatus {
-        let Self { peer, export, since, counts, .. } = self;
+        let Self { peer, export, counts, .. } = self;
         ClientStatus {
             id,
             peer: peer.clone(),
             export: export.clone(),
-            connected_seconds: now.saturating_duration_since(*since).as_secs_f64(),
+            connected_seconds: self.connected_by(now).as_secs_f64(),
             requests: counts.requests.get(),
             read_bytes: counts.read_bytes.get(),
             written_bytes: counts.written_bytes.get(),
@@ -252,12 +296,51 @@ impl Client {
             replayed: counts.replayed.get(),
             timed_requests: counts.timed_requests.get(),
             latency_seconds: Duration::from_nanos(counts.latency_nanoseconds.get()).as_secs_f64(),
+            tls: self.visitor.tls.is_some(),
+            tls_names: self.visitor.tls.as_ref().map_or_else(Vec::new, |tls| tls.names.clone()),
         }
+    }
+
+    /// For how long it has been connected.
+    pub(super) fn connected(&self) -> Duration {
+        self.connected_by(clock::now())
+    }
+
+    fn connected_by(&self, now: Instant) -> Duration {
+        self.before.get().copied().unwrap_or_default() + now.saturating_duration_since(self.since)
+    }
+
+    /// What it has done so far, for a successor.
+    pub(super) fn done(&self) -> Done {
+        let counts = &self.counts;
+        Done {
+            connected_seconds: self.connected().as_secs_f64(),
+            requests: counts.requests.get(),
+            read_bytes: counts.read_bytes.get(),
+            written_bytes: counts.written_bytes.get(),
+            errors: counts.errors.get(),
+            replayed: counts.replayed.get(),
+            timed_requests: counts.timed_requests.get(),
+            latency_nanoseconds: counts.latency_nanoseconds.get(),
+            hears_notices: self.hears_notices(),
+        }
+    }
+
+    /// Where it is served from, if not from here.
+    pub(super) fn relayed_to(&self) -> Option<String> {
+        self.lock_relayed().clone()
     }
 
     /// Notes where it is served from; `None`: from here.
     pub(super) fn note_relayed(&self, to: Option<String>) {
         *self.lock_relayed() = to;
+    }
+
+    /// Whether it is served from elsewhere over a connection that nothing protects.
+    pub(super) fn is_relayed_bare(&self) -> bool {
+        // What cannot be read is not known to be protected.
+        let is_bare = |to: &String| Uri::parse_list(to).map_or(true, |uris| !uris.iter().all(Uri::is_protected));
+        self.lock_relayed().as_ref().is_some_and(is_bare)
     }
 
     /// Notes that it waits for notices.

@@ -10,13 +10,13 @@ use std::rc::Rc;
 use bytes::{BufMut, BytesMut};
 
 use super::answered::Asked;
+use super::frozen::Ask;
 use super::outbox::Streaming;
 use super::requests::Session;
 use crate::export::{FileRange, TryRead};
 use crate::nbd::handshake::ReplyMode;
 use crate::nbd::reply::{self, Last, ReplyTo};
-use crate::nbd::request::Fragments;
-use crate::net::Family;
+use crate::nbd::request::{Command, Fragments};
 use crate::ranges::ByteRange;
 use crate::units::{KIB, MIB, to_usize};
 
@@ -58,14 +58,14 @@ pub(super) enum Step {
     MustWait,
 }
 
-/// Whether a read of `length` bytes belongs here on a socket of `family`. Shorter ones are answered at once.
-pub(super) const fn is_long(length: u64, family: Family) -> bool {
-    length > SHORT || (length >= UNCOPIED && matches!(family, Family::Unix))
+/// Whether a read of `length` bytes belongs here on a socket that takes files, or none. Shorter ones are answered at once.
+pub(super) const fn is_long(length: u64, takes_files: bool) -> bool {
+    length > SHORT || (length >= UNCOPIED && takes_files)
 }
 
 /// The segment that `rest` begins with.
-fn first_segment(rest: ByteRange, family: Family) -> ByteRange {
-    let longest = if family == Family::Unix { UNCOPIED_SEGMENT } else { COPIED_SEGMENT };
+fn first_segment(rest: ByteRange, takes_files: bool) -> ByteRange {
+    let longest = if takes_files { UNCOPIED_SEGMENT } else { COPIED_SEGMENT };
     ByteRange::between(rest.start(), rest.end().min(rest.start() + longest))
 }
 
@@ -87,15 +87,29 @@ impl LongReads {
         self.queue.pop_front()
     }
 
+    /// Goes on with a read of which a part has been answered elsewhere. One whose frame has been begun comes first.
+    pub(super) fn resume(&mut self, read: LongRead) {
+        self.queue.push_back(read);
+    }
+
+    /// What is left of them, in order.
+    pub(super) fn rests(&self) -> impl Iterator<Item = Ask> {
+        let of = |read: &LongRead| {
+            let command = Command::Read(read.rest, read.fragments);
+            Ask::of(read.asked.to, command, read.rest.start(), read.stream.is_some())
+        };
+        self.queue.iter().filter_map(of)
+    }
+
     /// The first read.
     pub(super) fn first(&self) -> Option<&LongRead> {
         self.queue.front()
     }
 
     /// Answers one more segment. For when nothing waits to be sent.
-    pub(super) fn step(&mut self, session: &Session, family: Family) -> Step {
+    pub(super) fn step(&mut self, session: &Session, takes_files: bool) -> Step {
         let Some(first) = self.queue.front_mut() else { return Step::Nothing };
-        let step = first.step(session, family);
+        let step = first.step(session, takes_files);
         if first.rest.is_empty() {
             self.queue.pop_front();
         }
@@ -109,16 +123,16 @@ impl LongRead {
         session.rules.mode.has_chunks() && self.fragments == Fragments::Allowed
     }
 
-    fn step(&mut self, session: &Session, family: Family) -> Step {
+    fn step(&mut self, session: &Session, takes_files: bool) -> Step {
         if self.stream.is_none() && session.outbox.is_streaming() {
             return Step::Nothing;
         }
-        let segment = first_segment(self.rest, family);
+        let segment = first_segment(self.rest, takes_files);
         let sent = if self.is_in_chunks(session) || (self.stream.is_none() && segment == self.rest) {
             let last = if segment == self.rest { Last::Yes } else { Last::No };
-            send_chunk(session, self.asked.to, segment, self.fragments, last, in_file(session, segment, family))
+            send_chunk(session, self.asked.to, segment, self.fragments, last, in_file(session, segment, takes_files))
         } else {
-            self.send_part(session, segment, family)
+            self.send_part(session, segment, takes_files)
         };
         if !sent {
             return Step::MustWait;
@@ -138,7 +152,7 @@ impl LongRead {
     }
 
     /// Sends a part of the one frame that the reply is, and its header before the first.
-    fn send_part(&mut self, session: &Session, segment: ByteRange, family: Family) -> bool {
+    fn send_part(&mut self, session: &Session, segment: ByteRange, takes_files: bool) -> bool {
         let mode = session.rules.mode;
         let (to, whole) = (self.asked.to, self.rest);
         let begin = self.stream.is_none();
@@ -149,7 +163,7 @@ impl LongRead {
                 reply::put_data_header(tail, mode, to, whole.start(), whole.length(), Last::No);
             }
         };
-        let sent = if let Some(place) = in_file(session, segment, family) {
+        let sent = if let Some(place) = in_file(session, segment, takes_files) {
             stream.append(|tail| {
                 header(tail);
                 true
@@ -170,10 +184,8 @@ impl LongRead {
     }
 }
 
-fn in_file(session: &Session, range: ByteRange, family: Family) -> Option<FileRange> {
-    (family == Family::Unix && range.length() >= UNCOPIED)
-        .then(|| session.seat.with(|export| export.in_file(range)))
-        .flatten()
+fn in_file(session: &Session, range: ByteRange, takes_files: bool) -> Option<FileRange> {
+    (takes_files && range.length() >= UNCOPIED).then(|| session.seat.with(|export| export.in_file(range))).flatten()
 }
 
 /// Completes what was read of `range`: a hole becomes zeroes. Whether it could be read.
@@ -220,7 +232,7 @@ pub(super) fn send_chunk(
 /// What becomes of a read that has to wait after all.
 pub(super) async fn finish(session: Rc<Session>, read: LongRead) {
     match read.stream {
-        Some(stream) => session.stream_rest(stream, read.asked, read.rest).await,
+        Some(stream) => session.stream_rest(stream, read.asked, read.rest, read.fragments).await,
         None => session.read(read.asked, read.rest, read.fragments).await,
     }
 }

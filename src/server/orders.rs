@@ -119,6 +119,12 @@ impl Desk {
         self.ring();
     }
 
+    /// Whether it is ordered to close.
+    #[cfg(test)]
+    pub(super) fn is_closing(&self) -> bool {
+        self.lock().close
+    }
+
     fn ring(&self) {
         self.is_laden.store(true, Ordering::Release);
         self.waker.wake();

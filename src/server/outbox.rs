@@ -54,15 +54,15 @@ struct Inner {
 
 /// Something that is sent as it is.
 #[derive(Debug)]
-enum Part {
+pub(super) enum Part {
     Bytes(Bytes),
     File(FilePart),
 }
 
 /// A stretch of a file.
 #[derive(Debug)]
-struct FilePart {
-    place: FileRange,
+pub(super) struct FilePart {
+    pub(super) place: FileRange,
     /// Whether it was in memory a moment ago. The disk must not keep a whole worker waiting.
     is_warm: bool,
 }
@@ -238,6 +238,18 @@ impl Outbox {
         drop(inner);
         waiting.into_iter().for_each(Waker::wake);
         Ok(frozen)
+    }
+
+    /// Takes out all that waits to be sent: what comes before the rest of a frame that somebody streams, and what comes
+    /// behind it.
+    pub(super) fn take(&self) -> (Vec<Part>, Vec<Part>) {
+        let mut inner = self.inner.borrow_mut();
+        let tail = inner.tail.split().freeze();
+        let before = inner.queue.drain(..).chain((!tail.is_empty()).then_some(Part::Bytes(tail))).collect();
+        let behind = inner.held.take().unwrap_or_default();
+        self.sendable.set(0);
+        self.held.set(0);
+        (before, behind)
     }
 
     /// Replaces the stretch of a file at the front by its bytes.

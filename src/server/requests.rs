@@ -14,10 +14,12 @@ use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, Stream, StreamExt};
+use slab::Slab;
 
 use super::answered::{Asked, Ledger};
 use super::clients::{Client, Counts};
 use super::directory::Offered;
+use super::frozen::Ask;
 use super::notices::Ears;
 use super::outbox::{Frame, Outbox, Streaming};
 use super::seat::{Occupant, Seat};
@@ -28,6 +30,7 @@ use crate::nbd::reply::{self, Last, ReplyTo};
 use crate::nbd::request::{Command, Durability, Extents, Fragments, Rules};
 use crate::nbd::{Extent, errno};
 use crate::ranges::ByteRange;
+use crate::telemetry::seldom;
 use crate::units::{KIB, MIB, to_u64, to_usize};
 
 /// The unit of long reads. Fits the second-level cache, so that what is read is still warm when it is sent.
@@ -67,6 +70,43 @@ pub(super) struct Session {
     pub(super) counts: Arc<Counts>,
     /// What has been answered and not sent.
     pub(super) ledger: Ledger,
+    /// Requests under way that may be asked again.
+    pub(super) running: RefCell<Slab<Rc<Running>>>,
+}
+
+/// A request that changes nothing, while a future of the connection answers it.
+#[derive(Debug)]
+pub(super) struct Running {
+    to: ReplyTo,
+    command: Command,
+    /// What comes before is on its way to the client.
+    answered_to: Cell<u64>,
+    /// Whether the one frame that the answer is has been begun.
+    is_begun: Cell<bool>,
+}
+
+impl Running {
+    fn has_answered(&self, bytes: usize) {
+        self.answered_to.set(self.answered_to.get() + to_u64(bytes));
+    }
+
+    /// What somebody else would have to do.
+    pub(super) fn rest(&self) -> Option<Ask> {
+        Ask::of(self.to, self.command, self.answered_to.get(), self.is_begun.get())
+    }
+}
+
+/// Keeps a request among those that run.
+struct OnTheList<'a> {
+    session: &'a Session,
+    key: usize,
+    running: Rc<Running>,
+}
+
+impl Drop for OnTheList<'_> {
+    fn drop(&mut self) {
+        self.session.running.borrow_mut().remove(self.key);
+    }
 }
 
 /// Bytes that a request holds, from its start until it is done or dropped.
@@ -108,13 +148,23 @@ pub(super) async fn perform(session: Rc<Session>, asked: Asked, command: Command
         Command::WriteZeroes(range, mode, durability) => {
             session.seat.ask(async |at| at.export.write_zeroes(range, mode, durability).await).await
         }
-        Command::Cache(range) => session.seat.ask(async |at| at.export.cache(range).await).await,
+        Command::Cache(range) => {
+            let _running = session.note_running(asked, command, range);
+            session.seat.ask(async |at| at.export.cache(range).await).await
+        }
         Command::Write(..) | Command::Disconnect => return,
     };
     session.finish(asked, result);
 }
 
 impl Session {
+    fn note_running(&self, asked: Asked, command: Command, range: ByteRange) -> OnTheList<'_> {
+        let answered_to = Cell::new(range.start());
+        let running = Rc::new(Running { to: asked.to, command, answered_to, is_begun: Cell::new(false) });
+        let key = self.running.borrow_mut().insert(Rc::clone(&running));
+        OnTheList { session: self, key, running }
+    }
+
     fn mode(&self) -> ReplyMode {
         self.rules.mode
     }
@@ -161,24 +211,25 @@ impl Session {
     }
 
     pub(super) async fn read(&self, asked: Asked, range: ByteRange, fragments: Fragments) {
+        let listed = self.note_running(asked, Command::Read(range, fragments), range);
         if range.is_empty() {
             let mut frame = Frame::default();
             reply::put_read_done(frame.header(), self.mode(), asked.to);
             self.outbox.send(frame);
             self.ledger.note_one(&asked, None);
         } else if self.mode().has_chunks() && fragments == Fragments::Allowed {
-            self.read_in_chunks(asked, range).await;
+            self.read_in_chunks(asked, range, &listed.running).await;
         } else if range.length() <= WHOLE {
             match self.pieces(range).await {
                 Ok(pieces) => self.send_whole(asked, range, pieces),
                 Err(error) => self.fail(asked, &error, None),
             }
         } else {
-            self.stream_whole(asked, range).await;
+            self.stream_whole(asked, range, listed).await;
         }
     }
 
-    async fn read_in_chunks(&self, asked: Asked, range: ByteRange) {
+    async fn read_in_chunks(&self, asked: Asked, range: ByteRange, running: &Running) {
         let segments = stream::iter(range.pieces(SEGMENT));
         let mut reads = segments.map(async |part| (part, self.pieces(part).await)).buffered(WINDOW);
         while let Some((part, result)) = reads.next().await {
@@ -193,6 +244,7 @@ impl Session {
                 let end = at + piece.length();
                 let last = if end == range.end() { Last::Yes } else { Last::No };
                 self.send_chunk(asked, at, piece, last);
+                running.answered_to.set(end);
                 at = end;
             }
         }
@@ -227,7 +279,7 @@ impl Session {
         self.ledger.note_one(&asked, None);
     }
 
-    async fn stream_whole(&self, asked: Asked, range: ByteRange) {
+    async fn stream_whole(&self, asked: Asked, range: ByteRange, listed: OnTheList<'_>) {
         let segments = stream::iter(range.pieces(SEGMENT));
         let reads = segments.map(async |part| (part, self.pieces(part).await)).buffered(WINDOW);
         let mut reads = pin!(reads);
@@ -242,18 +294,23 @@ impl Session {
         let mut header = BytesMut::with_capacity(reply::MAX_DATA_HEADER);
         reply::put_data_header(&mut header, self.mode(), asked.to, range.start(), range.length(), Last::No);
         stream.send(header.freeze()).await;
+        listed.running.is_begun.set(true);
         for data in first.into_iter().flat_map(spelled_out) {
+            let length = data.len();
             stream.send(data).await;
+            listed.running.has_answered(length);
         }
-        self.stream_reads(stream, asked, range.end(), reads).await;
+        self.stream_reads(stream, asked, range.end(), reads, listed).await;
         self.counts.read_bytes.add(range.length());
     }
 
     /// Streams `range`, the rest of a frame of which a part has been sent, and ends the reply.
-    pub(super) async fn stream_rest(&self, stream: Streaming, asked: Asked, range: ByteRange) {
+    pub(super) async fn stream_rest(&self, stream: Streaming, asked: Asked, range: ByteRange, fragments: Fragments) {
         let segments = stream::iter(range.pieces(SEGMENT));
         let reads = segments.map(async |part| (part, self.pieces(part).await)).buffered(WINDOW);
-        self.stream_reads(stream, asked, range.end(), pin!(reads)).await;
+        let listed = self.note_running(asked, Command::Read(range, fragments), range);
+        listed.running.is_begun.set(true);
+        self.stream_reads(stream, asked, range.end(), pin!(reads), listed).await;
         self.counts.read_bytes.add(range.length());
     }
 
@@ -264,19 +321,24 @@ impl Session {
         asked: Asked,
         end: u64,
         mut reads: impl Stream<Item = (ByteRange, Result<Vec<Piece>>)> + Unpin,
+        listed: OnTheList<'_>,
     ) {
         while let Some((part, result)) = reads.next().await {
             match result {
                 Ok(pieces) => {
                     for data in pieces.into_iter().flat_map(spelled_out) {
+                        let length = data.len();
                         stream.send(data).await;
+                        listed.running.has_answered(length);
                     }
                 }
                 Err(error) if self.mode() == ReplyMode::Simple => {
-                    tracing::warn!(error = %error.chain(), "a long read failed in the middle: closing the connection");
+                    seldom!(warn, error = %error.chain(), "a long read failed in the middle: closing the connection");
                     return self.is_broken.set(true);
                 }
                 Err(error) => {
+                    // From here on these are not the bytes of the image, and nobody else may go on with it.
+                    drop(listed);
                     for data in spelled_out(Piece::Hole(end - part.start())) {
                         stream.send(data).await;
                     }
@@ -302,6 +364,7 @@ impl Session {
     /// Sends the status of `range` in all selected contexts. `is_news` is that of notices.
     pub(super) async fn block_status(&self, asked: Asked, range: ByteRange, extents: Extents, is_news: bool) {
         let limit = if extents == Extents::One { 1 } else { EXTENTS };
+        let _listed = self.note_running(asked, Command::BlockStatus(range, extents), range);
         let mut frame = Frame::default();
         for (index, (id, context)) in self.contexts.iter().enumerate() {
             let found = match context {
@@ -386,6 +449,23 @@ impl WriteJob {
             *self.failure.borrow_mut() = Some(error);
         }
         self.one_done();
+    }
+
+    /// A write of which a part has been made elsewhere, and what came of it.
+    pub(super) fn resumed(
+        session: &Rc<Session>,
+        asked: Asked,
+        durability: Durability,
+        so_far: Option<Error>,
+    ) -> Rc<Self> {
+        let job = Self::new(session, asked, durability);
+        *job.failure.borrow_mut() = so_far;
+        job
+    }
+
+    /// Whom it is answered to, and what has gone wrong so far.
+    pub(super) fn so_far(&self) -> (ReplyTo, Option<Error>) {
+        (self.asked.get().to, self.failure.borrow().clone())
     }
 
     pub(super) const fn durability(&self) -> Durability {

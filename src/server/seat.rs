@@ -78,6 +78,11 @@ impl Seat {
         own.size == other.size && !is_another
     }
 
+    /// The connection's own export.
+    pub(super) fn own(&self) -> &dyn Export {
+        &*self.own
+    }
+
     /// For what needs no waiting.
     pub(super) fn with<T>(&self, ask: impl FnOnce(&dyn Export) -> T) -> T {
         ask(&*self.now.borrow().export)

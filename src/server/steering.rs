@@ -12,8 +12,10 @@ use super::figures::Figures;
 use super::notices::Notices;
 use super::orders::{SwitchError, Switched};
 use crate::clock;
+use crate::export::access::Rules;
 use crate::export::registry::image_name;
-use crate::export::{Access, NodeId, SharedExport};
+use crate::export::{Access, NodeId, SharedExport, Visitor};
+use crate::telemetry::seldom;
 
 /// What operators can do to the clients of a running server. Cheap to clone; all clones are one.
 #[derive(Debug, Clone)]
@@ -38,6 +40,30 @@ impl Default for Steering {
         let (clients, notices, gate) = (ClientTable::default(), Notices::default(), Gate::default());
         let (access, figures) = (Access::default(), Figures::default());
         Self { clients, notices, gate, access, figures, node: NodeId::random() }
+    }
+}
+
+impl Steering {
+    /// Replaces the rules of who may have which export, and closes the connections of those who may not have theirs any
+    /// more. Gives how many these are.
+    pub fn change_access(&self, rules: Rules) -> usize {
+        self.access.set(rules);
+        // Who negotiates now and was let in by the old rules is asked again when it has entered the table.
+        let mut closed = 0;
+        for handle in self.clients.all() {
+            let Client { peer, export, visitor, .. } = &*handle.client;
+            let why = match self.access.judge(export, visitor) {
+                Err(why) => why.to_string(),
+                Ok(()) if self.access.needs_tls(export) && handle.client.is_relayed_bare() => {
+                    "it is relayed to a server without TLS".to_owned()
+                }
+                Ok(()) => continue,
+            };
+            seldom!(info, peer, export, why, "closing a connection: the rules have changed");
+            handle.close();
+            closed += 1;
+        }
+        closed
     }
 }
 
@@ -66,6 +92,11 @@ impl ClientHandle {
     /// The mirror that it belongs to, if it is one and says which.
     pub fn node(&self) -> Option<NodeId> {
         self.client.mirror
+    }
+
+    /// Who it is to the rules.
+    pub fn visitor(&self) -> &Visitor {
+        &self.client.visitor
     }
 
     /// Whether it has waited for notices at least once. Such a client asks again after each answer, so news reach it at
@@ -136,6 +167,12 @@ impl Gate {
         }
     }
 
+    /// What takes no newcomers: whether it is all, and the names of exports.
+    pub fn shuttered(&self) -> (bool, Vec<String>) {
+        let shut = self.lock();
+        (shut.all, shut.exports.iter().cloned().collect())
+    }
+
     /// Whether the export with this full name takes no newcomers.
     pub(super) fn is_shut(&self, name: &str) -> bool {
         let shut = self.lock();
@@ -150,6 +187,8 @@ impl Gate {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::{Origin, TlsPeer};
+    use crate::server::clients::Newcomer;
 
     #[test]
     fn what_is_shut_is_shut_with_all_that_is_beside_it() {
@@ -170,6 +209,26 @@ mod tests {
         assert_eq!(is_shut(), [false; 5]);
         gate.shut(Some(&whole));
         assert_eq!(is_shut(), [false, false, false, true, false], "another generation is another export");
+    }
+
+    /// Rules that change reach those who are there, also those who are served from elsewhere.
+    #[test]
+    fn new_rules_close_connections() {
+        let steering = Steering::default();
+        let enter = |address: &str, tls: bool| {
+            let address = Origin::Ip(address.parse().unwrap());
+            let visitor = Visitor { address, tls: tls.then(TlsPeer::default) };
+            steering.clients.enter(Newcomer { export: "a".to_owned(), visitor, ..Newcomer::default() })
+        };
+        let entries = [enter("10.0.0.1", false), enter("192.0.2.1", true), enter("192.0.2.2", true)];
+        entries[1].client().note_relayed(Some("nbd://b/a".to_owned()));
+        entries[2].client().note_relayed(Some("nbds://b/a".to_owned()));
+        let closing = || entries.each_ref().map(|entry| entry.client().desk.is_closing());
+        let mut rules = Rules::default();
+        rules.addresses.add(None, vec!["0.0.0.0/0".parse().unwrap()]);
+        assert_eq!((steering.change_access(rules.clone()), closing()), (0, [false; 3]));
+        rules.tls.insert("a".to_owned());
+        assert_eq!((steering.change_access(rules), closing()), (2, [true, true, false]));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! comes first: more input, room to send, a request that is done, an order. State changes only between
 //! waits, so that nothing is cut in half by a future that is dropped.
 
+mod freezing;
 mod payload;
 mod steered;
 
@@ -17,6 +18,7 @@ use bytes::{Buf, BufMut, BytesMut};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use thiserror::Error;
 
+pub(super) use self::freezing::Rest;
 use self::payload::Payload;
 use self::steered::{Steer, Steered};
 use super::answered::{Arrivals, Asked};
@@ -27,12 +29,14 @@ use super::long_reads::{self, LongReads, SHORT, Step, is_long};
 use super::outbox::HIGH_WATER;
 use super::requests::{Held, STREAMED, Session, cost, perform};
 use super::spin::Spin;
+use super::stage::{Place, Stage, Stages};
 use crate::clock;
 use crate::export::{FileRange, assemble};
 use crate::nbd::reply::{Last, ReplyTo};
 use crate::nbd::request::{self, Checked, Command, Fragments, Header, Violation, header_length};
 use crate::net::Stream;
 use crate::ranges::ByteRange;
+use crate::telemetry::seldom;
 use crate::units::{KIB, to_usize};
 
 /// Input is taken in pieces of this size: room for eight thousand request headers, and for payload to be written while
@@ -73,12 +77,19 @@ pub(super) enum End {
     /// The socket failed.
     #[error("the connection was lost: {0}")]
     Lost(#[from] io::Error),
+    /// A successor of this server goes on with it.
+    #[error("the connection goes to the successor of this server")]
+    Frozen,
 }
 
 /// Whether requests are still taken.
 #[derive(Debug)]
 enum Phase {
     Open,
+    /// None, until the server goes on, or freezes the connection.
+    Holding {
+        freezes: bool,
+    },
     /// Only those that had arrived when the order came: this many bytes of the socket's queue.
     Draining {
         queued: usize,
@@ -96,10 +107,20 @@ enum Turn {
     Others,
 }
 
+/// A connection that has come to its end here.
+#[derive(Debug)]
+pub(super) struct Left {
+    /// For a last goodbye, or for a successor.
+    pub(super) stream: Stream,
+    pub(super) end: End,
+    /// What a successor has to do, if it ended with [`End::Frozen`].
+    pub(super) rest: Option<Rest>,
+}
+
 enum Event {
     Progress,
     Readable,
-    Draining,
+    Stage(Stage),
     Steer(Steer),
 }
 
@@ -118,14 +139,14 @@ async fn thaw(session: Rc<Session>, place: FileRange) {
         Ok(bytes) => session.outbox.thaw(bytes),
         Err(error) => {
             // The header has gone, with the promise that data follows.
-            tracing::warn!(%error, "a read failed in the middle: closing the connection");
+            seldom!(warn, %error, "a read failed in the middle: closing the connection");
             session.is_broken.set(true);
         }
     }
 }
 
 /// A connection in its transmission phase.
-pub(super) struct Transmission<D> {
+pub(super) struct Transmission {
     stream: Stream,
     session: Rc<Session>,
     budget: ConnectionBudget,
@@ -141,17 +162,19 @@ pub(super) struct Transmission<D> {
     steered: Steered,
     /// Whether taking more requests waits for input, and not for something in flight to end.
     wants_input: bool,
-    /// Ends when the server is to be drained.
-    drain: Pin<Box<D>>,
+    /// What the server does with its connections.
+    stages: Stages,
+    place: Place,
 }
 
-impl<D: Future<Output = ()>> Transmission<D> {
+impl Transmission {
     pub(super) fn new(
         stream: Stream,
         session: Rc<Session>,
         budget: ConnectionBudget,
         input: BytesMut,
-        drain: Pin<Box<D>>,
+        stages: Stages,
+        place: Place,
     ) -> Self {
         Self {
             stream,
@@ -167,19 +190,20 @@ impl<D: Future<Output = ()>> Transmission<D> {
             phase: Phase::Open,
             steered: Steered::default(),
             wants_input: true,
-            drain,
+            stages,
+            place,
         }
     }
 
-    /// Serves until the connection ends. Gives the socket back for a last goodbye.
-    pub(super) async fn run(mut self) -> (Stream, End) {
-        let end = loop {
+    /// Serves until the connection ends, or is frozen.
+    pub(super) async fn run(mut self) -> Left {
+        loop {
             match self.turn().await {
                 Ok(None) => {}
-                Ok(Some(end)) | Err(end) => break end,
+                Ok(Some(End::Frozen)) => return self.freeze().await,
+                Ok(Some(end)) | Err(end) => return Left { stream: self.stream, end, rest: None },
             }
-        };
-        (self.stream, end)
+        }
     }
 
     async fn turn(&mut self) -> Result<Option<End>, End> {
@@ -230,6 +254,9 @@ impl<D: Future<Output = ()>> Transmission<D> {
             // Idle connections, of which there may be thousands, keep no buffer.
             buffers::give_back(&mut self.input);
         }
+        if self.stands_still()? {
+            return Ok(Some(End::Frozen));
+        }
         let event = poll_fn(|context| self.poll_event(context)).await;
         self.take_note(event)?;
         Ok(None)
@@ -240,7 +267,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
             Event::Progress => {}
             Event::Readable => self.receive()?,
             Event::Steer(steer) => self.steer(steer)?,
-            Event::Draining => self.phase = Phase::Draining { queued: self.stream.queued()? },
+            Event::Stage(stage) => self.enter(stage)?,
         }
         Ok(())
     }
@@ -275,8 +302,10 @@ impl<D: Future<Output = ()>> Transmission<D> {
             return Poll::Ready(Event::Progress);
         }
         let is_open = matches!(self.phase, Phase::Open);
-        if is_open && self.drain.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Event::Draining);
+        if (is_open || matches!(self.phase, Phase::Holding { .. }))
+            && let Poll::Ready(stage) = self.stages.poll(context)
+        {
+            return Poll::Ready(Event::Stage(stage));
         }
         if let Poll::Ready(event) = self.poll_steered(context) {
             return Poll::Ready(event);
@@ -376,7 +405,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
         if !self.session.outbox.is_clear() {
             return Ok(false);
         }
-        match self.long_reads.step(&self.session, self.stream.family()) {
+        match self.long_reads.step(&self.session, self.stream.takes_files()) {
             Step::Nothing => return Ok(false),
             Step::Sent => self.flush()?,
             Step::MustWait => {
@@ -411,7 +440,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
     fn take_requests(&mut self) -> Result<Turn, End> {
         self.wants_input = true;
         let moved_before = self.moved();
-        while !matches!(self.phase, Phase::Closing(_)) {
+        while !matches!(self.phase, Phase::Closing(_) | Phase::Holding { .. }) {
             if self.moved() - moved_before >= TURN {
                 self.wants_input = false;
                 return Ok(Turn::Others);
@@ -492,11 +521,11 @@ impl<D: Future<Output = ()>> Transmission<D> {
 
     /// Answers a read without waiting, if that is possible, or has it answered in segments.
     fn read_at_once(&mut self, asked: Asked, range: ByteRange, fragments: Fragments) -> bool {
-        let (session, family) = (&*self.session, self.stream.family());
+        let (session, takes_files) = (&*self.session, self.stream.takes_files());
         if range.is_empty() {
             return false;
         }
-        if is_long(range.length(), family) {
+        if is_long(range.length(), takes_files) {
             // What has to be fetched is asked for now, whatever is being sent. A look at the beginning will do.
             let first = ByteRange::between(range.start(), range.end().min(range.start() + PROBED));
             let is_here = session.seat.with(|export| export.is_in_file(first));

@@ -151,6 +151,35 @@ impl Seldom {
     }
 }
 
+/// How often a line is logged that strangers can cause.
+pub const SELDOM: Duration = Duration::from_secs(1);
+
+/// Logs, with the level and the fields of `tracing`, what strangers can cause: at most once in [`SELDOM`] for each place in
+/// the code that says so, with how many were left out before. Those that are left out are logged with the level `debug`.
+macro_rules! seldom {
+    ($level:ident, $($line:tt)+) => {{
+        static LAST: $crate::telemetry::Seldom = $crate::telemetry::Seldom::new($crate::telemetry::SELDOM);
+        match LAST.now($crate::clock::now()) {
+            Some(0) => tracing::$level!($($line)+),
+            Some(left_out) => tracing::$level!(left_out, $($line)+),
+            None => tracing::debug!($($line)+),
+        }
+    }};
+}
+pub(crate) use seldom;
+
+/// Letters of a stranger's text that are logged.
+const SHOWN: usize = 64;
+
+/// A stranger's text as it is logged: its beginning, with everything escaped that could look like something else.
+pub fn foreign(text: &str) -> String {
+    let mut shown: String = text.chars().take(SHOWN).flat_map(char::escape_debug).collect();
+    if text.chars().nth(SHOWN).is_some() {
+        shown.push_str("...");
+    }
+    shown
+}
+
 /// Ends the process here, as a crash would, if the environment names this point in `HEADWATER_CRASH_AT`. Only in
 /// debug builds: tests stop at each step of the order of writing, and look at what the next start finds.
 pub fn crash_point(name: &str) {
@@ -177,6 +206,15 @@ mod tests {
             }
         });
         assert_eq!(counter.value(), 2000 * (SHARDS as u64 + 3));
+    }
+
+    #[test]
+    fn what_strangers_say_is_cut_and_escaped() {
+        assert_eq!(foreign("debian12"), "debian12");
+        assert_eq!(foreign("a\n\u{1b}[31m\"b\u{202e}"), "a\\n\\u{1b}[31m\\\"b\\u{202e}");
+        let long = foreign(&"é".repeat(5000));
+        assert_eq!((long.chars().count(), &long[long.len() - 3..]), (SHOWN + 3, "..."));
+        assert_eq!(foreign(&"x".repeat(SHOWN)), "x".repeat(SHOWN));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::export::facts::NAMESPACE;
 use crate::nbd::client::{Answer, InFlight, Received, Request};
 use crate::nbd::handshake::client::{Agreed, Ask, Outcome};
 use crate::nbd::reply::Violation;
-use crate::nbd::uri::Address;
+use crate::nbd::uri::{Address, Security};
 use crate::nbd::wire::{CommandFlags, NOTICE, command};
 use crate::nbd::{Extent, Uri};
 use crate::net::Stream;
@@ -67,11 +67,20 @@ impl News {
     }
 
     /// Without servers that only the teller's own host can mean: a path of a socket is of no use elsewhere, and who tells
-    /// us one could have us speak to anything here. `None`: nothing is left.
+    /// us one could have us speak to anything here. From a server that we reach by TLS nothing leads to one without, and
+    /// never with files that the teller names: the certificates stay those by which we know it. `None`: nothing is left.
     fn told_by(self, teller: &Uri) -> Option<Self> {
         let is_near = is_on_this_host(&teller.address);
+        let is_used = |uri: &Uri| {
+            (is_near || matches!(uri.address, Address::Tcp { .. }))
+                && (uri.is_protected() || teller.security == Security::Plain)
+        };
         let keep = |uris: Vec<Uri>| -> Vec<Uri> {
-            uris.into_iter().filter(|uri| is_near || matches!(uri.address, Address::Tcp { .. })).collect()
+            let known = uris.into_iter().filter(is_used).map(|mut uri| {
+                uri.tls.certificates = teller.tls.certificates.clone().filter(|_| uri.security == Security::Tls);
+                uri
+            });
+            known.collect()
         };
         let news = match self {
             Self::Moved(uris) => Self::Moved(keep(uris)),
@@ -229,7 +238,7 @@ impl Remote {
                 let Told { news, groups } = Told::find(&listed);
                 Ok(Told { news: news.and_then(|news| news.told_by(uri)), groups })
             }
-            Outcome::Listed(_) | Outcome::Opened(_) => Ok(Told::default()),
+            Outcome::Listed(_) | Outcome::Opened(_) | Outcome::StartTls => Ok(Told::default()),
         }
     }
 
@@ -324,6 +333,21 @@ mod tests {
             let left = news().told_by(&teller.parse().unwrap()).unwrap();
             assert_eq!(left.uris().len(), count, "{teller}");
         }
+        for (teller, left) in [
+            ("nbds://192.0.2.1/x", None),
+            ("nbds://localhost/x", Some(&["nbd+unix:///x?socket=/s"][..])),
+            ("nbds+unix:///x?socket=/t", Some(&["nbd+unix:///x?socket=/s"][..])),
+        ] {
+            let told = news().told_by(&teller.parse().unwrap());
+            assert_eq!(told, left.map(|left| News::Moved(uris(left))), "TLS is not given up: {teller}");
+        }
+        let safe =
+            find(&["x-headwater:upstreams=nbd://b/x,nbds://c/x"]).unwrap().told_by(&"nbds://a/x".parse().unwrap());
+        assert_eq!(safe, Some(News::Upstreams(uris(&["nbds://c/x"]))));
+        // Files are those by which we know the teller.
+        let told = find(&["x-headwater:moved=nbd://a/x,nbds://b/x?tls-certificates=/etc"]).unwrap();
+        let left = told.told_by(&"nbds://c/x?tls-certificates=/ours".parse().unwrap()).unwrap();
+        assert_eq!(left.uris(), uris(&["nbds://b/x?tls-certificates=/ours"]));
         let only = find(&["x-headwater:moved=nbd+unix:///x?socket=/s"]).unwrap();
         assert_eq!(only.told_by(&"nbd://192.0.2.1/x".parse().unwrap()), None);
     }

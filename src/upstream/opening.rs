@@ -17,7 +17,8 @@ use crate::nbd::handshake::client::{Agreed, Ask, ClientHandshake, Outcome, Refus
 use crate::nbd::uri::Security;
 use crate::nbd::wire::{MIRROR, MIRROR_NODE, NOTICE, RELAY, TransmissionFlags, command};
 use crate::nbd::{Uri, request};
-use crate::net::{Stream, connect};
+use crate::net::{SecureError, Stream, connect};
+use crate::tls::{CertificateError, ClientIdentity, Handshake, default_certificates};
 
 /// Input is taken in pieces of this size.
 const INPUT: usize = 64 << 10;
@@ -48,9 +49,15 @@ pub enum OpenFailure {
     /// It would not.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The URI asks for TLS.
-    #[error("TLS is not supported yet")]
-    TlsNotSupported,
+    /// The certificates for it cannot be used.
+    #[error(transparent)]
+    Certificates(#[from] CertificateError),
+    /// It is named by `nbds://`, and there are no certificates to know it by.
+    #[error("no certificates to verify it with: give --tls-certificates, or tls-certificates=DIRECTORY in the URI")]
+    NoCertificates,
+    /// The TLS handshake failed.
+    #[error(transparent)]
+    Secure(SecureError),
     /// Its export has another size.
     #[error("its export has {found} bytes, and this image has {expected}")]
     OtherSize {
@@ -84,8 +91,10 @@ impl OpenFailure {
     pub const fn is_final(&self) -> bool {
         match self {
             Self::Connect(_) | Self::TimedOut | Self::Closed | Self::Refused(Refusal::Shutdown) => false,
+            Self::Secure(error) => matches!(error, SecureError::Failed(_)),
             Self::Refused(_)
-            | Self::TlsNotSupported
+            | Self::Certificates(_)
+            | Self::NoCertificates
             | Self::OtherSize { .. }
             | Self::OtherImage { .. }
             | Self::Loop => true,
@@ -118,19 +127,31 @@ pub(super) fn tells_news(agreed: &Agreed) -> bool {
 
 /// Opens a connection and negotiates, within `limit`.
 pub(super) async fn open(uri: &Uri, ask: Ask, limit: Duration) -> Result<(Stream, BytesMut, Outcome), OpenFailure> {
-    if uri.security == Security::Tls {
-        return Err(OpenFailure::TlsNotSupported);
-    }
     let attempt = async {
-        let stream = connect(&uri.address, limit).await?;
+        let tls = match uri.security {
+            Security::Plain => None,
+            Security::Tls => Some(tls_handshake(uri).await?),
+        };
+        let mut stream = connect(&uri.address, limit).await?;
         let mut handshake = ClientHandshake::new(ask);
+        if tls.is_some() {
+            handshake = handshake.with_tls();
+        }
+        let mut tls = tls;
         let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
         loop {
             let outcome = handshake.advance(&mut input, &mut output);
             // Also what is said before a refusal: it may be the goodbye.
             stream.write_all(&mut output).await?;
-            if let Some(outcome) = outcome? {
-                return Ok((stream, input, outcome));
+            match outcome? {
+                Some(Outcome::StartTls) => {
+                    let tls = tls.take().ok_or(OpenFailure::Closed)?;
+                    stream.secure(tls).await.map_err(OpenFailure::Secure)?;
+                    handshake.secured(&mut output)?;
+                    continue;
+                }
+                Some(outcome) => return Ok((stream, input, outcome)),
+                None => {}
             }
             input.reserve(INPUT);
             if stream.read_buf(&mut input).await? == 0 {
@@ -141,11 +162,20 @@ pub(super) async fn open(uri: &Uri, ask: Ask, limit: Duration) -> Result<(Stream
     tokio::time::timeout(limit, attempt).await.unwrap_or(Err(OpenFailure::TimedOut))
 }
 
+/// The beginning of TLS with the server that a URI names. Its own certificates win over those of this process.
+async fn tls_handshake(uri: &Uri) -> Result<Handshake, OpenFailure> {
+    let directory = uri.tls.certificates.clone().or_else(default_certificates).ok_or(OpenFailure::NoCertificates)?;
+    // Small files, on a disk that may be slow.
+    let identity = tokio::task::spawn_blocking(move || ClientIdentity::load(&directory)).await;
+    let identity = identity.map_err(|error| OpenFailure::Connect(io::Error::other(error)))??;
+    Ok(identity.handshake(uri.tls_name())?)
+}
+
 /// The names and descriptions of a server's exports.
 pub async fn list(uri: &Uri, limit: Duration) -> Result<Vec<(String, String)>, OpenFailure> {
     match open(uri, Ask::List, limit).await?.2 {
         Outcome::Listed(exports) => Ok(exports),
-        Outcome::Opened(_) | Outcome::Contexts(_) => Ok(Vec::new()),
+        Outcome::Opened(_) | Outcome::Contexts(_) | Outcome::StartTls => Ok(Vec::new()),
     }
 }
 
@@ -157,7 +187,7 @@ pub async fn inspect(uri: &Uri, limit: Duration) -> Result<Agreed, OpenFailure> 
             part(&stream, agreed.replies).await;
             Ok(agreed)
         }
-        (_, _, Outcome::Listed(_) | Outcome::Contexts(_)) => Err(OpenFailure::Closed),
+        (_, _, Outcome::Listed(_) | Outcome::Contexts(_) | Outcome::StartTls) => Err(OpenFailure::Closed),
     }
 }
 
@@ -217,7 +247,7 @@ pub(super) async fn open_contexts(
     let ask = Ask::Open { export: uri.export.clone(), contexts, list: Some(queries(introduction.role)) };
     match open(uri, ask, introduction.limit).await? {
         (stream, input, Outcome::Opened(agreed)) => Ok((stream, input, agreed)),
-        (_, _, Outcome::Listed(_) | Outcome::Contexts(_)) => Err(OpenFailure::Closed),
+        (_, _, Outcome::Listed(_) | Outcome::Contexts(_) | Outcome::StartTls) => Err(OpenFailure::Closed),
     }
 }
 

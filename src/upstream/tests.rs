@@ -173,7 +173,7 @@ impl Fake {
             match progress {
                 Progress::Continue => {}
                 Progress::Finished(negotiated) => break negotiated,
-                Progress::Aborted => return,
+                Progress::Aborted | Progress::StartTls => return,
                 Progress::NeedInput => {
                     input.reserve(4096);
                     if stream.read_buf(&mut input).await.unwrap_or(0) == 0 {

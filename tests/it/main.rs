@@ -5,6 +5,9 @@
 //! | `support` | the program under test, other servers and clients, a link that can be cut |
 //! | `handshake`, `transmission` | the server, byte by byte, as good and bad clients use it |
 //! | `data_path` | long reads and merged writes, as the server does them in parts, in any mixture |
+//! | `access` | who may have which export, and every way around it |
+//! | `config` | the configuration file: checked, read, read again |
+//! | `hostile` | ten thousand hostile connections, and clients that are served meanwhile |
 //! | `serve` | real images: files, devices, durability, several views of one image |
 //! | `index` | manifests: made, announced, refused, named |
 //! | `metrics` | `/metrics`: what Prometheus' own checker says, and whether it agrees with clients |
@@ -18,6 +21,7 @@
 //! | `faults` | full disks, failing disks, refused io_uring |
 //! | `roles` | our client against our server: the conformance suite over a socket |
 //! | `interop_clients`, `interop_upstreams` | libnbd, qemu, nbdkit, fio; nbdkit, qemu-nbd, nbd-server and the `nbd` crate |
+//! | `tls` | TLS in both roles: who is let in, who is not, what is injected |
 //! | `orders` | connections under orders: switched, told, closed, sent away |
 //! | `kernel` | the kernel's client, in a virtual machine |
 //! | `attach` | `headwater attach`, `redirect --device`, `detach`, in a virtual machine |
@@ -49,6 +53,7 @@
     reason = "a test that panics has failed; the rules of `.clippy.toml` are for the program"
 )]
 
+mod access;
 mod admin;
 mod api;
 mod attach;
@@ -57,6 +62,7 @@ mod bound;
 mod cast;
 mod cast_orders;
 mod command_line;
+mod config;
 mod crash;
 mod data_path;
 mod faults;
@@ -65,6 +71,7 @@ mod fleet;
 mod follow;
 mod generations;
 mod handshake;
+mod hostile;
 mod index;
 mod interop_clients;
 mod interop_upstreams;
@@ -83,6 +90,8 @@ mod roles;
 mod serve;
 mod steps;
 mod support;
+mod takeover;
+mod tls;
 mod top;
 mod transmission;
 mod verify;

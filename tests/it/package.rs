@@ -92,7 +92,9 @@ fn units_are_what_systemd_expects_and_reach_little() {
     assert!(verified.status.success() && complaints.is_empty(), "{complaints}");
     for service in copies.iter().filter(|unit| unit.extension().is_some_and(|kind| kind == "service")) {
         let threshold = format!("--threshold={EXPOSURE}");
-        run(Command::new("systemd-analyze").args(["security", "--offline=true", "--no-pager", &threshold]).arg(service));
+        run(Command::new("systemd-analyze")
+            .args(["security", "--offline=true", "--no-pager", &threshold])
+            .arg(service));
     }
 }
 

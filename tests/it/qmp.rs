@@ -363,6 +363,23 @@ fn other_images_are_refused_whatever_is_wanted() {
     assert_eq!((&disks[0]["state"], disks[0]["to"].as_str()), (&json!("moved"), Some(ground.uri(1))));
 }
 
+/// qemu does not tell which of its disks use TLS, so none is moved to where there is none.
+#[test]
+fn a_machine_with_tls_credentials_is_not_moved_to_a_server_without() {
+    let ground = Ground::new();
+    let drive = format!("id=d0,file={},format=raw,if=virtio,readonly=on", ground.uri(0));
+    let machine = ground.machine(&["-object", "tls-creds-anon,id=t0,endpoint=client", "-drive", &drive]);
+    let image = format!("disk={}", ground.scratch.path("b.raw").display());
+    let log = ground.scratch.path("bare.log");
+    let mut command = headwater(&log);
+    command.args(["serve", &image, "--read-only", "--listen=127.0.0.1:0"]);
+    let bare = Daemon::start(command, 1, &log);
+    for force in [&[][..], &["--force"]] {
+        stays(&ground, &machine, &[&["--to", bare.uri()], force].concat(), "refused", "TLS credentials \"t0\"");
+    }
+    ground.move_all(&machine, ground.uri(1));
+}
+
 #[test]
 fn an_image_that_nobody_knows_needs_force() {
     let ground = Ground::new();

@@ -131,7 +131,9 @@ pub struct Report {
 ///
 /// Those with which nothing could be changed; all others are in the report.
 pub async fn redirect(socket: &Path, order: &Order) -> Result<Report, RedirectError> {
-    let mut mover = Mover { monitor: Monitor::open(socket).await?, order, offers: HashMap::new() };
+    let monitor = Monitor::open(socket).await?;
+    let mut mover = Mover { monitor, order, offers: HashMap::new(), credentials: None };
+    mover.credentials = mover.find_credentials().await?;
     let mut graph = mover.look().await?;
     let chosen = choose(&graph, &order.devices)?;
     let mut report = Report { removed: mover.clean(&graph).await?, ..Report::default() };
@@ -253,6 +255,8 @@ struct Mover<'a> {
     order: &'a Order,
     /// What servers said, or why they did not.
     offers: HashMap<Uri, Result<Offer, String>>,
+    /// An object with which the machine could speak TLS. Which of its disks do, qemu does not say.
+    credentials: Option<String>,
 }
 
 impl Mover<'_> {
@@ -261,6 +265,25 @@ impl Mover<'_> {
         let graph = self.monitor.call("x-debug-query-block-graph", json!({})).await?;
         let disks = self.monitor.call("query-block", json!({})).await?;
         Ok(Graph::new(nodes, graph, disks)?)
+    }
+
+    /// TLS credentials that the machine was given, for whatever purpose.
+    async fn find_credentials(&mut self) -> Result<Option<String>, MonitorError> {
+        let objects = self.monitor.call("qom-list", json!({ "path": "/objects" })).await?;
+        let is_meant = |object: &&Value| {
+            let kind = object["type"].as_str().unwrap_or_default();
+            kind.starts_with("child<tls-creds")
+        };
+        let found = objects.as_array().into_iter().flatten().find(is_meant);
+        Ok(found.map(|object| object["name"].as_str().unwrap_or_default().to_owned()))
+    }
+
+    /// Why a disk cannot be moved to these servers, whoever orders it: it may be served by TLS now, and would not be then.
+    fn downgrade(&self) -> Option<String> {
+        let credentials = self.credentials.as_ref()?;
+        let bare = self.order.targets.iter().find(|target| !target.is_protected())?;
+        let why = "so its disks may use TLS, which qemu does not tell";
+        Some(format!("the machine has the TLS credentials {credentials:?}, {why}, and {bare} has none"))
     }
 
     /// Removes what an earlier run has left.
@@ -299,6 +322,10 @@ impl Mover<'_> {
         };
         if server.as_ref().is_some_and(|server| self.order.targets.contains(server)) {
             outcome.state = State::Already;
+            return (outcome, false);
+        }
+        if let Some(why) = self.downgrade() {
+            outcome.why = Some(why);
             return (outcome, false);
         }
         let switches = match plan(graph, &node.name) {

@@ -168,6 +168,17 @@ impl Casts {
         self.get(id)
     }
 
+    /// Calls those off whose images not everybody may have any more.
+    pub async fn call_off_restricted(&self) {
+        let access = &self.0.steering.access;
+        let running: Vec<_> = self.lock().all_running().map(|(_, running)| Arc::clone(running)).collect();
+        join_all(running.iter().filter(|running| access.is_restricted(&running.image)).map(|running| async {
+            tracing::warn!(image = running.image, "a cast is called off: not everybody may have the image any more");
+            running.call_off().await;
+        }))
+        .await;
+    }
+
     /// Calls all of them off, for the end of the server.
     pub async fn close(&self) {
         let running: Vec<_> = self.lock().all_running().map(|(_, running)| Arc::clone(running)).collect();
@@ -187,6 +198,10 @@ impl Casts {
     async fn prepare(&self, image: String, order: &CastOrder) -> Result<Prepared, Refusal> {
         let now = clock::moment();
         let export = self.find(&image)?;
+        if self.0.steering.access.is_restricted(&image) {
+            let why = "not everybody may have it, and what is sent to a group is for whoever listens";
+            return Err(Refusal::Conflict(format!("{image:?} cannot be cast: {why}")));
+        }
         let deadline = deadline(order, now)?;
         let zeroes = source::read(&image, &export).await?;
         let group = plan::group(order, zeroes.image)?;

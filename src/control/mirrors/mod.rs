@@ -29,6 +29,7 @@ mod watch;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use thiserror::Error;
@@ -350,10 +351,20 @@ impl Mirrors {
         self.generations().iter().find(is_it).cloned()
     }
 
-    /// Makes everything durable.
-    pub async fn settle(&self, workers: &Workers) {
+    /// Makes everything durable, what is on its way too if it comes within `fetches`.
+    pub async fn settle(&self, workers: &Workers, fetches: Duration) {
         let generations = self.generations().clone();
-        join_all(generations.iter().map(|generation| generation.settle(workers))).await;
+        join_all(generations.iter().map(|generation| generation.settle(workers, fetches))).await;
+    }
+
+    /// Makes durable what is here, while clients are served: less is left to do at the end.
+    pub async fn flush(&self, workers: &Workers) {
+        let generations = self.generations().clone();
+        let flush = |generation: &Arc<Generation>| {
+            let mirror = generation.mirror.clone();
+            workers.ask(move || async move { mirror.settle_within(Duration::ZERO).await })
+        };
+        join_all(generations.iter().map(flush)).await;
     }
 }
 
@@ -364,13 +375,13 @@ impl Generation {
         Arc::new(Kept::new(filled, Arc::clone(&self.profiles)))
     }
 
-    async fn settle(&self, workers: &Workers) {
+    async fn settle(&self, workers: &Workers, fetches: Duration) {
         let (name, mirror) = (&self.image.name, &self.mirror);
         let (settling, exchange) = (mirror.clone(), Arc::clone(self.filled.image().exchange()));
         if workers
             .ask(move || async move {
                 exchange.settle().await;
-                settling.settle().await;
+                settling.settle_within(fetches).await;
             })
             .await
             .is_none()

@@ -58,6 +58,7 @@ impl Mirrors {
             let why = "has no manifest here, so what another mirror sends could not be verified: index it first";
             return Err(Refusal::Conflict(format!("{image:?} {why}")));
         }
+        refuse_downgrade(image, &generation.remote.uris(), &spec.source)?;
         generation.mirror.check_room(&spec.ranges).map_err(|error| Refusal::Conflict(error.to_string()))?;
         let order = self.0.orders.add(spec, now.wall).map_err(refusal)?;
         // At once, and not when the runner comes to it: it is to be forecast.
@@ -202,6 +203,17 @@ pub(in crate::control) fn deadline_of(order: &PrefetchOrder, now: Moment) -> Res
     }
 }
 
+/// What an image's upstreams send by TLS is not fetched without it.
+fn refuse_downgrade(image: &str, upstreams: &[Uri], sources: &[String]) -> Result<(), Refusal> {
+    let is_bare = |source: &&String| source.parse().is_ok_and(|uri: Uri| !uri.is_protected());
+    match sources.iter().find(is_bare) {
+        Some(source) if upstreams.iter().all(|uri| uri.security == Security::Tls) => Err(Refusal::Conflict(format!(
+            "{image:?} is fetched through TLS, and {source} has none: name it with nbds://, or by a unix socket"
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// The servers that an order names, if they can be used.
 fn sources(sources: Vec<String>) -> Result<Vec<String>, Refusal> {
     if sources.len() > MOST_SOURCES {
@@ -209,10 +221,7 @@ fn sources(sources: Vec<String>) -> Result<Vec<String>, Refusal> {
     }
     for source in &sources {
         let refused = |why: String| Refusal::Invalid(format!("the source {source:?}: {why}"));
-        let uri: Uri = source.parse().map_err(|error: crate::nbd::uri::ParseUriError| refused(error.to_string()))?;
-        if uri.security == Security::Tls {
-            return Err(refused("TLS is not supported yet".to_owned()));
-        }
+        let _: Uri = source.parse().map_err(|error: crate::nbd::uri::ParseUriError| refused(error.to_string()))?;
     }
     Ok(sources)
 }
@@ -248,10 +257,21 @@ mod tests {
     }
 
     #[test]
-    fn sources_are_uris_without_tls() {
+    fn tls_is_not_given_up_for_a_source() {
+        let of = |upstreams: &[&str], source: &str| {
+            let upstreams: Vec<Uri> = upstreams.iter().map(|uri| uri.parse().unwrap()).collect();
+            refuse_downgrade("x", &upstreams, &[source.to_owned()]).is_ok()
+        };
+        assert!(!of(&["nbds://a/x"], "nbd://b/x"));
+        assert!(of(&["nbds://a/x"], "nbds://b/x") && of(&["nbds://a/x"], "nbd+unix:///x?socket=/s"));
+        assert!(of(&["nbd://a/x"], "nbd://b/x") && of(&["nbds://a/x", "nbd://c/x"], "nbd://b/x"));
+    }
+
+    #[test]
+    fn sources_are_uris() {
         let of = |text: &str| sources(vec![text.to_owned()]).map_err(|error| error.to_string());
         assert_eq!(of("nbd://a/b"), Ok(vec!["nbd://a/b".to_owned()]));
-        assert!(of("nbds://a/b").unwrap_err().contains("TLS"));
+        assert_eq!(of("nbds://a/b"), Ok(vec!["nbds://a/b".to_owned()]));
         assert!(of("a").is_err());
         assert!(sources(vec!["nbd://a/b".to_owned(); 17]).is_err());
     }

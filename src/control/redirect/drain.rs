@@ -79,6 +79,7 @@ impl Redirects {
                 return Err(Refusal::Invalid(why));
             }
         }
+        self.refuse_downgrade(name, &uris, &self.0.steering.clients.of_export(name))?;
         // Who is closed here goes where its own address leads: that is not this server's to know.
         let wanted = Wanted { directly: false, force: order.force };
         let targets = match uris.as_slice() {

@@ -167,13 +167,29 @@ impl Redirects {
         let old = self.find(&export)?;
         let choice = Choice::of(&order)?;
         let wanted = Wanted { directly: *way == Way::Close, force: *force };
-        let targets = self.survey(&export, &old, parse(to)?, wanted).await?;
+        let uris = parse(to)?;
+        self.refuse_downgrade(&export, &uris, &[])?;
+        let targets = self.survey(&export, &old, uris, wanted).await?;
         Ok(Plan { export, old, targets, choice, way: *way, force: *force, is_drain: false })
     }
 
     fn find(&self, name: &str) -> Result<SharedExport, Refusal> {
         let found = self.0.registry.find(name).filter(|(full, _)| full == name);
         found.map(|(_, export)| export).ok_or_else(|| Refusal::UnknownImage(name.to_owned()))
+    }
+
+    /// Refuses to have an export that is served through TLS only, or clients that came by TLS, served over a connection
+    /// without TLS: whatever the operator would put up with, they did not agree to it.
+    fn refuse_downgrade(&self, export: &str, uris: &[Uri], clients: &[ClientHandle]) -> Result<(), Refusal> {
+        let Some(bare) = uris.iter().find(|uri| !uri.is_protected()) else { return Ok(()) };
+        let whose = if self.0.steering.access.needs_tls(export) {
+            format!("{export:?} is served through TLS only")
+        } else if clients.iter().any(|client| client.visitor().tls.is_some()) {
+            format!("clients of {export:?} use TLS")
+        } else {
+            return Ok(());
+        };
+        Err(Refusal::Conflict(format!("{whose}, and {bare} has none: name it with nbds://, or by a unix socket")))
     }
 
     async fn survey(&self, name: &str, old: &SharedExport, uris: Vec<Uri>, wanted: Wanted) -> Result<Targets, Refusal> {
@@ -206,6 +222,11 @@ impl Redirects {
     async fn begin(&self, plan: Plan) -> Result<RedirectTaken, Refusal> {
         let handles = self.0.steering.clients.of_export(&plan.export);
         let groups = self.select(&plan, &handles)?;
+        if !plan.targets.is_here {
+            let is_chosen = |handle: &&ClientHandle| groups.iter().any(|group| group.ids.contains(&handle.id()));
+            let chosen: Vec<_> = handles.iter().filter(is_chosen).cloned().collect();
+            self.refuse_downgrade(&plan.export, &plan.targets.uris, &chosen)?;
+        }
         let (rows, moves): (Vec<_>, Vec<_>) = groups.iter().map(|group| self.row(&plan, group, &handles)).unzip();
         let Plan { export, old, targets, way, force, .. } = plan;
         let status = RedirectStatus {
@@ -295,6 +316,8 @@ impl Redirects {
         let status = order.status();
         let old = self.find(&status.export).ok()?;
         let uris = parse(&status.to).ok().filter(|uris| !uris.is_empty())?;
+        // The rules may be others now.
+        self.refuse_downgrade(&status.export, &uris, &[]).ok()?;
         let targets = Targets { uris, is_here: false, warnings: Vec::new(), path: Vec::new(), takes_hints: false };
         Some((targets, old))
     }

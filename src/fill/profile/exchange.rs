@@ -21,6 +21,7 @@ use crate::error::Result;
 use crate::export::{Export, assemble};
 use crate::nbd::request::Durability;
 use crate::ranges::ByteRange;
+use crate::telemetry::seldom;
 use crate::upstream::{Remote, Side};
 
 /// How long an upstream may take to give or take profiles, over all servers.
@@ -115,12 +116,12 @@ impl Exchange {
         let merged = self.store.merge(tag, run);
         let (image, bytes) = (self.remote.current(), run.bytes());
         match merged {
-            Ok(super::Merged::Learnt) => tracing::info!(%image, %tag, bytes, "recorded what clients read"),
+            Ok(super::Merged::Learnt) => seldom!(info, %image, %tag, bytes, "recorded what clients read"),
             Ok(super::Merged::Inspection) => {
                 tracing::debug!(%image, %tag, bytes, "clients read too little to learn from");
                 return None;
             }
-            Err(error) => tracing::warn!(%image, %tag, %error, "cannot keep what clients read"),
+            Err(error) => seldom!(warn, %image, %tag, %error, "cannot keep what clients read"),
         }
         let known = self.store.profiles();
         Some(Profiles::of_run(known.image_size(), known.identity(), tag.clone(), run))

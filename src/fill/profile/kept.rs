@@ -50,6 +50,10 @@ impl Export for Kept {
         self.lower.in_file(range)
     }
 
+    fn file_id(&self) -> Option<[u64; 2]> {
+        self.lower.file_id()
+    }
+
     fn is_in_file(&self, range: ByteRange) -> bool {
         self.lower.is_in_file(range)
     }

@@ -46,6 +46,8 @@ pub enum Ask {
 /// What was agreed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
+    /// The server is ready for TLS: turn to it, then call [`ClientHandshake::secured`] and go on.
+    StartTls,
     /// The transmission phase begins. What is left of the input belongs to it.
     Opened(Agreed),
     /// Name and description of each export; the connection is at its end.
@@ -96,8 +98,14 @@ pub enum Refusal {
     #[error("the server is shutting down")]
     Shutdown,
     /// The server wants TLS first.
-    #[error("the server requires TLS, which is not supported yet")]
+    #[error("the server requires TLS: name it by nbds:// instead of nbd://")]
     TlsRequired,
+    /// The server has no TLS, and nothing is said without.
+    #[error("the server does not offer TLS{}", said(.message))]
+    NoTls {
+        /// What the server said.
+        message: String,
+    },
     /// The server refused for another reason.
     #[error("the server refused option {option} with error {code:#x}{}", said(.message))]
     Other {
@@ -139,6 +147,8 @@ pub struct ClientHandshake {
     at_most: ReplyMode,
     /// Contexts are listed also without structured replies.
     lists_anyway: bool,
+    /// Nothing is asked before TLS.
+    wants_tls: bool,
     replies: ReplyMode,
     contexts: Vec<(u32, String)>,
     listed: Vec<String>,
@@ -160,6 +170,7 @@ impl ClientHandshake {
             no_zeroes: false,
             at_most: ReplyMode::Extended,
             lists_anyway: false,
+            wants_tls: false,
             replies: ReplyMode::Simple,
             contexts: Vec::new(),
             listed: Vec::new(),
@@ -185,6 +196,19 @@ impl ClientHandshake {
     pub const fn listing_anyway(mut self) -> Self {
         self.lists_anyway = true;
         self
+    }
+
+    /// Asks for TLS before anything else, and for nothing without it.
+    #[must_use]
+    pub const fn with_tls(mut self) -> Self {
+        self.wants_tls = true;
+        self
+    }
+
+    /// The connection speaks TLS from here on.
+    pub fn secured(&mut self, output: &mut BytesMut) -> Result<(), Refusal> {
+        self.wants_tls = false;
+        self.begin(output)
     }
 
     /// Takes all whole messages from `input`, appending what the server must be told to `output`. `None` means
@@ -232,8 +256,21 @@ impl ClientHandshake {
         output.put_u32(u32::from(offered.bits()));
         self.no_zeroes = offered.contains(HandshakeFlags::NO_ZEROES);
         if !offered.contains(HandshakeFlags::FIXED_NEWSTYLE) {
+            if self.wants_tls {
+                return Err(Refusal::NoTls { message: String::new() });
+            }
             self.send_export_name(output)?;
-        } else if matches!(self.ask, Ask::List) {
+        } else if self.wants_tls {
+            self.send(option::STARTTLS, &[], output);
+        } else {
+            self.begin(output)?;
+        }
+        Ok(true)
+    }
+
+    /// Sends the first option of those that what is wanted takes.
+    fn begin(&mut self, output: &mut BytesMut) -> Result<(), Refusal> {
+        if matches!(self.ask, Ask::List) {
             self.send(option::LIST, &[], output);
         } else {
             match self.at_most {
@@ -243,7 +280,7 @@ impl ClientHandshake {
                 ReplyMode::Simple => drop(self.next_option(option::STRUCTURED_REPLY, false, output)?),
             }
         }
-        Ok(true)
+        Ok(())
     }
 
     fn take_reply(&mut self, number: u32, input: &mut BytesMut, output: &mut BytesMut) -> Result<Taken, Refusal> {
@@ -272,6 +309,11 @@ impl ClientHandshake {
         let message = input.split_to(whole);
         let data = &message[REPLY_HEADER..];
         match reply {
+            // Whoever sits between could have put it there, to have it taken for what the server says under TLS.
+            option_reply::ACK if number == option::STARTTLS && !input.is_empty() => {
+                Err(Refusal::Broken("bytes between STARTTLS and TLS"))
+            }
+            option_reply::ACK if number == option::STARTTLS => Ok(Taken::Outcome(Outcome::StartTls)),
             option_reply::ACK => self.next_option(number, true, output),
             error if error & option_reply::ERROR_BIT != 0 => self.refused(number, error, data, output),
             _ => self.take_item(number, reply, data).map(|()| Taken::Reply),
@@ -392,6 +434,7 @@ impl ClientHandshake {
         let message: String = String::from_utf8_lossy(&data[..data.len().min(wire::MAX_STRING)]).into_owned();
         match (number, code) {
             (_, option_reply::ERR_SHUTDOWN) => Err(Refusal::Shutdown),
+            (option::STARTTLS, _) => Err(Refusal::NoTls { message }),
             (_, option_reply::ERR_TLS_REQD) => Err(Refusal::TlsRequired),
             (option::GO, option_reply::ERR_UNSUP) if self.replies != ReplyMode::Extended => {
                 self.send_export_name(output)?;
@@ -468,13 +511,19 @@ pub fn fuzz(data: &[u8]) {
     let open =
         Ask::Open { export: "a".into(), contexts: vec!["base:allocation".into()], list: Some(vec!["x:".into()]) };
     let contexts = Ask::Contexts { export: "a".into(), list: vec!["x:".into()] };
-    for ask in [open, Ask::List, contexts] {
+    let handshakes = [open.clone(), Ask::List, contexts].map(ClientHandshake::new);
+    for mut handshake in handshakes.into_iter().chain([ClientHandshake::new(open).with_tls()]) {
         let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
-        let mut handshake = ClientHandshake::new(ask);
         for piece in data.chunks(usize::from(data.first().copied().unwrap_or(0)) + 1) {
             input.put_slice(piece);
             match handshake.advance(&mut input, &mut output) {
                 Ok(None) => {}
+                Ok(Some(Outcome::StartTls)) => {
+                    assert!(input.is_empty(), "something is left for TLS");
+                    if handshake.secured(&mut output).is_err() {
+                        break;
+                    }
+                }
                 Ok(Some(Outcome::Opened(agreed))) => {
                     assert!(agreed.block_sizes.is_sound(), "unsound block sizes were let through");
                     break;

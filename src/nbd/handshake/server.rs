@@ -4,11 +4,16 @@
 //! unread up to [`MAX_SKIPPED_DATA`], and a client gets [`MAX_OPTIONS`] options. One call handles one option, so
 //! that a client that pipelines cannot make the server hold more than one option's replies.
 
+mod directory;
+mod fuzz;
 mod queries;
 
 use bytes::{Buf, BufMut, BytesMut};
 use thiserror::Error;
 
+pub use directory::{Directory, TlsPolicy, Verdict};
+#[doc(hidden)]
+pub use fuzz::fuzz;
 pub use queries::Id;
 use queries::{Said, is_namespace_of, parse_queries};
 
@@ -24,56 +29,6 @@ pub const MAX_SKIPPED_DATA: u32 = 32 << 20;
 pub const MAX_OPTIONS: u32 = 64 << 10;
 
 const OPTION_HEADER: usize = 16;
-
-/// The exports that a client may choose from.
-pub trait Directory {
-    /// What stands behind a name, for the caller of the state machine.
-    type Export;
-
-    /// The export called `name`; the empty name asks for the default one.
-    fn find(&self, name: &str) -> Option<(Self::Export, Listing)>;
-
-    /// Name and description of every export.
-    fn list(&self) -> Vec<(String, String)>;
-
-    /// Whether newcomers are sent away because the server is going down.
-    fn is_draining(&self) -> bool;
-
-    /// Whether newcomers to the export of this full name are sent away.
-    fn is_shut(&self, name: &str) -> bool {
-        let _ = name;
-        false
-    }
-
-    /// Whether this client may have the export of this full name.
-    fn verdict(&self, name: &str) -> Verdict {
-        let _ = name;
-        Verdict::Admitted
-    }
-
-    /// What a mirror is told of the export of this full name, as names of contexts.
-    fn news(&self, name: &str, mirror: Id) -> Vec<String> {
-        let _ = (name, mirror);
-        Vec::new()
-    }
-
-    /// A client wants the connection that called itself `connection`, if it uses the export of this full name, to be
-    /// closed when all that it asked is answered.
-    fn close(&self, name: &str, connection: Id) {
-        let _ = (name, connection);
-    }
-}
-
-/// Whether a client may have an export.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
-    /// It may.
-    Admitted,
-    /// It may when it speaks TLS.
-    NeedsTls,
-    /// It is told that there is no such export.
-    Denied,
-}
 
 /// What was agreed.
 #[derive(Debug)]
@@ -115,6 +70,9 @@ pub enum Progress<E> {
     Finished(Box<Negotiated<E>>),
     /// Send the output and close: the client said goodbye.
     Aborted,
+    /// Send the output, unless something more has arrived meanwhile, then turn to TLS and call
+    /// [`ServerHandshake::secured`].
+    StartTls,
 }
 
 /// Why a client is dropped: it broke a rule, and no reply can say so.
@@ -127,7 +85,7 @@ pub enum Violation {
     #[error("an option without its magic number")]
     BadMagic,
     /// EXPORT_NAME cannot be refused, so the connection is ("NBD_OPT_EXPORT_NAME").
-    #[error("no export {0:?}")]
+    #[error("no export {:?}", .0.chars().take(64).collect::<String>())]
     UnknownExport(String),
     /// EXPORT_NAME with something that is not a name.
     #[error("an export name that is not a string")]
@@ -144,6 +102,13 @@ pub enum Violation {
     /// More than [`MAX_OPTIONS`] options.
     #[error("more than {MAX_OPTIONS} options")]
     TooManyOptions,
+    /// EXPORT_NAME without TLS, where it is required.
+    #[error("an export name without TLS, which is required")]
+    NeedsTls,
+    /// Something came behind STARTTLS and before TLS. Whoever sits between could have put it there, to have it taken
+    /// for what the client says under TLS.
+    #[error("bytes between STARTTLS and TLS")]
+    BytesBeforeTls,
 }
 
 #[derive(Debug)]
@@ -170,6 +135,8 @@ pub struct ServerHandshake {
     /// The last successful SET_META_CONTEXT: canonical export name, positions of the contexts.
     contexts: Option<(String, Vec<usize>)>,
     options: u32,
+    policy: TlsPolicy,
+    is_secure: bool,
 }
 
 impl ServerHandshake {
@@ -189,7 +156,25 @@ impl ServerHandshake {
             replies: ReplyMode::Simple,
             contexts: None,
             options: 0,
+            policy: TlsPolicy::Off,
+            is_secure: false,
         }
+    }
+
+    /// The same, with this policy.
+    #[must_use]
+    pub const fn with_tls(mut self, policy: TlsPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// The connection speaks TLS from here on. Nothing of what the client has said before counts, but its flags
+    /// ("NBD_OPT_STARTTLS").
+    #[must_use]
+    pub fn secured(self) -> Self {
+        let Self { no_zeroes, options, policy, .. } = self;
+        // The greeting has been said.
+        Self { state: State::Option, no_zeroes, options, policy, is_secure: true, ..Self::new(&mut BytesMut::new()) }
     }
 
     /// Takes at most one step from `input`, appending what the client must be told to `output`.
@@ -259,6 +244,13 @@ impl ServerHandshake {
             return Err(Violation::TooManyOptions);
         }
         let data = input.split_to(OPTION_HEADER + data_length(length));
+        if number == option::STARTTLS {
+            if !input.is_empty() {
+                return Err(Violation::BytesBeforeTls);
+            }
+            acknowledge(output, number);
+            return Ok(Progress::StartTls);
+        }
         self.answer(number, &data[OPTION_HEADER..], directory, output)
     }
 
@@ -272,8 +264,10 @@ impl ServerHandshake {
         if length > MAX_SKIPPED_DATA {
             return Err(Violation::OptionTooLong(length));
         }
+        let needs_tls = self.policy == TlsPolicy::Require && !self.is_secure;
         let refusal = match number {
             option::ABORT => None,
+            option::EXPORT_NAME if needs_tls => return Err(Violation::NeedsTls),
             option::EXPORT_NAME if draining => return Err(Violation::Draining),
             option::EXPORT_NAME if data_length(length) > wire::MAX_STRING => return Err(Violation::BadName),
             option::EXPORT_NAME => None,
@@ -282,7 +276,12 @@ impl ServerHandshake {
             option::LIST | option::STARTTLS | option::STRUCTURED_REPLY | option::EXTENDED_HEADERS if length > 0 => {
                 Some((option_reply::ERR_INVALID, "this option carries no data"))
             }
-            option::STARTTLS => Some((option_reply::ERR_POLICY, "TLS is not configured on this server")),
+            option::STARTTLS if self.is_secure => Some((option_reply::ERR_INVALID, "TLS has begun already")),
+            option::STARTTLS if self.policy == TlsPolicy::Off => {
+                Some((option_reply::ERR_POLICY, "TLS is not configured on this server"))
+            }
+            option::STARTTLS => None,
+            _ if needs_tls => Some((option_reply::ERR_TLS_REQD, "this server is reached through TLS only")),
             option::LIST
             | option::INFO
             | option::GO
@@ -572,61 +571,9 @@ fn data_length(length: u32) -> usize {
     crate::units::to_usize(u64::from(length))
 }
 
-/// Feeds arbitrary bytes to a negotiation, in pieces whose sizes the bytes themselves decide.
-#[doc(hidden)]
-pub fn fuzz(data: &[u8]) {
-    /// One that takes newcomers, and one that does not.
-    struct Two;
-    impl Directory for Two {
-        type Export = ();
-        fn find(&self, name: &str) -> Option<((), Listing)> {
-            let name = if name.is_empty() { "a" } else { name };
-            ["a", "b"].contains(&name).then(|| ((), Listing { name: name.into(), ..sample() }))
-        }
-        fn list(&self) -> Vec<(String, String)> {
-            vec![("a".into(), "an image".into())]
-        }
-        fn is_draining(&self) -> bool {
-            false
-        }
-        fn is_shut(&self, name: &str) -> bool {
-            name == "b"
-        }
-        fn news(&self, _: &str, mirror: Id) -> Vec<String> {
-            (mirror[0] == 0).then(|| "x-headwater:moved=nbd://b/a".into()).into_iter().collect()
-        }
-    }
-    let (mut input, mut output) = (BytesMut::new(), BytesMut::new());
-    let mut handshake = ServerHandshake::new(&mut output);
-    for piece in data.chunks(usize::from(data.first().copied().unwrap_or(0)) + 1) {
-        input.put_slice(piece);
-        loop {
-            output.clear();
-            match handshake.advance(&mut input, &Two, &mut output) {
-                Ok(Progress::Continue) => assert!(output.len() < 64 << 10, "a reply larger than its option allows"),
-                Ok(Progress::NeedInput) => break,
-                Ok(Progress::Finished(_) | Progress::Aborted) | Err(_) => return,
-            }
-        }
-        assert!(input.len() <= OPTION_HEADER + data_length(MAX_OPTION_DATA) + 256, "input piles up");
-    }
-}
-
-/// An export for tests and fuzzing.
-fn sample() -> Listing {
-    Listing {
-        name: "a".into(),
-        description: "an image".into(),
-        size: 1 << 20,
-        flags: TransmissionFlags::READ_ONLY,
-        block_sizes: crate::nbd::BlockSizes::DEFAULT,
-        contexts: vec![wire::BASE_ALLOCATION.into(), "x-headwater:residency".into()],
-        facts: vec!["x-headwater:node=1".into()],
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::fuzz::sample;
     use super::*;
     use proptest::prelude::*;
     use std::cell::RefCell;

@@ -87,7 +87,7 @@ fn whole_pages(rest: ByteRange, here: usize) -> ByteRange {
     ByteRange::between(rest.start(), end.max(rest.start()))
 }
 
-impl<D: Future<Output = ()>> Transmission<D> {
+impl Transmission {
     pub(super) fn take_write(&mut self, asked: Asked, rest: ByteRange, durability: Durability) {
         if self.write_run(asked, rest, durability) {
             return;

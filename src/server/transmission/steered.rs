@@ -97,7 +97,7 @@ impl Steered {
     }
 }
 
-impl<D: Future<Output = ()>> Transmission<D> {
+impl Transmission {
     /// Waits for what orders wait for.
     pub(super) fn poll_steered(&mut self, context: &mut TaskContext<'_>) -> Poll<Event> {
         let Steered { switching, leaving, notice } = &mut self.steered;
@@ -141,6 +141,7 @@ impl<D: Future<Output = ()>> Transmission<D> {
     pub(super) fn carry_on(&mut self) {
         let is_open = matches!(self.phase, Phase::Open);
         if !is_open || self.steered.leaving.is_some() {
+            // A client that is held asks again, whoever answers it then.
             self.answer_notice(false);
         }
         if !is_open {

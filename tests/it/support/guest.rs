@@ -18,6 +18,12 @@ pub(crate) fn run_in_guest(scratch: &Scratch, script: &str) -> String {
     boot(scratch, script, &[])
 }
 
+/// The same, with more arguments for qemu.
+pub(crate) fn run_in_guest_of(scratch: &Scratch, script: &str, arguments: &[&str]) -> String {
+    fs::create_dir(scratch.path("guest")).unwrap();
+    boot(scratch, script, arguments)
+}
+
 /// The same, with the program under test in the guest as `headwater`.
 pub(crate) fn run_with_headwater(scratch: &Scratch, script: &str) -> String {
     let root = scratch.path("guest");

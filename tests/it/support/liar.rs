@@ -120,7 +120,7 @@ impl Plan {
             match progress {
                 Progress::Continue => {}
                 Progress::Finished(negotiated) => break negotiated,
-                Progress::Aborted => return None,
+                Progress::Aborted | Progress::StartTls => return None,
                 Progress::NeedInput => receive(&mut socket, &mut input)?,
             }
         };

@@ -3,6 +3,7 @@
 pub(crate) mod browser;
 pub(crate) mod cables;
 pub(crate) mod cache;
+pub(crate) mod certificates;
 pub(crate) mod client;
 pub(crate) mod group;
 pub(crate) mod guest;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use load::children::{Cpus, Guard};
 
-use crate::clients::{self, Fio, Unit, load};
+use crate::clients::{self, Fio, QemuImg, Unit, load};
 use crate::servers::{Mirror, Place, Programs, Running, Server, Transport, upstream};
 use crate::table::Sample;
 
@@ -44,6 +44,8 @@ enum Client {
     Load(&'static [&'static str]),
     Fio(Fio),
     Nbdcopy,
+    /// By TLS.
+    QemuImg(QemuImg),
 }
 
 /// Which file a server has: one for reads, and one that may be written to.
@@ -105,6 +107,7 @@ pub(crate) fn all() -> Vec<Case> {
     let mut cases = reads();
     cases.extend(writes());
     cases.extend(mirrors());
+    cases.extend(protected());
     cases
 }
 
@@ -171,6 +174,21 @@ fn writes() -> Vec<Case> {
     ]
 }
 
+/// The same by TLS. The client is qemu or libnbd, whose TLS is GnuTLS, and costs more than any server's.
+fn protected() -> Vec<Case> {
+    use Unit::{Megabytes, Requests};
+    let case = |name, unit, client| serve(9, name, unit, client, Transport::Tls);
+    let reads = |size, depth, count| Client::QemuImg(QemuImg { size, depth, count });
+    vec![
+        case("TLS: 4K reads, depth 1, qemu-img", Requests, reads(4096, 1, 20_000)),
+        case("TLS: 4K reads, depth 32, qemu-img", Requests, reads(4096, 32, 60_000)).quick(),
+        case("TLS: 64K reads, depth 8, qemu-img", Megabytes, reads(65_536, 8, 12_000)),
+        case("TLS: 1M reads, depth 8, qemu-img", Megabytes, reads(1 << 20, 8, 1000)),
+        case("TLS: nbdcopy to null:", Megabytes, Client::Nbdcopy),
+        case("TLS: nbdcopy to null:, both CPUs", Megabytes, Client::Nbdcopy).on(Cpus::Free, Image::Read),
+    ]
+}
+
 fn mirrors() -> Vec<Case> {
     use Transport::{Tcp, Unix};
     use Unit::{Megabytes, Requests};
@@ -204,6 +222,12 @@ impl Case {
     /// Everything that takes part.
     pub(crate) fn subjects(&self, peers: &[Server]) -> Vec<(Subject, Role)> {
         match self.work {
+            Work::Serve { transport: Transport::Tls, .. } => {
+                // nbd-server has TLS 1.2 only, and the bare server none.
+                let is_able = |peer: &&Server| !matches!(peer, Server::Classic | Server::ClassicSplice);
+                let peers = peers.iter().filter(is_able).map(|peer| (Subject::Server(*peer), Role::Peer));
+                [(Subject::Server(Server::Headwater), Role::Ours)].into_iter().chain(peers).collect()
+            }
             Work::Serve { image, .. } => {
                 // Only where replies are long does it make a difference how they are sent.
                 let long = self.unit == Unit::Megabytes && image == Image::Read;
@@ -290,7 +314,8 @@ impl Bench {
             std::fs::File::open(path)?.sync_all()?;
         }
         let running = server.start(&self.programs, self.place(transport)?, cpus, path)?;
-        if image == Image::Read {
+        // The load generator has no TLS; tests/it/tls.rs compares what clients get by it.
+        if image == Image::Read && transport != Transport::Tls {
             self.check(&running)?;
         }
         let (uri, pid) = (running.uri(), running.pid());
@@ -299,6 +324,10 @@ impl Bench {
             Client::Load(words) => self.load_for_a_while(cpus, &running, words, unit)?,
             Client::Fio(fio) => clients::fio(fio, cpus, &uri, pid, self.time, bytes)?.sample(unit),
             Client::Nbdcopy => clients::nbdcopy(cpus, &uri, pid, bytes)?.sample(unit),
+            Client::QemuImg(bench) => {
+                let place = running.place();
+                clients::qemu_img(bench, cpus, place.certificates(), place.port(), pid)?.sample(unit)
+            }
         })
     }
 

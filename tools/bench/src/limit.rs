@@ -140,7 +140,7 @@ impl<'a> Connection<'a> {
             output.clear();
             match handshake.advance(&mut received, served, &mut output)? {
                 Progress::Finished(negotiated) => break negotiated,
-                Progress::Aborted => bail!("the client has gone"),
+                Progress::Aborted | Progress::StartTls => bail!("the client has gone"),
                 Progress::Continue => {}
                 Progress::NeedInput => {
                     send_all(&socket, &output, SendFlags::empty())?;

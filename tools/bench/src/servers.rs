@@ -70,11 +70,19 @@ pub(crate) enum Mirror {
 pub(crate) enum Transport {
     Unix,
     Tcp,
+    /// TCP, and TLS in it.
+    Tls,
 }
 
 /// Programs that are needed beside the servers, with their Debian packages.
-pub(crate) const TOOLS: [(&str, &str); 4] =
-    [("fio", "fio"), ("nbdcopy", "libnbd-bin"), ("setpriv", "util-linux"), ("taskset", "util-linux")];
+pub(crate) const TOOLS: [(&str, &str); 6] = [
+    ("certtool", "gnutls-bin"),
+    ("qemu-img", "qemu-utils"),
+    ("fio", "fio"),
+    ("nbdcopy", "libnbd-bin"),
+    ("setpriv", "util-linux"),
+    ("taskset", "util-linux"),
+];
 
 impl Server {
     /// All that are no part of this project.
@@ -226,9 +234,21 @@ impl Place {
         let port = match transport {
             Transport::Unix => 0,
             // Free now, which is the best that can be had for servers that cannot choose one themselves.
-            Transport::Tcp => std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port(),
+            Transport::Tcp | Transport::Tls => std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port(),
         };
+        if transport == Transport::Tls {
+            make_certificates(&directory)?;
+        }
         Ok(Self { directory, transport, port })
+    }
+
+    /// Where the certificates are, of clients too.
+    pub(crate) fn certificates(&self) -> &Path {
+        &self.directory
+    }
+
+    pub(crate) const fn port(&self) -> u16 {
+        self.port
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -239,13 +259,17 @@ impl Place {
         match self.transport {
             Transport::Unix => format!("nbd+unix:///{EXPORT}?socket={}", self.file("socket").display()),
             Transport::Tcp => format!("nbd://127.0.0.1:{}/{EXPORT}", self.port),
+            Transport::Tls => {
+                let certificates = self.directory.display();
+                format!("nbds://localhost:{}/{EXPORT}?tls-certificates={certificates}", self.port)
+            }
         }
     }
 
     fn is_up(&self) -> bool {
         match self.transport {
             Transport::Unix => UnixStream::connect(self.file("socket")).is_ok(),
-            Transport::Tcp => TcpStream::connect(("127.0.0.1", self.port)).is_ok(),
+            Transport::Tcp | Transport::Tls => TcpStream::connect(("127.0.0.1", self.port)).is_ok(),
         }
     }
 
@@ -256,6 +280,12 @@ impl Place {
             // Only our bare server's option takes a port alone.
             Transport::Tcp if tcp == "--tcp" => words.arg(tcp).arg(self.port.to_string()),
             Transport::Tcp => words.arg(tcp).arg(format!("127.0.0.1:{}", self.port)),
+            Transport::Tls => words
+                .arg(tcp)
+                .arg(format!("127.0.0.1:{}", self.port))
+                .arg("--tls-certificates")
+                .arg(&self.directory)
+                .arg("--tls-verify-peer"),
         }
     }
 
@@ -273,6 +303,10 @@ impl Place {
         match self.transport {
             Transport::Unix => words.arg("-U").arg(self.file("socket")),
             Transport::Tcp => words.args(["-i", "127.0.0.1", "-p"]).arg(self.port.to_string()),
+            Transport::Tls => words
+                .args(["-i", "127.0.0.1", "--tls=require", "--tls-verify-peer", "-p"])
+                .arg(self.port.to_string())
+                .arg(format!("--tls-certificates={}", self.directory.display())),
         }
     }
 
@@ -281,6 +315,15 @@ impl Place {
         match self.transport {
             Transport::Unix => words.arg("-k").arg(self.file("socket")),
             Transport::Tcp => words.args(["-b", "127.0.0.1", "-p"]).arg(self.port.to_string()),
+            Transport::Tls => {
+                let options = "endpoint=server,verify-peer=on";
+                let credentials = format!("tls-creds-x509,id=t,{options},dir={}", self.directory.display());
+                words
+                    .args(["-b", "127.0.0.1", "--tls-creds", "t", "--object"])
+                    .arg(credentials)
+                    .arg("-p")
+                    .arg(self.port.to_string())
+            }
         }
     }
 
@@ -288,7 +331,7 @@ impl Place {
     fn nbd_server(&self, cpus: Cpus, image: &Path, extra: &str) -> anyhow::Result<Words> {
         let listen = match self.transport {
             Transport::Unix => format!("unixsock = {}", self.file("socket").display()),
-            Transport::Tcp => format!("listenaddr = 127.0.0.1\nport = {}", self.port),
+            Transport::Tcp | Transport::Tls => format!("listenaddr = 127.0.0.1\nport = {}", self.port),
         };
         let image = image.display();
         let text = format!("[generic]\n{listen}\nallowlist = true\n[{EXPORT}]\nexportname = {image}\n{extra}");
@@ -314,6 +357,44 @@ impl Place {
         let words = self.qemu_nbd(cpus).arg("--image-opts");
         Ok(words.arg(format!("{options},file.file.filename={}", overlay.display())))
     }
+}
+
+/// An authority, a server for `localhost` and a client, made by GnuTLS as operators make them.
+fn make_certificates(directory: &Path) -> anyhow::Result<()> {
+    const SIGNED: [(&str, &str); 3] = [
+        ("ca", "cn = authority\nca\ncert_signing_key\n"),
+        (
+            "server",
+            "cn = server\ndns_name = localhost\nip_address = 127.0.0.1\ntls_www_server\nencryption_key\nsigning_key\n",
+        ),
+        ("client", "cn = client\ntls_www_client\nencryption_key\nsigning_key\n"),
+    ];
+    let file = |name: String| directory.join(name);
+    let certtool = |words: &mut dyn FnMut(&mut Command)| -> anyhow::Result<()> {
+        let mut command = Command::new("certtool");
+        words(&mut command);
+        let output = command.output().context("starting certtool")?;
+        ensure!(output.status.success(), "certtool: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    };
+    for (name, template) in SIGNED {
+        let (key, info) = (file(format!("{name}-key.pem")), file(format!("{name}.info")));
+        std::fs::write(&info, template)?;
+        certtool(&mut |command| {
+            command.args(["--generate-privkey", "--key-type=rsa", "--bits=2048", "--outfile"]).arg(&key);
+        })?;
+        certtool(&mut |command| {
+            if name == "ca" {
+                command.arg("--generate-self-signed");
+            } else {
+                command.args(["--generate-certificate", "--load-ca-certificate"]).arg(file("ca-cert.pem".into()));
+                command.arg("--load-ca-privkey").arg(file("ca-key.pem".into()));
+            }
+            command.arg("--load-privkey").arg(&key).arg("--template").arg(&info);
+            command.arg("--outfile").arg(file(format!("{name}-cert.pem")));
+        })?;
+    }
+    Ok(())
 }
 
 /// A server that accepts clients. Killed when it is dropped, and its files removed.
@@ -359,6 +440,10 @@ impl Running {
 
     pub(crate) fn pid(&self) -> u32 {
         self.guard.pid()
+    }
+
+    pub(crate) const fn place(&self) -> &Place {
+        &self.place
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! | module | owns |
 //! | --- | --- |
+//! | `attack` | hostile connections of every kind |
 //! | `bed` | network namespaces, the links between them, and their end |
 //! | `browser` | a browser without a screen |
 //! | `delay` | a proxy that makes a link long |
@@ -15,6 +16,7 @@
 //!
 //! Each scenario takes turns between its variants, for several rounds, with a new mirror and an empty cache each time.
 
+mod attack;
 mod bed;
 mod browser;
 mod delay;
@@ -35,7 +37,7 @@ use clap::{Args, Parser, Subcommand};
 use load::children::Stop;
 
 use bed::{Bed, Link, Rate};
-use scenarios::{background, balance, boot, cast, chain, cloud, forge, link, page, reads, redirect, vm};
+use scenarios::{background, balance, boot, cast, chain, cloud, forge, hostile, link, page, reads, redirect, vm};
 use table::Table;
 
 /// Measures mirrors over links that have a rate and a latency.
@@ -106,6 +108,8 @@ enum What {
     Balance(balance::Options),
     /// A mirror in a group where another host says millions of wrong things.
     Forge(forge::Options),
+    /// Hostile connections of every kind while clients are served: what becomes of their delay, and of the server's memory.
+    Hostile(hostile::Options),
     /// Pictures of the status page of a tree of three tiers under load.
     Page(page::Options),
     /// Records what a virtual machine reads while it boots, as a trace for replay.
@@ -151,6 +155,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         What::Cloud(options) => cloud::run(&lab, options)?,
         What::Balance(options) => balance::run(&lab, options)?,
         What::Forge(options) => forge::run(&lab, options)?,
+        What::Hostile(options) => hostile::run(&lab, options)?,
         What::Page(options) => return page::run(&lab, options),
         What::Record(options) => return machine::record(&lab, options),
         What::Delay(_) | What::Forger(_) => Table::default(),

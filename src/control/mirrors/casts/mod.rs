@@ -38,6 +38,7 @@ use crate::mirror::Mirror;
 use crate::multicast::receive::{Audience, Heard, HeardSession, Hearing};
 use crate::net::multicast::Group;
 use crate::ranges::{ByteRange, fewer};
+use crate::telemetry::seldom;
 use crate::worker::Workers;
 
 /// Beginnings and ends of sessions that wait to be noted.
@@ -184,7 +185,7 @@ impl Audience for Ear {
     fn ended(&self, mirror: &Mirror, terms: &Terms, state: Reception) {
         let Some(shared) = self.0.upgrade() else { return };
         shared.receptions.sessions().remove(&terms.session);
-        tracing::info!(session = %terms.session, state = name_of(state), "a cast is over for a mirror");
+        seldom!(info, session = %terms.session, state = name_of(state), "a cast is over for a mirror");
         shared.receptions.note(Event::Ended { node: mirror.node() });
     }
 }

@@ -126,7 +126,7 @@ fn identity(lab: &Lab, origin: &Origin) -> anyhow::Result<String> {
 }
 
 /// Memory that a process has now.
-fn resident_kib(pid: u32) -> anyhow::Result<u64> {
+pub(crate) fn resident_kib(pid: u32) -> anyhow::Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("it has ended")?;
     Ok(line.split_whitespace().next().context("a figure")?.parse()?)

@@ -8,6 +8,7 @@ mod cast_reader;
 pub(crate) mod chain;
 pub(crate) mod cloud;
 pub(crate) mod forge;
+pub(crate) mod hostile;
 pub(crate) mod link;
 pub(crate) mod page;
 pub(crate) mod reads;

@@ -221,7 +221,7 @@ mod tests {
                         output.extend_from_slice(chosen.export.0.facts().description.as_bytes());
                         break;
                     }
-                    Ok(Progress::NeedInput | Progress::Aborted) | Err(_) => break,
+                    Ok(Progress::NeedInput | Progress::Aborted | Progress::StartTls) | Err(_) => break,
                 }
             }
             all.extend_from_slice(&output);

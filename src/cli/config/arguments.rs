@@ -88,7 +88,7 @@ pub(super) fn join(typed: &[OsString], name: &str, added: &Added) -> Vec<OsStrin
 }
 
 /// The name of the key of an argument.
-pub(super) fn key(arg: &Arg) -> Option<&str> {
+pub(in crate::cli) fn key(arg: &Arg) -> Option<&str> {
     let key = arg.get_long().or_else(|| arg.is_positional().then(|| arg.get_id().as_str()))?;
     (!TYPED_ONLY.contains(&key)).then_some(key)
 }

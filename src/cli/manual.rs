@@ -87,7 +87,8 @@ fn name(command: &Command) -> &str {
 /// What man(1) shows of a command. `above` is the page of which this one is a part.
 fn page(command: &Command, above: Option<&str>) -> io::Result<Vec<u8>> {
     let source = concat!("Headwater ", env!("CARGO_PKG_VERSION"));
-    let man = Man::new(command.clone()).source(source).manual("Headwater");
+    // A date would make each build another; but without any, what comes behind it would stand in its place.
+    let man = Man::new(command.clone()).date(" ").source(source).manual("Headwater");
     let mut text = Vec::new();
     man.render_title(&mut text)?;
     man.render_name_section(&mut text)?;

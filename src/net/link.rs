@@ -146,6 +146,10 @@ impl LinkListener {
 
 /// The descriptors that the service manager gives this process (`sd_listen_fds(3)`), with their names. To be called once.
 pub fn inherited() -> io::Result<Vec<(String, OwnedFd)>> {
+    // A successor that a server starts has its variables, which were for that one. Their names would not fit to no descriptors.
+    if sd_notify::listen_fds()?.len() == 0 {
+        return Ok(Vec::new());
+    }
     let found = sd_notify::listen_fds_with_names()?;
     found.map(|(descriptor, name)| Ok((name, inherit(descriptor)?))).collect()
 }

@@ -99,6 +99,19 @@ fn the_default_address_is_nbds_own_port_on_loopback() {
 }
 
 #[test]
+fn what_the_service_manager_gave_to_another_process_means_nothing() {
+    let scratch = Scratch::new();
+    let image = scratch.file("image.raw", &noise(10_000, 1));
+    let log = scratch.path("log");
+    let mut command = headwater(&log);
+    command.arg("serve").arg(&image).args(["--listen", "127.0.0.1:0"]).stdout(Stdio::piped()).stderr(Stdio::null());
+    // Process 1 is not this one.
+    command.env("LISTEN_PID", "1").env("LISTEN_FDS", "2").env("LISTEN_FDNAMES", "headwater:headwater");
+    let server = Daemon::start(command, 1, &log);
+    assert!(server.uri().starts_with("nbd://127.0.0.1:"), "{}", server.uri());
+}
+
+#[test]
 fn a_unix_socket_goes_away_with_its_server_and_a_dead_ones_is_taken_over() {
     let scratch = Scratch::new();
     let image = scratch.file("image.raw", &noise(10_000, 1));

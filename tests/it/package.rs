@@ -58,7 +58,7 @@ fn every_command_has_a_page_that_man_shows_without_a_warning() {
         let complaints = String::from_utf8_lossy(&shown.stderr);
         assert!(shown.status.success() && complaints.is_empty(), "{}: {complaints}", page.display());
         let text = String::from_utf8(shown.stdout).unwrap();
-        assert!(text.contains("SYNOPSIS") && text.contains("EXAMPLES"), "{text}");
+        assert!(text.contains("SYNOPSIS") && text.contains("SEE ALSO"), "{text}");
     }
 }
 

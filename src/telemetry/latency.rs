@@ -276,7 +276,7 @@ mod tests {
             let spread = recorded(&times);
             times.sort_unstable();
             prop_assert_eq!(spread.count(), times.len() as u64);
-            prop_assert_eq!(spread.sum(), times.iter().map(|time| Duration::from_nanos(*time)).sum());
+            prop_assert_eq!(spread.sum(), times.iter().map(|time| Duration::from_nanos(*time)).sum::<Duration>());
             let mean = times.iter().sum::<u64>() / times.len() as u64;
             prop_assert_eq!(spread.mean(), Some(Duration::from_nanos(mean)));
             prop_assert!(is_near(nanoseconds(spread.longest().unwrap()), times[times.len() - 1]));

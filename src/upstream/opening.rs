@@ -53,7 +53,7 @@ pub enum OpenFailure {
     #[error(transparent)]
     Certificates(#[from] CertificateError),
     /// It is named by `nbds://`, and there are no certificates to know it by.
-    #[error("no certificates to verify it with: give --tls-certificates, or tls-certificates=DIRECTORY in the URI")]
+    #[error("TLS: no certificates to verify it with; give --tls-certificates, or tls-certificates=DIRECTORY in the URI")]
     NoCertificates,
     /// The TLS handshake failed.
     #[error(transparent)]
@@ -205,6 +205,7 @@ pub(super) async fn part(stream: &Stream, mode: ReplyMode) {
     put_disconnect(&mut output, mode);
     // A server that hangs up first has been told what we wanted to tell it.
     let _ = stream.write_all(&mut output).await;
+    stream.end_tls();
 }
 
 /// How a connection is opened.

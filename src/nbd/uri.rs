@@ -321,7 +321,8 @@ mod tests {
             assert_eq!(text.parse(), Ok(uri), "{text}");
         }
         assert_eq!("nbds://h/x".parse::<Uri>().map(|uri| uri.security), Ok(Security::Tls));
-        let query = "nbds+unix:///x?socket=/s&tls-certificates=/etc/a%20b&tls-hostname=h&tls-verify-peer=true&tls-type=x509";
+        let query =
+            "nbds+unix:///x?socket=/s&tls-certificates=/etc/a%20b&tls-hostname=h&tls-verify-peer=true&tls-type=x509";
         let uri: Uri = query.parse().unwrap();
         assert_eq!((uri.tls.certificates.as_deref(), uri.tls_name()), (Some(Path::new("/etc/a b")), "h"));
         assert_eq!(uri.to_string(), "nbds+unix:///x?socket=/s&tls-certificates=/etc/a%20b&tls-hostname=h");

@@ -8,7 +8,6 @@ use std::time::Duration;
 use bytes::BytesMut;
 use thiserror::Error;
 
-use super::{Protection, Shared};
 use super::answered::Ledger;
 use super::clients::{Counts, Entry, Newcomer};
 use super::directory::{Exports, Offered};
@@ -19,6 +18,7 @@ use super::requests::Session;
 use super::seat::Seat;
 use super::steering::Steering;
 use super::transmission::{End, Transmission};
+use super::{Protection, Shared};
 use crate::clock;
 use crate::export::{Client, NodeId, SharedExport, TlsPeer, Visitor};
 use crate::nbd::handshake::server::{Negotiated, Progress, ServerHandshake, TlsPolicy, Violation, context_id};

@@ -170,9 +170,7 @@ impl LongRead {
 }
 
 fn in_file(session: &Session, range: ByteRange, takes_files: bool) -> Option<FileRange> {
-    (takes_files && range.length() >= UNCOPIED)
-        .then(|| session.seat.with(|export| export.in_file(range)))
-        .flatten()
+    (takes_files && range.length() >= UNCOPIED).then(|| session.seat.with(|export| export.in_file(range))).flatten()
 }
 
 /// Completes what was read of `range`: a hole becomes zeroes. Whether it could be read.

@@ -257,9 +257,9 @@ impl ClientIdentity {
             .map_err(|error| files.together(error))?
             .with_webpki_verifier(verifier);
         let mut config = match files.identity("client")? {
-            Some(identity) => builder
-                .with_client_auth_cert(identity.chain, identity.key)
-                .map_err(|error| files.together(error))?,
+            Some(identity) => {
+                builder.with_client_auth_cert(identity.chain, identity.key).map_err(|error| files.together(error))?
+            }
             None => builder.with_no_client_auth(),
         };
         config.resumption = Resumption::disabled();

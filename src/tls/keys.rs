@@ -155,9 +155,7 @@ impl Keys {
     ) -> Result<(), RecordError> {
         let nonce = self.nonce()?;
         let (plain, rest) = out.split_at_mut(length);
-        self.key
-            .seal_in_place_scatter(nonce, Aad::from(header), plain, &[kind], rest)
-            .map_err(|_| RecordError::Keys)
+        self.key.seal_in_place_scatter(nonce, Aad::from(header), plain, &[kind], rest).map_err(|_| RecordError::Keys)
     }
 
     /// Decrypts a record in place. Gives the length of what is in it, with its kind and padding.

@@ -53,7 +53,9 @@ pub enum OpenFailure {
     #[error(transparent)]
     Certificates(#[from] CertificateError),
     /// It is named by `nbds://`, and there are no certificates to know it by.
-    #[error("TLS: no certificates to verify it with; give --tls-certificates, or tls-certificates=DIRECTORY in the URI")]
+    #[error(
+        "TLS: no certificates to verify it with; give --tls-certificates, or tls-certificates=DIRECTORY in the URI"
+    )]
     NoCertificates,
     /// The TLS handshake failed.
     #[error(transparent)]

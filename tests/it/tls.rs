@@ -85,8 +85,20 @@ fn libnbd_and_qemu_read_and_write() {
     let shown = run(&mut qemu("qemu-img", server.uri(), &directory, "localhost"));
     assert!(shown.contains("virtual size: 40 MiB"), "{shown}");
     run(qemu("qemu-io", server.uri(), &directory, "localhost").args([
-        "-c", "write -P 7 1k 33M", "-c", "read -P 7 1k 33M", "-c", "aio_write -P 8 5M 1M", "-c", "aio_flush",
-        "-c", "read -P 8 5M 1M", "-c", "discard 6M 1M", "-c", "flush",
+        "-c",
+        "write -P 7 1k 33M",
+        "-c",
+        "read -P 7 1k 33M",
+        "-c",
+        "aio_write -P 8 5M 1M",
+        "-c",
+        "aio_flush",
+        "-c",
+        "read -P 8 5M 1M",
+        "-c",
+        "discard 6M 1M",
+        "-c",
+        "flush",
     ]));
     // As long as a request may be.
     let script = format!(

@@ -75,8 +75,14 @@ pub(crate) enum Transport {
 }
 
 /// Programs that are needed beside the servers, with their Debian packages.
-pub(crate) const TOOLS: [(&str, &str); 6] =
-    [("certtool", "gnutls-bin"), ("qemu-img", "qemu-utils"), ("fio", "fio"), ("nbdcopy", "libnbd-bin"), ("setpriv", "util-linux"), ("taskset", "util-linux")];
+pub(crate) const TOOLS: [(&str, &str); 6] = [
+    ("certtool", "gnutls-bin"),
+    ("qemu-img", "qemu-utils"),
+    ("fio", "fio"),
+    ("nbdcopy", "libnbd-bin"),
+    ("setpriv", "util-linux"),
+    ("taskset", "util-linux"),
+];
 
 impl Server {
     /// All that are no part of this project.

@@ -4,9 +4,7 @@
 
 use bytes::{BufMut, BytesMut};
 
-use super::{
-    Directory, Id, MAX_OPTION_DATA, OPTION_HEADER, Progress, ServerHandshake, TlsPolicy, data_length,
-};
+use super::{Directory, Id, MAX_OPTION_DATA, OPTION_HEADER, Progress, ServerHandshake, TlsPolicy, data_length};
 use crate::nbd::wire::{self, TransmissionFlags};
 use crate::nbd::{BlockSizes, Listing};
 

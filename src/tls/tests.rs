@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{IoSlice, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytes::{Buf, BytesMut};
 use proptest::prelude::*;
@@ -18,12 +19,16 @@ pub(crate) struct Certificates {
     pub(crate) directory: tempfile::TempDir,
 }
 
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
 impl Certificates {
     pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, "authority");
+        // Two are two.
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        params.distinguished_name.push(DnType::CommonName, format!("authority {number}"));
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let put = |name: &str, text: String| fs::write(directory.path().join(name), text).unwrap();
         put("ca-cert.pem", authority.pem());

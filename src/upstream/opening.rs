@@ -144,7 +144,9 @@ pub(super) async fn open(uri: &Uri, ask: Ask, limit: Duration) -> Result<(Stream
         loop {
             let outcome = handshake.advance(&mut input, &mut output);
             // Also what is said before a refusal: it may be the goodbye.
-            stream.write_all(&mut output).await?;
+            if let Err(error) = stream.write_all(&mut output).await {
+                return Err(said_before(&stream).await.unwrap_or(error).into());
+            }
             match outcome? {
                 Some(Outcome::StartTls) => {
                     let tls = tls.take().ok_or(OpenFailure::Closed)?;
@@ -162,6 +164,19 @@ pub(super) async fn open(uri: &Uri, ask: Ask, limit: Duration) -> Result<(Stream
         }
     };
     tokio::time::timeout(limit, attempt).await.unwrap_or(Err(OpenFailure::TimedOut))
+}
+
+/// Why a server has hung up, if it has said so by TLS: it refuses a client's certificate when that client thinks that the
+/// handshake is over.
+async fn said_before(stream: &Stream) -> Option<io::Error> {
+    let mut ignored = BytesMut::with_capacity(INPUT);
+    loop {
+        match stream.read_buf(&mut ignored).await {
+            Ok(0) => return None,
+            Ok(_) => ignored.clear(),
+            Err(error) => return (error.kind() == io::ErrorKind::Other).then_some(error),
+        }
+    }
 }
 
 /// The beginning of TLS with the server that a URI names. Its own certificates win over those of this process.

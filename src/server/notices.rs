@@ -51,7 +51,8 @@ impl News {
         let mut text = format!("{NAMESPACE}{kind}=");
         let empty = text.len();
         for uri in uris {
-            let uri = uri.to_string();
+            // Paths of files mean nothing on other hosts.
+            let uri = uri.clone().without_files().to_string();
             let comma = usize::from(text.len() > empty);
             if text.len() + comma + uri.len() > MAX_STRING {
                 break;

@@ -139,7 +139,7 @@ impl Handshake {
                 Ok(Step::Blocked) if !self.state().is_handshaking() => return Ok(Progress::Finished),
                 Ok(Step::Blocked) => {}
                 Err(error) => {
-                    self.drain_output(output);
+                    self.say_why(input, output);
                     return Err(error);
                 }
             }
@@ -166,9 +166,12 @@ impl Handshake {
         }
     }
 
-    /// After a failure: the alert that says why.
-    fn drain_output(&mut self, output: &mut BytesMut) {
-        while let (_, Ok(Step::More)) = self.step(&mut [], output) {}
+    /// After a failure: the alert that says why. The library remembers places in the input, so it is shown the same.
+    fn say_why(&mut self, input: &mut BytesMut, output: &mut BytesMut) {
+        while let (discard, Ok(Step::More)) = self.step(&mut input[..self.given], output) {
+            input.advance(discard);
+            self.given -= discard;
+        }
     }
 
     /// The session that was agreed on.

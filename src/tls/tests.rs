@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{IoSlice, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytes::{Buf, BytesMut};
 use proptest::prelude::*;
@@ -18,12 +19,16 @@ pub(crate) struct Certificates {
     pub(crate) directory: tempfile::TempDir,
 }
 
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
 impl Certificates {
     pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, "authority");
+        // Two are two.
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        params.distinguished_name.push(DnType::CommonName, format!("authority {number}"));
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let put = |name: &str, text: String| fs::write(directory.path().join(name), text).unwrap();
         put("ca-cert.pem", authority.pem());
@@ -249,17 +254,16 @@ fn with_rustls(certificates: &Certificates, kx_cut: usize) -> (rustls::ClientCon
     }
 }
 
-fn take(client: &mut rustls::ClientConnection, sealed: &mut BytesMut) {
+/// Gives the client what was sealed, and what it reads there.
+fn take(client: &mut rustls::ClientConnection, sealed: &mut BytesMut) -> Vec<u8> {
+    let mut plain = Vec::new();
     while !sealed.is_empty() {
         let count = client.read_tls(&mut &sealed[..]).unwrap();
         sealed.advance(count);
         client.process_new_packets().unwrap();
+        // It would wait for more, if it could.
+        let _ = client.reader().read_to_end(&mut plain);
     }
-}
-
-fn received(client: &mut rustls::ClientConnection) -> Vec<u8> {
-    let mut plain = Vec::new();
-    let _ = client.reader().read_to_end(&mut plain);
     plain
 }
 
@@ -280,8 +284,7 @@ fn keys_are_updated_from_both_sides() {
         let mut server_again = Session::restore(saved).unwrap();
         let mut answer = seal(&mut server_again, b"answered", 1000);
         assert_eq!(answer.len(), 8 + 5 + 2 * OVERHEAD);
-        take(&mut client, &mut answer);
-        assert_eq!(received(&mut client), b"answered");
+        assert_eq!(take(&mut client, &mut answer), b"answered");
         server = server_again;
     }
 }
@@ -302,8 +305,7 @@ proptest! {
             let plain: Vec<u8> = (0..length).map(|at| (at % 251) as u8 ^ seed).collect();
             if from_us {
                 let mut sealed = seal(&mut server, &plain, batch);
-                take(&mut client, &mut sealed);
-                prop_assert_eq!(received(&mut client), plain);
+                prop_assert_eq!(take(&mut client, &mut sealed), plain);
             } else {
                 client.writer().write_all(&plain).unwrap();
                 let mut sent = Vec::new();

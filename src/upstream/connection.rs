@@ -443,6 +443,7 @@ impl Driver {
         last.extend_from_slice(&self.output.tail);
         // The server may be gone already, and nobody waits for it any more.
         let _ = tokio::time::timeout(Duration::from_secs(1), self.stream.write_all(&mut last)).await;
+        self.stream.end_tls();
         Ok(())
     }
 }

@@ -53,7 +53,9 @@ pub enum OpenFailure {
     #[error(transparent)]
     Certificates(#[from] CertificateError),
     /// It is named by `nbds://`, and there are no certificates to know it by.
-    #[error("no certificates to verify it with: give --tls-certificates, or tls-certificates=DIRECTORY in the URI")]
+    #[error(
+        "TLS: no certificates to verify it with; give --tls-certificates, or tls-certificates=DIRECTORY in the URI"
+    )]
     NoCertificates,
     /// The TLS handshake failed.
     #[error(transparent)]
@@ -142,7 +144,9 @@ pub(super) async fn open(uri: &Uri, ask: Ask, limit: Duration) -> Result<(Stream
         loop {
             let outcome = handshake.advance(&mut input, &mut output);
             // Also what is said before a refusal: it may be the goodbye.
-            stream.write_all(&mut output).await?;
+            if let Err(error) = stream.write_all(&mut output).await {
+                return Err(said_before(&stream).await.unwrap_or(error).into());
+            }
             match outcome? {
                 Some(Outcome::StartTls) => {
                     let tls = tls.take().ok_or(OpenFailure::Closed)?;
@@ -160,6 +164,19 @@ pub(super) async fn open(uri: &Uri, ask: Ask, limit: Duration) -> Result<(Stream
         }
     };
     tokio::time::timeout(limit, attempt).await.unwrap_or(Err(OpenFailure::TimedOut))
+}
+
+/// Why a server has hung up, if it has said so by TLS: it refuses a client's certificate when that client thinks that the
+/// handshake is over.
+async fn said_before(stream: &Stream) -> Option<io::Error> {
+    let mut ignored = BytesMut::with_capacity(INPUT);
+    loop {
+        match stream.read_buf(&mut ignored).await {
+            Ok(0) => return None,
+            Ok(_) => ignored.clear(),
+            Err(error) => return (error.kind() == io::ErrorKind::Other).then_some(error),
+        }
+    }
 }
 
 /// The beginning of TLS with the server that a URI names. Its own certificates win over those of this process.
@@ -205,6 +222,7 @@ pub(super) async fn part(stream: &Stream, mode: ReplyMode) {
     put_disconnect(&mut output, mode);
     // A server that hangs up first has been told what we wanted to tell it.
     let _ = stream.write_all(&mut output).await;
+    stream.end_tls();
 }
 
 /// How a connection is opened.

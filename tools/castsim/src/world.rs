@@ -381,7 +381,7 @@ impl World {
         let last = self.hearers.iter().filter_map(|hearer| hearer.complete).max().unwrap_or(self.now);
         let peak_of = |times: Vec<Duration>| {
             let in_second = |at: &Duration| {
-                times.iter().filter(|other| (*at..*at + Duration::from_secs(1)).contains(other)).count()
+                times.iter().filter(|other| (*at..*at + Duration::from_secs(1)).contains(*other)).count()
             };
             times.iter().map(in_second).max().unwrap_or(0)
         };

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use headwater::nbd::request::Header;
-use headwater::nbd::wire::{CommandFlags, command};
+use headwater::nbd::wire::command;
 
 use crate::support::cache::{assert_holds, status};
 use crate::support::client::Client;

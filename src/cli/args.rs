@@ -1,6 +1,7 @@
 //! What was typed. Nothing here looks at a file or a socket.
 
 mod access;
+mod daemon;
 mod fill;
 mod servers;
 mod tls;
@@ -9,19 +10,16 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use tracing::level_filters::LevelFilter;
 
 use super::prefetch::args::Prefetch;
 use crate::control::AdminAddress;
-use crate::disk::Preference;
 use crate::image::Format;
 use crate::mirror::CHUNK_SIZES;
 use crate::mirror::policy::Kind as Policy;
 use crate::nbd::Uri;
-use crate::net::ListenAddress;
-use crate::telemetry::LogFormat;
 use crate::units::ByteSize;
 pub(super) use access::AccessRules;
+pub(super) use daemon::{Daemon, Logging};
 pub(super) use fill::Fill;
 pub(super) use servers::{RunningServer, Servers, TokenFile};
 pub(super) use tls::Tls;
@@ -329,121 +327,6 @@ pub(super) struct Parts {
     /// A part of the image (repeatable): A..B, A.. to its end, ..B from its beginning. [default: all of it]
     #[arg(long, value_name = "A..B")]
     pub(super) range: Vec<Span>,
-}
-
-/// What all servers have.
-#[derive(Debug, Args)]
-pub(super) struct Daemon {
-    /// Listen on a TCP address (repeatable): ADDR, ADDR:PORT, [IPV6]:PORT, or :PORT for all addresses. Without --listen,
-    /// --unix and sockets from systemd it is 127.0.0.1:10809.
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub(super) listen: Vec<ListenAddress>,
-    /// Listen on a unix socket (repeatable).
-    #[arg(long, value_name = "PATH")]
-    pub(super) unix: Vec<PathBuf>,
-    /// Threads that serve clients. [default: one for each CPU]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(super) workers: Option<u16>,
-    /// Clients at the same time; more wait until one leaves.
-    #[arg(long, value_name = "N", default_value = "16384", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(super) max_connections: u32,
-    /// How long a client may take to negotiate.
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
-    pub(super) handshake_timeout: Duration,
-    /// Where `headwater status` and the like reach this server: the path of a unix socket, ADDR:PORT with --admin-token,
-    /// or none. [default: PID.sock in the runtime directory, such as /run/headwater]
-    #[arg(long, value_name = "ADDR")]
-    pub(super) admin: Option<AdminChoice>,
-    /// What whoever reaches --admin ADDR:PORT must show: a file with 16 bytes or more that only its owner may read.
-    #[arg(long, value_name = "FILE")]
-    pub(super) admin_token: Option<PathBuf>,
-    /// Other servers of the same tree, which the status page shows beside this one: their --admin addresses, with commas
-    /// between them.
-    #[arg(long, value_name = "ADMIN,...", value_delimiter = ',')]
-    pub(super) neighbours: Vec<AdminAddress>,
-    /// What the neighbours with TCP addresses are shown. [default: the file of --admin-token]
-    #[arg(long, value_name = "FILE")]
-    pub(super) neighbours_token: Option<PathBuf>,
-    /// Take over from a running server, whose clients stay connected: they notice a pause. It is named by the number of
-    /// its process or the path of its socket; left out, it is the only one that runs. If this server cannot start, that
-    /// one goes on.
-    #[arg(long, value_name = "PID|PATH", num_args = 0..=1, require_equals = true, default_missing_value = "")]
-    pub(super) takeover: Option<PathBuf>,
-    /// How files are read and written: io_uring where the kernel allows it, or threads.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub(super) disk_io: DiskIo,
-    #[command(flatten)]
-    pub(super) tls: Tls,
-    /// Take what is not typed from a file: TOML, with the names of these flags as keys (headwater check-config).
-    /// SIGHUP has it read again.
-    #[arg(long, value_name = "FILE")]
-    pub(super) config: Option<PathBuf>,
-    #[command(flatten)]
-    pub(super) access: AccessRules,
-}
-
-#[derive(Debug, Args)]
-pub(super) struct Logging {
-    /// How much to log, to the standard error stream.
-    #[arg(long, global = true, value_enum, default_value = "info", help_heading = "Logging")]
-    log_level: Level,
-    /// How log lines look. [default: text on a terminal, else json]
-    #[arg(long, global = true, value_enum, help_heading = "Logging")]
-    log_format: Option<LogFormatArgument>,
-}
-
-impl Logging {
-    pub(super) fn level(&self) -> LevelFilter {
-        match self.log_level {
-            Level::Off => LevelFilter::OFF,
-            Level::Error => LevelFilter::ERROR,
-            Level::Warn => LevelFilter::WARN,
-            Level::Info => LevelFilter::INFO,
-            Level::Debug => LevelFilter::DEBUG,
-        }
-    }
-
-    pub(super) fn format(&self) -> Option<LogFormat> {
-        self.log_format.map(|format| match format {
-            LogFormatArgument::Text => LogFormat::Text,
-            LogFormatArgument::Json => LogFormat::Json,
-        })
-    }
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Level {
-    Off,
-    Error,
-    Warn,
-    Info,
-    Debug,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum LogFormatArgument {
-    Text,
-    Json,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(super) enum DiskIo {
-    /// io_uring, or threads with a warning.
-    Auto,
-    /// io_uring or nothing.
-    Uring,
-    /// Threads.
-    Threads,
-}
-
-impl From<DiskIo> for Preference {
-    fn from(choice: DiskIo) -> Self {
-        match choice {
-            DiskIo::Auto => Self::Auto,
-            DiskIo::Uring => Self::Uring,
-            DiskIo::Threads => Self::Threads,
-        }
-    }
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -169,6 +169,7 @@ async fn start<E: Exports>(
         Some(protection) if protection.is_required => Security::Tls,
         _ => Security::Plain,
     };
+    let certificates = settings.protection.as_ref().map(|protection| protection.clients.clone());
     let token = token(daemon)?;
     let neighbours = neighbours(daemon)?;
     let own = listen(daemon, &origin.listening()?)?;
@@ -194,7 +195,7 @@ async fn start<E: Exports>(
         if !opening.await? {
             return Ok(None);
         }
-        refuse_strangers(&settings.access.rules(), &registry)?;
+        refuse_strangers(&settings.access.rules(), &registry, settings.protection.is_some())?;
         let server = Server::prepare(Arc::clone(&registry), Arc::clone(&workers), settings);
         if predecessor.is_some() {
             check_homes(&server, &clients)?;
@@ -253,6 +254,7 @@ async fn start<E: Exports>(
         operated: exports.operated(),
         casts: casts.as_ref().map(|(_, casts)| casts.clone()),
         token,
+        certificates,
     };
     let admin = admin.zip(casts.clone()).map(|(listener, (operated, casts))| {
         Admin::start(listener, Site { operated, steering, redirects, casts, listen, neighbours })

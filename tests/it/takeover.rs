@@ -12,11 +12,14 @@ use headwater::nbd::request::Header;
 use headwater::nbd::wire::command;
 
 use crate::support::cache::{assert_holds, status};
+use crate::support::certificates::{Authority, Kind, secured};
 use crate::support::client::Client;
 use crate::support::guest::{HOST, run_in_guest_of};
 use crate::support::link::Link;
 use crate::support::readers::Readers;
-use crate::support::{Daemon, ON_DEMAND, Scratch, append, eventually, headwater, mirror_command, noise, run};
+use crate::support::{
+    Daemon, ON_DEMAND, Scratch, append, eventually, headwater, mirror_command, nbdsh_command, noise, run,
+};
 
 const SIZE: usize = 8 << 20;
 
@@ -329,6 +332,70 @@ fn a_service_manager_keeps_the_connections_over_a_restart() {
     let mut rest = String::new();
     hear.read_to_string(&mut rest).unwrap();
     assert!(manager.wait().unwrap().success(), "{rest}");
+}
+
+/// Reads at random places, and compares with the file beside it, until there is a file called "stop".
+const TLS_READER: &str = r#"
+import os, random
+data = open("a.raw", "rb").read()
+rounds = 0
+while not os.path.exists("stop"):
+    offset = random.randrange(len(data) - 200000)
+    length = random.randrange(1, 200000)
+    assert h.pread(length, offset) == data[offset:offset + length], "wrong bytes"
+    rounds += 1
+    open("rounds", "w").write(str(rounds))
+print("encrypted", h.get_tls_negotiated(), rounds > 0)
+"#;
+
+#[test]
+fn tls_goes_on_in_the_successor() {
+    let scratch = Scratch::new();
+    let (_, image) = a(&scratch);
+    let directory = Authority::new().directory(&scratch, "pki", Kind::default());
+    let command = || {
+        let mut command = serve(&scratch, &image);
+        command.arg("--tls-certificates").arg(&directory).arg("--tls-verify-peer");
+        command
+    };
+    let mut server = Daemon::start(command(), 1, &scratch.path("serve.log"));
+    let uri = secured(server.uri(), &directory);
+    let mut reader = nbdsh_command();
+    reader.args(["-u", &uri, "-c", TLS_READER]).current_dir(scratch.path("")).stdout(Stdio::piped());
+    let reader = reader.spawn().unwrap();
+    let rounds = || fs::read_to_string(scratch.path("rounds")).ok().and_then(|text| text.parse::<u64>().ok());
+    for _ in 0..4 {
+        let before = rounds().unwrap_or(0);
+        eventually("reads through TLS", || rounds() > Some(before + 20));
+        server = replace(&scratch, server, command(), "serve.log");
+        let client = &status(&scratch, &server)["clients"][0];
+        assert!(client["tls"] == true && !client["tls_names"].as_array().unwrap().is_empty(), "{client}");
+    }
+    fs::write(scratch.path("stop"), "").unwrap();
+    let output = reader.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "encrypted True True");
+    server.stop();
+}
+
+#[test]
+fn a_successor_lets_nobody_stay_who_may_not_come() {
+    let scratch = Scratch::new();
+    let (bytes, image) = a(&scratch);
+    let command = |rule: &[&str]| {
+        let mut command = serve(&scratch, &image);
+        command.args(["--listen", "127.0.0.1:0"]).args(rule);
+        command
+    };
+    let server = Daemon::start(command(&[]), 1, &scratch.path("serve.log"));
+    let tcp = server.uri().to_owned();
+    let mut far = Client::open(&tcp);
+    let mut near = Client::open(&format!("nbd+unix:///a?socket={}", scratch.path("serve.sock").display()));
+    assert_eq!(far.read(0, 4096), &bytes[..4096]);
+    let server = replace(&scratch, server, command(&["--allow=192.0.2.0/24"]), "serve.log");
+    assert!(far.socket.is_closed_by_peer());
+    assert_eq!(near.read(0, 4096), &bytes[..4096]);
+    assert!(Client::try_open(&tcp, &[]).is_err());
+    server.stop();
 }
 
 /// Says to whoever connects whether to go on, until it is dropped.

@@ -91,7 +91,11 @@ fn complaints(command: &Command) -> Vec<(&'static str, String)> {
             let read = file.iter().try_for_each(|file| Token::read(file).map(drop));
             note(key, read.map_err(|error| error.to_string()));
         }
+        let protection = daemon.tls.protection();
+        let has_tls = protection.as_ref().is_ok_and(Option::is_some);
+        note("tls-certificates", protection.map(drop).map_err(|error| format!("{error:#}")));
         note("allow", knows_exports(command, daemon));
+        note("require-tls", super::reload::without_tls(&daemon.access.rules(), has_tls));
     }
     faults
 }

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `allow`, `allow-client`, `require-tls` | at once; connections that may not be there any more are closed |
 //! | what `headwater settings` knows | as by that command |
-//! | `admin-token` | the file is read again, also if the key did not change |
+//! | `admin-token`, `tls-certificates` | the files are read again, also if the key did not change |
 //! | everything else | not at all: the log names the keys that wait for a restart |
 //!
 //! A file with anything wrong in it changes nothing. What did not change in the file stays as it is, also if an operator has
@@ -27,7 +27,11 @@ use crate::control::{Operated, Token, TokenCell};
 use crate::export::Registry;
 use crate::export::access::Rules;
 use crate::server::Steering;
+use crate::tls::Clients;
 
+/// Keys of files that are read again whether the key has changed or not.
+#[cfg(test)]
+const FILES: [&str; 2] = ["admin-token", "tls-certificates"];
 /// Keys of rules.
 const RULES: [&str; 3] = ["allow", "allow-client", "require-tls"];
 /// Keys of settings, which have the same names there but for the dashes.
@@ -36,7 +40,7 @@ const SETTINGS: [&str; 6] = ["log-level", "fill-rate", "image-fill-rate", "cache
 /// Whether SIGHUP changes what is behind a key.
 #[cfg(test)]
 pub(in crate::cli) fn is_live(key: &str) -> bool {
-    RULES.contains(&key) || SETTINGS.contains(&key) || key == "admin-token"
+    RULES.contains(&key) || SETTINGS.contains(&key) || FILES.contains(&key)
 }
 
 /// Reads a configuration again. Without one, only what is in files of its own.
@@ -52,6 +56,8 @@ pub(in crate::cli) struct Live {
     pub(in crate::cli) casts: Option<Casts>,
     /// What operators must show by TCP, and where it was read from.
     pub(in crate::cli) token: Option<(TokenCell, PathBuf)>,
+    /// What clients by TLS are shown.
+    pub(in crate::cli) certificates: Option<Clients>,
 }
 
 /// What is to be done, once all of it is known to be sound.
@@ -92,6 +98,9 @@ impl Reloader {
         if let Some((_, path)) = &live.token {
             change.token = Some(Token::read(path)?);
         }
+        if let Some(certificates) = &live.certificates {
+            certificates.reload()?;
+        }
         change.make(live).await?;
         if let (Some((added, _)), Some(origin)) = (read, &mut self.0) {
             origin.added = added;
@@ -109,6 +118,7 @@ impl Change {
             let rules = daemon.access.rules();
             let is_known = |name: &str| live.registry.find(name).is_some_and(|(full, _)| full == name);
             strangers(&rules, is_known).map_err(anyhow::Error::msg)?;
+            warn_of_lockout(&rules, live.certificates.is_some());
             self.rules = Some(rules);
         }
         let has = live.operated.as_ref().map_or_else(Settings::default, |operated| operated.settings());
@@ -152,11 +162,28 @@ pub(in crate::cli) fn strangers(rules: &Rules, is_known: impl Fn(&str) -> bool) 
     if unknown.is_empty() { Ok(()) } else { Err(format!("there is a rule for {unknown:?}, and no such export")) }
 }
 
-/// The same, for a server that starts.
-pub(in crate::cli) fn refuse_strangers(rules: &Rules, registry: &Registry) -> anyhow::Result<()> {
+/// Complains of rules that nobody could ever meet.
+pub(in crate::cli) fn without_tls(rules: &Rules, has_tls: bool) -> Result<(), String> {
+    let names_nobody = rules.names.all.is_empty() && rules.names.of.is_empty();
+    if has_tls || rules.tls.is_empty() && names_nobody {
+        return Ok(());
+    }
+    Err("--require-tls and --allow-client keep everybody out where there is no TLS: see --tls-certificates".to_owned())
+}
+
+/// Nobody is let in who should not be, so it is no error of a server.
+fn warn_of_lockout(rules: &Rules, has_tls: bool) {
+    if let Err(why) = without_tls(rules, has_tls) {
+        tracing::warn!("{why}");
+    }
+}
+
+/// Complains of what rules say that makes no sense at a server that starts.
+pub(in crate::cli) fn refuse_strangers(rules: &Rules, registry: &Registry, has_tls: bool) -> anyhow::Result<()> {
     let is_known = |name: &str| registry.find(name).is_some_and(|(full, _)| full == name);
     let known = strangers(rules, is_known);
     ensure!(known.is_ok(), known.err().unwrap_or_default());
+    warn_of_lockout(rules, has_tls);
     Ok(())
 }
 

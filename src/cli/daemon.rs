@@ -182,8 +182,8 @@ async fn start<E: Exports>(
     if predecessor.is_some() {
         crash_point("takeover-taken");
     }
-    retire(&mut passed, daemon);
-    let listeners: Vec<_> = own.into_iter().chain(passed).collect();
+    let unwanted = retire(&mut passed, daemon);
+    let mut listeners: Vec<_> = own.into_iter().chain(passed).collect();
     let registry = Arc::new(Registry::new());
     let opening = async {
         tokio::select! {
@@ -233,6 +233,12 @@ async fn start<E: Exports>(
             "took over from another server"
         );
         notify_manager(&sd_notify::NotifyState::MainPid(std::process::id()));
+    }
+    listeners.iter_mut().for_each(Listener::adopt);
+    for mut listener in unwanted {
+        tracing::info!(%listener, "not listening any more");
+        // With it goes its socket file.
+        listener.adopt();
     }
     shutters.exports.iter().for_each(|export| steering.gate.shut(Some(export)));
     if shutters.all {
@@ -384,16 +390,13 @@ fn check_homes(server: &Server, clients: &[(Detached, Frozen)]) -> anyhow::Resul
     Ok(())
 }
 
-/// Closes listening sockets that are not wanted any more.
-fn retire(passed: &mut Vec<Listener>, daemon: &Daemon) {
+/// Takes out the listening sockets that are not wanted any more.
+fn retire(passed: &mut Vec<Listener>, daemon: &Daemon) -> Vec<Listener> {
     let wanted: Vec<_> = addresses(daemon).iter().map(ToString::to_string).collect();
-    passed.retain(|listener| {
-        let stays = listener.asked().is_none_or(|asked| wanted.is_empty() || wanted.iter().any(|one| one == asked));
-        if !stays {
-            tracing::info!(%listener, "not listening any more");
-        }
-        stays
-    });
+    let is_unwanted = |listener: &mut Listener| {
+        listener.asked().is_some_and(|asked| !wanted.is_empty() && wanted.iter().all(|one| one != asked))
+    };
+    passed.extract_if(.., is_unwanted).collect()
 }
 
 /// The other servers of its tree.

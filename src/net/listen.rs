@@ -104,6 +104,8 @@ pub enum BindError {
 pub struct Listener {
     kind: Kind,
     asked: Option<String>,
+    /// Device and inode of a socket file that is another server's until this one has taken over.
+    left: Option<(u64, u64)>,
 }
 
 /// What another process must know of a listening socket beside its descriptor.
@@ -155,7 +157,7 @@ impl Listener {
     }
 
     /// Takes a socket that listens already, if it is one: from the service manager, or from another process, which has
-    /// said what it is. Gives the descriptor back if it is none.
+    /// said what it is, and whose socket file it is until [`Self::adopt`]. Gives the descriptor back if it is none.
     pub fn from_fd(socket: OwnedFd, known: Option<ListeningAt>) -> io::Result<Result<Self, OwnedFd>> {
         let found = SockRef::from(&socket);
         if !found.is_listener().unwrap_or(false) {
@@ -169,11 +171,20 @@ impl Listener {
             let address = socket.local_addr()?;
             let path = address.as_pathname().map(Path::to_owned).or_else(|| abstract_path(&address));
             let path = path.unwrap_or_default();
-            Kind::Unix { socket: UnixListener::from_std(socket)?, path, made: known.made }
+            Kind::Unix { socket: UnixListener::from_std(socket)?, path, made: None }
         } else {
             Kind::Tcp(TcpListener::from_std(socket.into())?)
         };
-        Ok(Ok(Self { kind, asked: known.asked }))
+        Ok(Ok(Self { kind, asked: known.asked, left: known.made }))
+    }
+
+    /// From now on the socket file of another server is this one's, which removes it at the end.
+    pub fn adopt(&mut self) {
+        if let Kind::Unix { made, .. } = &mut self.kind
+            && let Some(left) = self.left.take()
+        {
+            *made = Some(left);
+        }
     }
 
     /// The address that the operator wrote; `None` for a socket of the service manager.
@@ -189,7 +200,7 @@ impl Listener {
         };
         let made = match &mut self.kind {
             Kind::Tcp(_) => None,
-            Kind::Unix { made, .. } => made.take(),
+            Kind::Unix { made, .. } => made.take().or(self.left),
         };
         Ok((socket, ListeningAt { asked: self.asked.take(), made }))
     }
@@ -286,7 +297,7 @@ fn bind_tcp(address: SocketAddr) -> io::Result<Listener> {
     socket.set_reuse_address(true)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    Ok(Listener { kind: Kind::Tcp(TcpListener::from_std(socket.into())?), asked: None })
+    Ok(Listener { kind: Kind::Tcp(TcpListener::from_std(socket.into())?), asked: None, left: None })
 }
 
 fn bind_unix(path: &Path) -> Result<Listener, BindError> {
@@ -309,7 +320,7 @@ fn bind_unix(path: &Path) -> Result<Listener, BindError> {
     }
     .map_err(failed)?;
     let made = fs::symlink_metadata(path).map(|file| (file.dev(), file.ino())).ok();
-    Ok(Listener { kind: Kind::Unix { socket, path: path.to_owned(), made }, asked: None })
+    Ok(Listener { kind: Kind::Unix { socket, path: path.to_owned(), made }, asked: None, left: None })
 }
 
 /// Removes a socket file that a dead server left.

@@ -238,8 +238,9 @@ fn a_signal_starts_the_successor() {
     readers.stop();
     let run = scratch.path("run");
     let sockets = || fs::read_dir(&run).unwrap().filter_map(|entry| entry.unwrap().path().to_str().map(str::to_owned));
-    let pid = sockets().find_map(|path| path.strip_suffix(".takeover")?.rsplit('/').next()?.parse::<u32>().ok());
-    let pid = pid.expect("the successor has its place").to_string();
+    let place = || sockets().find_map(|path| path.strip_suffix(".takeover")?.rsplit('/').next()?.parse::<u32>().ok());
+    eventually("the place of the successor", || place().is_some());
+    let pid = place().unwrap().to_string();
     crate::support::run(Command::new("kill").arg(&pid));
     eventually("the end of the successor", || !Path::new(&format!("/proc/{pid}/exe")).exists());
     assert!(!scratch.path("serve.sock").exists());

@@ -184,6 +184,9 @@ async fn start<E: Exports>(
     }
     let unwanted = retire(&mut passed, daemon);
     let mut listeners: Vec<_> = own.into_iter().chain(passed).collect();
+    // The first one is the one by which the server is called.
+    let wanted: Vec<_> = addresses(daemon).iter().map(ToString::to_string).collect();
+    listeners.sort_by_key(|listener| listener.asked().map(|asked| wanted.iter().position(|one| one == asked)));
     let registry = Arc::new(Registry::new());
     let opening = async {
         tokio::select! {

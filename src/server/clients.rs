@@ -207,6 +207,16 @@ impl ClientTable {
 
     /// Adds a client, who stays until what this gives is dropped.
     pub(super) fn enter(&self, newcomer: Newcomer) -> Entry {
+        self.enter_as(newcomer, None)
+    }
+
+    /// Sees to it that nobody else gets the number of a client of the predecessor.
+    pub(super) fn reserve(&self, id: u64) {
+        let mut table = self.lock();
+        table.count = table.count.max(id);
+    }
+
+    fn enter_as(&self, newcomer: Newcomer, id: Option<u64>) -> Entry {
         let Newcomer { peer, export, mirror, connection, is_relay, visitor } = newcomer;
         let client = Arc::new(Client {
             is_remote: is_remote(&peer),
@@ -224,15 +234,17 @@ impl ClientTable {
             before: OnceLock::new(),
         });
         let mut table = self.lock();
-        table.count += 1;
-        let id = table.count;
+        let id = id.filter(|id| !table.clients.contains_key(id)).unwrap_or_else(|| {
+            table.count += 1;
+            table.count
+        });
         table.clients.insert(id, Arc::clone(&client));
         Entry { table: self.clone(), id, client }
     }
 
     /// Adds a client of the predecessor, with what it has done there.
     pub(super) fn enter_again(&self, newcomer: Newcomer, done: &Done) -> Entry {
-        let entry = self.enter(newcomer);
+        let entry = self.enter_as(newcomer, Some(done.id));
         let counts = entry.counts();
         let all = [
             (&counts.requests, done.requests),
@@ -311,9 +323,10 @@ impl Client {
     }
 
     /// What it has done so far, for a successor.
-    pub(super) fn done(&self) -> Done {
+    pub(super) fn done(&self, id: u64) -> Done {
         let counts = &self.counts;
         Done {
+            id,
             connected_seconds: self.connected().as_secs_f64(),
             requests: counts.requests.get(),
             read_bytes: counts.read_bytes.get(),
@@ -382,6 +395,10 @@ pub(super) struct Entry {
 }
 
 impl Entry {
+    pub(super) const fn id(&self) -> u64 {
+        self.id
+    }
+
     pub(super) const fn client(&self) -> &Arc<Client> {
         &self.client
     }

@@ -196,7 +196,7 @@ fn freeze(stream: Stream, session: &Session, client: &Known, entry: &Entry, rest
         is_relay: client.is_relay,
         relayed_to: entry.client().relayed_to(),
         agreed: Agreed::of(&session.rules, &session.contexts),
-        done: entry.client().done(),
+        done: entry.client().done(entry.id()),
         input: Blob(rest.input),
         output: Blob(rest.output),
         held: Blob(rest.held),

@@ -105,6 +105,9 @@ pub enum FrozenMode {
 /// What a client has done, for operators.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Done {
+    /// The number by which operators know the client.
+    #[serde(default)]
+    pub id: u64,
     /// For how long it has been connected.
     pub connected_seconds: f64,
     /// Requests taken.

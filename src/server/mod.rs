@@ -261,6 +261,7 @@ impl Server {
             return tracing::warn!(peer = frozen.peer, "too many connections: closing one of the predecessor");
         };
         let shared = Arc::clone(&self.shared);
+        shared.steering.clients.reserve(frozen.done.id);
         let serve = move || async move {
             let _slot = slot;
             match socket.assemble(frozen.tls.take()) {

@@ -338,6 +338,8 @@ fn a_service_manager_keeps_the_connections_over_a_restart() {
 /// Reads at random places, and compares with the file beside it, until there is a file called "stop".
 const TLS_READER: &str = r#"
 import os, random
+h.set_uri_allow_local_file(True)
+h.connect_uri(URI)
 data = open("a.raw", "rb").read()
 rounds = 0
 while not os.path.exists("stop"):
@@ -362,7 +364,7 @@ fn tls_goes_on_in_the_successor() {
     let mut server = Daemon::start(command(), 1, &scratch.path("serve.log"));
     let uri = secured(server.uri(), &directory);
     let mut reader = nbdsh_command();
-    reader.args(["-u", &uri, "-c", TLS_READER]).current_dir(scratch.path("")).stdout(Stdio::piped());
+    reader.arg("-c").arg(format!("URI = {uri:?}\n{TLS_READER}")).current_dir(scratch.path("")).stdout(Stdio::piped());
     let reader = reader.spawn().unwrap();
     let rounds = || fs::read_to_string(scratch.path("rounds")).ok().and_then(|text| text.parse::<u64>().ok());
     for _ in 0..4 {

@@ -62,6 +62,9 @@ pub(super) trait Exports {
 
     /// Makes everything durable, once there are no clients any more.
     async fn settle(&self, registry: &Registry, workers: &Workers, ending: Ending) -> anyhow::Result<()>;
+
+    /// Lets another process have what is locked. After that nothing is asked any more.
+    fn release(&self);
 }
 
 /// Why exports are closed.
@@ -321,8 +324,9 @@ async fn pack<E: Exports>(running: Running<E>) -> anyhow::Result<Belongings> {
     if let Err(error) = settle(&exports, &registry, &workers, Ending::Takeover).await {
         tracing::error!(error = format!("{error:#}"), "not everything is durable");
     }
-    drop((exports, registry));
+    drop(registry);
     close_workers(workers).await;
+    exports.release();
     Ok(belongings)
 }
 

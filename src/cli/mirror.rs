@@ -139,6 +139,12 @@ impl Exports for Images {
         }
     }
 
+    fn release(&self) {
+        if let Some(mirrors) = &self.mirrors {
+            mirrors.release();
+        }
+    }
+
     async fn settle(&self, _: &Registry, workers: &Workers, ending: Ending) -> anyhow::Result<()> {
         let fetches = if ending == Ending::Takeover { TAKEOVER_FETCHES } else { mirror::LAST_FETCHES };
         if let Some(mirrors) = &self.mirrors {

@@ -105,6 +105,8 @@ impl Exports for Images {
 
     async fn make_ready(&self, _: &Workers) {}
 
+    fn release(&self) {}
+
     async fn settle(&self, registry: &Registry, workers: &Workers, ending: Ending) -> anyhow::Result<()> {
         let indexing = self.indexing.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(indexing) = indexing {

@@ -136,6 +136,13 @@ impl File {
         }
     }
 
+    /// Gives the lock back while the file stays open.
+    pub fn unlock(&self) {
+        if let Err(error) = rustix::fs::flock(&self.fd, rustix::fs::FlockOperation::Unlock) {
+            tracing::warn!(path = %self.path.display(), %error, "cannot give a lock back");
+        }
+    }
+
     /// Sets the size of a regular file. Blocks.
     pub fn set_size(&mut self, size: u64) -> io::Result<()> {
         rustix::fs::ftruncate(&self.fd, size)?;

@@ -329,6 +329,12 @@ impl Mirror {
         self.0.save_heat().await;
     }
 
+    /// Lets another process have the directory. For when this is settled and nothing asks it any more, but for what
+    /// keeps it in memory.
+    pub fn release(&self) {
+        self.0.store.release();
+    }
+
     /// Names this cache.
     pub fn node(&self) -> NodeId {
         self.0.header.node

@@ -260,7 +260,7 @@ pub(super) struct Store {
     /// The sequence of each page's newest version. Locked for a moment only.
     sequences: Mutex<Vec<u64>>,
     /// Dropped last: until then nobody else may touch the files.
-    _lock: File,
+    lock: File,
 }
 
 /// What was found in a cache.
@@ -320,8 +320,13 @@ impl Store {
         let loaded =
             Loaded { unnamed_bytes: reclaim(&data, geometry, &states).map_err(failed("tidy", &data_path))?, ..loaded };
         let sequences = Mutex::new(sequences);
-        let store = Self { directory, geometry, data: Arc::new(data), map, sequences, _lock: lock };
+        let store = Self { directory, geometry, data: Arc::new(data), map, sequences, lock };
         Ok((store, states, loaded))
+    }
+
+    /// Lets another process have the directory.
+    pub(super) fn release(&self) {
+        self.lock.unlock();
     }
 
     /// Refuses a file system that cannot take back a part of a file: a limit could not be kept there. Blocks.

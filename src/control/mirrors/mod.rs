@@ -357,6 +357,13 @@ impl Mirrors {
         join_all(generations.iter().map(|generation| generation.settle(workers, fetches))).await;
     }
 
+    /// Lets another process have the caches. For when all is settled, and the workers have ended.
+    pub fn release(&self) {
+        let generations = std::mem::take(&mut *self.generations());
+        generations.iter().for_each(|generation| generation.mirror.release());
+        self.0.orders.release();
+    }
+
     /// Makes durable what is here, while clients are served: less is left to do at the end.
     pub async fn flush(&self, workers: &Workers) {
         let generations = self.generations().clone();

@@ -238,6 +238,15 @@ impl Orders {
         self.0.changed.send_modify(|count| *count += 1);
     }
 
+    /// Lets another process have the table. For when nothing takes or ends orders here any more.
+    pub fn release(&self) {
+        if let Some(lock) = &self.0.file.lock
+            && let Err(error) = rustix::fs::flock(lock, rustix::fs::FlockOperation::Unlock)
+        {
+            tracing::warn!(%error, "cannot give the lock of the orders back");
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -58,7 +58,7 @@ pub(super) trait Exports {
     fn state(&self, listeners: &[Listener]) -> Option<StatePlace>;
 
     /// Does what can be done before a takeover while clients are served, so that they wait for less.
-    async fn make_ready(&self, workers: &Workers);
+    async fn make_ready(&self, registry: &Registry, workers: &Workers);
 
     /// Makes everything durable, once there are no clients any more.
     async fn settle(&self, registry: &Registry, workers: &Workers, ending: Ending) -> anyhow::Result<()>;
@@ -118,6 +118,15 @@ struct Running<E> {
     live: Live,
 }
 
+impl<E: Exports> Running<E> {
+    async fn make_ready(&self) {
+        let ready = self.exports.make_ready(&self.registry, &self.workers);
+        if tokio::time::timeout(SETTLE, ready).await.is_err() {
+            tracing::warn!("not waiting for a slow disk before a takeover");
+        }
+    }
+}
+
 async fn serve<E: Exports>(
     daemon: &Daemon,
     role: Role,
@@ -146,7 +155,7 @@ async fn serve<E: Exports>(
             },
             () = &mut reloading => {}
             successor = succession.next(&running.listening) => {
-                running.exports.make_ready(&running.workers).await;
+                running.make_ready().await;
                 let since = clock::now();
                 if let Err(busy) = running.server.hold().await {
                     tracing::warn!(%busy, "cannot be replaced now");
@@ -369,7 +378,7 @@ async fn hand_over<E: Exports>(running: Running<E>, successor: Successor, since:
 
 /// Leaves everything to the service manager, or ends well if it does not take it.
 async fn leave_to_manager<E: Exports>(mut running: Running<E>, signals: &mut Signals) -> anyhow::Result<End> {
-    running.exports.make_ready(&running.workers).await;
+    running.make_ready().await;
     if let Err(busy) = running.server.hold().await {
         tracing::warn!(%busy, "the connections cannot be kept");
         return end(running, signals).await;

@@ -133,7 +133,7 @@ impl Exports for Images {
         self.mirrors.as_ref().map(Mirrors::state_place)
     }
 
-    async fn make_ready(&self, workers: &Workers) {
+    async fn make_ready(&self, _: &Registry, workers: &Workers) {
         if let Some(mirrors) = &self.mirrors {
             mirrors.flush(workers).await;
         }

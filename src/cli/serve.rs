@@ -103,7 +103,12 @@ impl Exports for Images {
         Some(StatePlace { directory, name, space: None })
     }
 
-    async fn make_ready(&self, _: &Workers) {}
+    async fn make_ready(&self, registry: &Registry, workers: &Workers) {
+        // What a crash of the machine would lose is not more for a takeover, and is less at the end of a service.
+        if let Err(error) = flush_all(registry, workers).await {
+            tracing::warn!(error = format!("{error:#}"), "not everything could be flushed before a takeover");
+        }
+    }
 
     fn release(&self) {}
 
@@ -112,15 +117,16 @@ impl Exports for Images {
         if let Some(indexing) = indexing {
             tokio::task::spawn_blocking(|| indexing.stop()).await?;
         }
-        if ending == Ending::Takeover {
-            return Ok(());
-        }
-        let flushes = registry.all().into_iter().map(|(name, export)| async move {
-            let result = workers.ask(move || async move { export.flush().await.map_err(|error| error.chain()) }).await;
-            let result = result.unwrap_or_else(|| Err("its worker died".into())).map_err(anyhow::Error::msg);
-            result.with_context(|| format!("cannot flush {name:?}: writes may be lost"))
-        });
-        // All of them, also when one fails.
-        join_all(flushes).await.into_iter().collect()
+        if ending == Ending::Takeover { Ok(()) } else { flush_all(registry, workers).await }
     }
+}
+
+/// Flushes all exports, also when one fails.
+async fn flush_all(registry: &Registry, workers: &Workers) -> anyhow::Result<()> {
+    let flushes = registry.all().into_iter().map(|(name, export)| async move {
+        let result = workers.ask(move || async move { export.flush().await.map_err(|error| error.chain()) }).await;
+        let result = result.unwrap_or_else(|| Err("its worker died".into())).map_err(anyhow::Error::msg);
+        result.with_context(|| format!("cannot flush {name:?}: writes may be lost"))
+    });
+    join_all(flushes).await.into_iter().collect()
 }

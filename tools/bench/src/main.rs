@@ -255,7 +255,7 @@ mod tests {
         assert!(chosen(&["--cases", "7"]).unwrap().iter().all(|case| case.group == 7));
         let few = chosen(&["--cases", "2,nbdcopy"]).unwrap();
         assert!(few.iter().all(|case| case.group == 2 || case.name.contains("nbdcopy")));
-        assert!(few.len() == 4 && few.len() < chosen(&[]).unwrap().len());
+        assert!(few.len() >= 4 && few.len() < chosen(&[]).unwrap().len());
         assert!(chosen(&["--quick"]).unwrap().len() < 10);
         assert!(chosen(&["--cases", "no such word"]).is_err());
     }

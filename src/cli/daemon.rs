@@ -89,8 +89,10 @@ pub(super) fn run<E: Exports>(
         // From here on a signal is an order to end well.
         let mut signals = Signals::new()?;
         let mut origin = Origin::of_process(daemon.takeover.as_ref(), role).await?;
+        // It stays over a successor that fails: the next one may come at once.
+        let mut succession = Succession::new(role);
         loop {
-            match serve(&daemon, role, exports()?, origin, &mut signals, &reloader).await? {
+            match serve(&daemon, exports()?, origin, &mut signals, &mut succession, &reloader).await? {
                 End::Over => return Ok(()),
                 End::GoesOn(belongings) => origin = Origin::Left { belongings, managers: Vec::new() },
             }
@@ -129,15 +131,15 @@ impl<E: Exports> Running<E> {
 
 async fn serve<E: Exports>(
     daemon: &Daemon,
-    role: Role,
     exports: E,
     origin: Origin,
     signals: &mut Signals,
+    succession: &mut Succession,
     reloader: &Reloader,
 ) -> anyhow::Result<End> {
     let hangup = signal(SignalKind::hangup())?;
     let Some(mut running) = start(daemon, exports, origin, signals).await? else { return Ok(End::Over) };
-    let mut succession = Succession::new(role);
+    succession.open();
     let mut reloading = Box::pin(reloader.clone().run(hangup, running.live.clone()));
     loop {
         tokio::select! {
@@ -162,7 +164,7 @@ async fn serve<E: Exports>(
                     successor.stop(&busy.to_string()).await;
                     continue;
                 }
-                drop((succession, reloading));
+                drop(reloading);
                 return hand_over(running, successor, since).await;
             }
         }

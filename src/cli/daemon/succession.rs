@@ -102,13 +102,21 @@ pub(super) struct Succession {
 }
 
 impl Succession {
+    /// Of a server of this kind.
+    pub(super) const fn new(role: Role) -> Self {
+        Self { role, waiting: None, hearing: None }
+    }
+
     /// Waits for candidates where they look for this server. Without such a place SIGUSR2 is left.
-    pub(super) fn new(role: Role) -> Self {
+    pub(super) fn open(&mut self) {
+        if self.waiting.is_some() {
+            return;
+        }
         let place = Surroundings::of_process().takeover_place(std::process::id());
-        let waiting = place.and_then(Waiting::at).map_err(|error| {
-            tracing::debug!(%error, "no place for successors");
-        });
-        Self { role, waiting: waiting.ok(), hearing: None }
+        match place.and_then(Waiting::at) {
+            Ok(waiting) => self.waiting = Some(waiting),
+            Err(error) => tracing::debug!(%error, "no place for successors"),
+        }
     }
 
     /// Starts a successor: the program that is at the place of this one now, with the same arguments.

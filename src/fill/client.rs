@@ -109,6 +109,10 @@ impl Export for Filled {
         result
     }
 
+    fn file_id(&self) -> Option<[u64; 2]> {
+        None
+    }
+
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
         let is_news = self.is_news(range);
         let found = self.image.mirror.in_file(range);

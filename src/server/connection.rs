@@ -151,8 +151,8 @@ struct Known {
 async fn transmit(transmission: Transmission, session: &Session, entry: Entry, client: Known, shared: &Shared) {
     let Left { stream, end, rest } = transmission.run().await;
     if let (End::Frozen, Some(rest)) = (&end, rest) {
-        // Nobody takes it if the server has given up waiting.
-        let _ = shared.frozen.send(freeze(stream, session, &client, &entry, rest));
+        // There is room for all. Nobody takes it if the server has given up waiting.
+        let _ = shared.frozen.try_send(freeze(stream, session, &client, &entry, rest));
         return;
     }
     let Counts { requests, read_bytes, written_bytes, errors, .. } = &**entry.counts();

@@ -134,7 +134,7 @@ pub struct Server {
     accepting: JoinSet<Listener>,
     /// Those that have done so.
     closed: Vec<Listener>,
-    thawed: mpsc::UnboundedReceiver<(OwnedFd, Frozen)>,
+    thawed: mpsc::Receiver<(OwnedFd, Frozen)>,
 }
 
 /// What all connections share.
@@ -145,7 +145,7 @@ struct Shared {
     budget: Arc<SharedBudget>,
     stages: watch::Receiver<Stage>,
     muster: Arc<Muster>,
-    frozen: mpsc::UnboundedSender<(OwnedFd, Frozen)>,
+    frozen: mpsc::Sender<(OwnedFd, Frozen)>,
     steering: Steering,
     lobby: Lobby,
 }
@@ -162,8 +162,9 @@ impl Server {
     /// A server that has no listeners yet.
     pub fn prepare(registry: Arc<Registry>, workers: Arc<Workers>, settings: Settings) -> Self {
         let (stage, stages) = watch::channel(Stage::Serving);
-        let (frozen, thawed) = mpsc::unbounded_channel();
-        let slots = Arc::new(Semaphore::new(settings.max_connections.clamp(1, Semaphore::MAX_PERMITS)));
+        let most = settings.max_connections.clamp(1, Semaphore::MAX_PERMITS);
+        let (frozen, thawed) = mpsc::channel(most);
+        let slots = Arc::new(Semaphore::new(most));
         let budget = Arc::new(SharedBudget::new(settings.shared_bytes));
         let steering = Steering { access: settings.access.clone(), ..Steering::default() };
         let (muster, lobby) = (Arc::default(), Lobby::of(settings.max_connections));

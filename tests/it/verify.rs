@@ -104,7 +104,8 @@ fn a_served_image_is_held_against_its_manifest() {
 
 /// Sends SIGINT once the only server of `scratch` has a third job, which is the one of `child`.
 fn interrupt_when_running(scratch: &Scratch, child: &std::process::Child) {
-    let socket = fs::read_dir(scratch.path("run")).unwrap().next().unwrap().unwrap().path();
+    let mut places = fs::read_dir(scratch.path("run")).unwrap().map(|entry| entry.unwrap().path());
+    let socket = places.find(|path| path.extension().is_some_and(|extension| extension == "sock")).unwrap();
     let client =
         || run(Command::new("curl").args(["-s", "--unix-socket"]).arg(&socket).arg("http://localhost/v1/jobs/3"));
     eventually("the job", || client().contains("running"));

@@ -156,6 +156,10 @@ impl Export for Relay {
         if self.is_back() { self.old.try_read(range, output) } else { TryRead::Wait }
     }
 
+    fn file_id(&self) -> Option<[u64; 2]> {
+        None
+    }
+
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
         if self.is_back() { self.old.in_file(range) } else { None }
     }

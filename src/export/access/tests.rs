@@ -106,7 +106,7 @@ proptest! {
         let network: Network = format!("{network}/{bits}").parse().unwrap();
         let mut alone = [Rules::default(), Rules::default(), Rules::default()];
         alone[0].addresses.add(Some("x"), vec![network]);
-        alone[1].names.add(Some("x"), vec![wanted.clone()]);
+        alone[1].names.add(Some("x"), vec![wanted]);
         alone[2].tls.extend(tls.then(|| "x".to_owned()));
         let mut all = alone[0].clone();
         all.names = alone[1].names.clone();

@@ -56,6 +56,10 @@ impl Export for Fault {
         TryRead::Wait
     }
 
+    fn file_id(&self) -> Option<[u64; 2]> {
+        self.below.file_id()
+    }
+
     fn in_file(&self, _: ByteRange) -> Option<FileRange> {
         None
     }

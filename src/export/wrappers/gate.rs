@@ -62,6 +62,10 @@ impl Export for Gate {
         if self.passes.is_closed() { self.below.try_read(range, output) } else { TryRead::Wait }
     }
 
+    fn file_id(&self) -> Option<[u64; 2]> {
+        self.below.file_id()
+    }
+
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
         if self.passes.is_closed() { self.below.in_file(range) } else { None }
     }

@@ -71,6 +71,10 @@ impl Export for Record {
         result
     }
 
+    fn file_id(&self) -> Option<[u64; 2]> {
+        self.below.file_id()
+    }
+
     fn in_file(&self, range: ByteRange) -> Option<FileRange> {
         let place = self.below.in_file(range);
         if place.is_some() {

@@ -405,6 +405,8 @@ fn a_successor_lets_nobody_stay_who_may_not_come() {
 struct GoOn {
     is_over: Arc<AtomicBool>,
     port: u16,
+    /// Hears of each who asks.
+    asked: std::sync::Mutex<std::sync::mpsc::Receiver<()>>,
 }
 
 impl GoOn {
@@ -413,14 +415,23 @@ impl GoOn {
         let port = listener.local_addr().unwrap().port();
         let is_over = Arc::<AtomicBool>::default();
         let over = Arc::clone(&is_over);
+        let (say, asked) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             for socket in listener.incoming() {
+                // Nobody may want to know.
+                let _ = say.send(());
                 let word = if over.load(Ordering::Relaxed) { "stop" } else { "go" };
                 // A guest that is switched off does not listen.
                 let _ = socket.and_then(|mut socket| writeln!(socket, "{word}"));
             }
         });
-        Self { is_over, port }
+        Self { is_over, port, asked: std::sync::Mutex::new(asked) }
+    }
+
+    /// Waits until somebody has asked, which is when a guest has started.
+    fn wait(&self) {
+        let asked = self.asked.lock().unwrap().recv_timeout(std::time::Duration::from_secs(90));
+        assert!(asked.is_ok(), "the guest does not start");
     }
 
     fn is_over(&self) -> bool {
@@ -515,6 +526,7 @@ fn a_virtual_machine_a_kernel_and_copies_go_on_over_twenty_successors() {
         });
         let writer = scope.spawn(|| write_and_compare(&log, &go_on));
         let readers = Readers::start([&*uri, &tcp, &uri], &bytes);
+        go_on.wait();
         eventually("the guest's disks", || {
             assert!(!guest.is_finished(), "the guest has failed");
             let status = status(&scratch, &server);

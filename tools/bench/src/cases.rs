@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use load::children::{Cpus, Guard};
 
-use crate::clients::{self, Fio, QemuImg, Unit, load};
+use crate::clients::{self, Fio, Unit, load};
 use crate::servers::{Mirror, Place, Programs, Running, Server, Transport, upstream};
 use crate::table::Sample;
 
@@ -44,8 +44,6 @@ enum Client {
     Load(&'static [&'static str]),
     Fio(Fio),
     Nbdcopy,
-    /// By TLS.
-    QemuImg(QemuImg),
 }
 
 /// Which file a server has: one for reads, and one that may be written to.
@@ -174,16 +172,16 @@ fn writes() -> Vec<Case> {
     ]
 }
 
-/// The same by TLS. The client is qemu or libnbd, whose TLS is GnuTLS, and costs more than any server's.
+/// The same by TLS. The client is libnbd, whose TLS is GnuTLS, and costs more than any server's.
 fn protected() -> Vec<Case> {
     use Unit::{Megabytes, Requests};
     let case = |name, unit, client| serve(9, name, unit, client, Transport::Tls);
-    let reads = |size, depth, count| Client::QemuImg(QemuImg { size, depth, count });
+    let reads = |size, depth| Client::Fio(Fio { rw: "randread", size, depth });
     vec![
-        case("TLS: 4K reads, depth 1, qemu-img", Requests, reads(4096, 1, 20_000)),
-        case("TLS: 4K reads, depth 32, qemu-img", Requests, reads(4096, 32, 60_000)).quick(),
-        case("TLS: 64K reads, depth 8, qemu-img", Megabytes, reads(65_536, 8, 12_000)),
-        case("TLS: 1M reads, depth 8, qemu-img", Megabytes, reads(1 << 20, 8, 1000)),
+        case("TLS: 4K reads, depth 1, fio", Requests, reads(4096, 1)),
+        case("TLS: 4K reads, depth 32, fio", Requests, reads(4096, 32)).quick(),
+        case("TLS: 64K reads, depth 8, fio", Megabytes, reads(65_536, 8)),
+        case("TLS: 1M reads, depth 8, fio", Megabytes, reads(1 << 20, 8)),
         case("TLS: nbdcopy to null:", Megabytes, Client::Nbdcopy),
         case("TLS: nbdcopy to null:, both CPUs", Megabytes, Client::Nbdcopy).on(Cpus::Free, Image::Read),
     ]
@@ -324,10 +322,6 @@ impl Bench {
             Client::Load(words) => self.load_for_a_while(cpus, &running, words, unit)?,
             Client::Fio(fio) => clients::fio(fio, cpus, &uri, pid, self.time, bytes)?.sample(unit),
             Client::Nbdcopy => clients::nbdcopy(cpus, &uri, pid, bytes)?.sample(unit),
-            Client::QemuImg(bench) => {
-                let place = running.place();
-                clients::qemu_img(bench, cpus, place.certificates(), place.port(), pid)?.sample(unit)
-            }
         })
     }
 

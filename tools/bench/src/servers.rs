@@ -243,14 +243,6 @@ impl Place {
     }
 
     /// Where the certificates are, of clients too.
-    pub(crate) fn certificates(&self) -> &Path {
-        &self.directory
-    }
-
-    pub(crate) const fn port(&self) -> u16 {
-        self.port
-    }
-
     fn file(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
@@ -440,10 +432,6 @@ impl Running {
 
     pub(crate) fn pid(&self) -> u32 {
         self.guard.pid()
-    }
-
-    pub(crate) const fn place(&self) -> &Place {
-        &self.place
     }
 }
 

@@ -371,7 +371,7 @@ async fn hand_over<E: Exports>(running: Running<E>, successor: Successor, since:
             Ok(End::Over)
         }
         Err(error) => {
-            tracing::error!(process, error = %chain(&error), "the successor cannot go on: this server does");
+            tracing::error!(process, error = %chain(error), "the successor cannot go on: this server does");
             successor.stop("this server goes on").await;
             Ok(End::GoesOn(Box::new(belongings)))
         }
@@ -390,7 +390,7 @@ async fn leave_to_manager<E: Exports>(mut running: Running<E>, signals: &mut Sig
     // It blocks for the moment that the manager needs, and there is nothing else to do.
     match manager::store(&belongings) {
         Ok(()) => tracing::info!(clients, "the service manager has the connections"),
-        Err(error) => tracing::error!(clients, error = %chain(&error), "the connections are lost"),
+        Err(error) => tracing::error!(clients, error = %chain(error), "the connections are lost"),
     }
     Ok(End::Over)
 }

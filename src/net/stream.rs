@@ -115,11 +115,6 @@ impl Detached {
         Ok(Self { socket, family })
     }
 
-    /// The descriptor.
-    pub fn into_fd(self) -> OwnedFd {
-        self.socket
-    }
-
     /// Joins the runtime of this thread, and goes on with TLS if there was any.
     pub fn assemble(self, tls: Option<SavedTls>) -> io::Result<Stream> {
         Stream::assemble(Dismantled { socket: self.socket, family: self.family, tls })

@@ -43,7 +43,7 @@ impl Origin {
         Ok(match stored {
             Some(Ok(belongings)) => Self::Left { belongings: Box::new(belongings), managers },
             Some(Err(error)) => {
-                tracing::error!(error = %chain(&error), "connections that were kept are lost");
+                tracing::error!(error = %chain(error), "connections that were kept are lost");
                 Self::Nowhere { managers }
             }
             None => Self::Nowhere { managers },
@@ -158,7 +158,7 @@ impl Succession {
                     self.hearing = None;
                     match heard {
                         Ok(successor) => return successor,
-                        Err(error) => tracing::error!(error = %chain(&error), "the successor could not start: this server goes on"),
+                        Err(error) => tracing::error!(error = %chain(error), "the successor could not start: this server goes on"),
                     }
                 }
                 candidate = candidate => match candidate {
@@ -200,13 +200,6 @@ fn start_successor() -> anyhow::Result<Link> {
 }
 
 /// An error and its causes, as one line.
-pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
+pub(super) fn chain(error: impl Into<anyhow::Error>) -> String {
+    format!("{:#}", error.into())
 }

@@ -116,7 +116,7 @@ struct Running<E> {
     server: Server,
     admin: Option<Admin>,
     casts: Option<(Arc<dyn Operated>, Casts)>,
-    listening: Vec<String>,
+    listening: Vec<Option<String>>,
     live: Live,
 }
 
@@ -186,7 +186,7 @@ async fn start<E: Exports>(
     let certificates = settings.protection.as_ref().map(|protection| protection.clients.clone());
     let token = token(daemon)?;
     let neighbours = neighbours(daemon)?;
-    let own = listen(daemon, &origin.listening()?)?;
+    let own = listen(daemon, &origin.listening())?;
     let count = daemon.workers.map_or_else(default_workers, usize::from);
     let workers = Workers::start(count, daemon.disk_io.into()).context("cannot start the workers")?;
     let workers = Arc::new(workers);
@@ -196,10 +196,10 @@ async fn start<E: Exports>(
     if predecessor.is_some() {
         crash_point("takeover-taken");
     }
-    let unwanted = retire(&mut passed, daemon);
+    let wanted: Vec<_> = addresses(daemon).iter().map(ToString::to_string).collect();
+    let unwanted = retire(&mut passed, &wanted);
     let mut listeners: Vec<_> = own.into_iter().chain(passed).collect();
     // The first one is the one by which the server is called.
-    let wanted: Vec<_> = addresses(daemon).iter().map(ToString::to_string).collect();
     listeners.sort_by_key(|listener| listener.asked().map(|asked| wanted.iter().position(|one| one == asked)));
     let registry = Arc::new(Registry::new());
     let opening = async {
@@ -234,7 +234,7 @@ async fn start<E: Exports>(
     };
     let uri = |listener: &Listener| Some(Uri { security, ..listener.uri("").ok()? }.to_string());
     let listen: Vec<_> = listeners.iter().filter_map(uri).collect();
-    let listening = listeners.iter().filter_map(|listener| listener.asked().map(str::to_owned)).collect();
+    let listening = listeners.iter().map(|listener| listener.asked().map(str::to_owned)).collect();
     for listener in &listeners {
         tracing::info!(%listener, workers = count, "listening");
     }
@@ -409,8 +409,7 @@ fn check_homes(server: &Server, clients: &[(Detached, Frozen)]) -> anyhow::Resul
 }
 
 /// Takes out the listening sockets that are not wanted any more.
-fn retire(passed: &mut Vec<Listener>, daemon: &Daemon) -> Vec<Listener> {
-    let wanted: Vec<_> = addresses(daemon).iter().map(ToString::to_string).collect();
+fn retire(passed: &mut Vec<Listener>, wanted: &[String]) -> Vec<Listener> {
     let is_unwanted = |listener: &mut Listener| {
         listener.asked().is_some_and(|asked| !wanted.is_empty() && wanted.iter().all(|one| one != asked))
     };

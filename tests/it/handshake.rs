@@ -6,20 +6,10 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use headwater::nbd::handshake::ReplyMode;
 use headwater::nbd::request::{self, Header};
-use headwater::nbd::wire::{self, TransmissionFlags, command, option, option_reply};
+use headwater::nbd::wire::{TransmissionFlags, command, option, option_reply};
 
-use crate::support::client::{Client, Socket};
+use crate::support::client::{Client, FLAGS, Socket, option, reply};
 use crate::support::{Daemon, Scratch, noise, run};
-
-const FLAGS: [u8; 4] = [0, 0, 0, 3];
-
-fn option(number: u32, data: &[u8]) -> Vec<u8> {
-    let mut bytes = wire::OPTION_MAGIC.to_be_bytes().to_vec();
-    bytes.extend(number.to_be_bytes());
-    bytes.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
-    bytes.extend(data);
-    bytes
-}
 
 fn greeted(uri: &str) -> Socket {
     let mut socket = Socket::connect(uri);
@@ -27,16 +17,6 @@ fn greeted(uri: &str) -> Socket {
     socket.read_exact(&mut greeting).unwrap();
     assert_eq!(&greeting, b"NBDMAGICIHAVEOPT\x00\x03");
     socket
-}
-
-/// Type and data of the next reply to an option.
-fn reply(socket: &mut Socket) -> (u32, Vec<u8>) {
-    let mut header = [0; 20];
-    socket.read_exact(&mut header).unwrap();
-    let word = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap());
-    let mut data = vec![0; word(16) as usize];
-    socket.read_exact(&mut data).unwrap();
-    (word(12), data)
 }
 
 fn served(scratch: &Scratch) -> Daemon {

@@ -335,6 +335,36 @@ fn a_service_manager_keeps_the_connections_over_a_restart() {
     assert!(manager.wait().unwrap().success(), "{rest}");
 }
 
+#[test]
+fn a_successor_of_a_server_with_the_managers_sockets_opens_no_other() {
+    let scratch = Scratch::new();
+    let (bytes, image) = a(&scratch);
+    // libnbd starts the first with LISTEN_FDS, as a service manager would; the second is told nothing but what it serves.
+    let script = format!(
+        r#"
+import glob, os, subprocess
+program = ["{program}", "serve", "{image}"]
+h.connect_systemd_socket_activation(program)
+assert h.pread(512, 5) == open("{image}", "rb").read()[5:517]
+while not glob.glob("{run}/*.takeover"): pass
+errors = open("{log}", "w")
+successor = subprocess.Popen(program + ["--takeover"], stdout=subprocess.PIPE, stderr=errors)
+assert successor.stdout.readline()
+print(h.pread(512, 5).hex())
+successor.kill()
+"#,
+        program = env!("CARGO_BIN_EXE_headwater"),
+        image = image.display(),
+        run = scratch.path("run").display(),
+        log = scratch.path("serve.log").display(),
+    );
+    let printed = run(nbdsh_command().env("RUNTIME_DIRECTORY", scratch.path("run")).args(["-c", &script]));
+    let expected: String = bytes[5..517].iter().map(|byte| format!("{byte:02x}")).collect();
+    assert!(printed.contains(&expected), "{printed}");
+    let log = fs::read_to_string(scratch.path("serve.log")).unwrap();
+    assert_eq!(log.matches("\"message\":\"listening\"").count(), 1, "{log}");
+}
+
 /// Reads at random places, and compares with the file beside it, until there is a file called "stop".
 const TLS_READER: &str = r#"
 import os, random

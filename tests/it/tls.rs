@@ -6,32 +6,14 @@ use std::process::Command;
 
 use headwater::nbd::Uri;
 use headwater::nbd::uri::Address;
-use headwater::nbd::wire::{OPTION_MAGIC, option, option_reply};
+use headwater::nbd::wire::{option, option_reply};
 
 use crate::support::certificates::{Authority, Kind, secured};
-use crate::support::client::{Client, Socket};
+use crate::support::client::{Client, FLAGS, Socket, option, reply};
 use crate::support::peers::Peer;
 use crate::support::{Daemon, Scratch, eventually, headwater, nbdsh_command, noise, run, run_failing};
 
 const MIB: u64 = 1 << 20;
-
-/// Flags of a client, and an option of it.
-const FLAGS: [u8; 4] = [0, 0, 0, 3];
-
-fn option(number: u32, data: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(data.len()).unwrap();
-    [&OPTION_MAGIC.to_be_bytes()[..], &number.to_be_bytes(), &length.to_be_bytes(), data].concat()
-}
-
-/// The number and the data of a reply to an option.
-fn reply(socket: &mut Socket) -> (u32, Vec<u8>) {
-    let mut header = [0; 20];
-    socket.read_exact(&mut header).unwrap();
-    let number = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap());
-    let mut data = vec![0; number(16) as usize];
-    socket.read_exact(&mut data).unwrap();
-    (number(12), data)
-}
 
 fn greeted(uri: &str) -> Socket {
     let mut socket = Socket::connect(&uri.replacen("nbds", "nbd", 1));

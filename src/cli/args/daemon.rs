@@ -48,8 +48,8 @@ pub(in crate::cli) struct Daemon {
     /// Take over from a running server, whose clients stay connected: they notice a pause. It is named by the number of
     /// its process or the path of its socket; left out, it is the only one that runs. If this server cannot start, that
     /// one goes on.
-    #[arg(long, value_name = "PID|PATH", num_args = 0..=1, require_equals = true, default_missing_value = "")]
-    pub(in crate::cli) takeover: Option<PathBuf>,
+    #[arg(long, value_name = "PID|PATH", num_args = 0..=1, require_equals = true)]
+    pub(in crate::cli) takeover: Option<Option<PathBuf>>,
     /// How files are read and written: io_uring where the kernel allows it, or threads.
     #[arg(long, value_enum, default_value = "auto")]
     pub(in crate::cli) disk_io: DiskIo,

@@ -33,11 +33,11 @@ pub(super) enum Origin {
 
 impl Origin {
     /// That of this process. To be called once.
-    pub(super) async fn of_process(takeover: Option<&PathBuf>, role: Role) -> anyhow::Result<Self> {
+    pub(super) async fn of_process(takeover: Option<&Option<PathBuf>>, role: Role) -> anyhow::Result<Self> {
         let given = link::inherited().context("cannot take the service manager's sockets")?;
         let (stored, managers) = manager::find(given);
         if let Some(takeover) = takeover {
-            let predecessor = ask(takeover, role).await.context("cannot take over")?;
+            let predecessor = ask(takeover.as_deref(), role).await.context("cannot take over")?;
             return Ok(Self::Predecessor { predecessor, managers });
         }
         Ok(match stored {
@@ -51,18 +51,17 @@ impl Origin {
     }
 
     /// The addresses at which it need not begin to listen; `None` stands for those of the service manager.
-    pub(super) fn listening(&self) -> anyhow::Result<Vec<Option<String>>> {
-        let asked = match self {
-            Self::Nowhere { .. } => Vec::new(),
-            Self::Predecessor { predecessor, .. } => predecessor.listening.clone(),
-            Self::Left { belongings, .. } => {
-                belongings.estate().listeners.iter().filter_map(|(_, listening)| listening.asked.clone()).collect()
+    pub(super) fn listening(&self) -> Vec<Option<String>> {
+        let (mut opened, managers) = match self {
+            Self::Nowhere { managers } => (Vec::new(), managers),
+            Self::Predecessor { predecessor, managers } => (predecessor.listening.clone(), managers),
+            Self::Left { belongings, managers } => {
+                let listeners = belongings.estate().listeners.iter();
+                (listeners.map(|(_, listening)| listening.asked.clone()).collect(), managers)
             }
         };
-        let managers = match self {
-            Self::Nowhere { managers } | Self::Predecessor { managers, .. } | Self::Left { managers, .. } => managers,
-        };
-        Ok(asked.into_iter().map(Some).chain(managers.iter().map(|_| None)).collect())
+        opened.extend(managers.iter().map(|_| None));
+        opened
     }
 
     /// What it begins with. A predecessor has closed its images then, and waits to hear how this one gets on.
@@ -83,13 +82,12 @@ impl Origin {
 }
 
 /// Asks the server that was named, or the only one there is.
-async fn ask(takeover: &Path, role: Role) -> Result<Predecessor, TalkError> {
-    if takeover == Path::new(BY_STANDARD_INPUT) {
+async fn ask(takeover: Option<&Path>, role: Role) -> Result<Predecessor, TalkError> {
+    if takeover == Some(Path::new(BY_STANDARD_INPUT)) {
         let link = Link::from_fd(std::io::stdin().as_fd().try_clone_to_owned()?)?;
         return Predecessor::ask(link, role).await;
     }
-    let wanted = (!takeover.as_os_str().is_empty()).then_some(takeover);
-    Predecessor::ask(reach(wanted, &Surroundings::of_process().takeover_places())?, role).await
+    Predecessor::ask(reach(takeover, &Surroundings::of_process().takeover_places())?, role).await
 }
 
 type Hearing = Pin<Box<dyn Future<Output = Result<Successor, TalkError>>>>;
@@ -120,7 +118,7 @@ impl Succession {
     }
 
     /// Starts a successor: the program that is at the place of this one now, with the same arguments.
-    pub(super) fn begin(&mut self, listening: &[String]) {
+    pub(super) fn begin(&mut self, listening: &[Option<String>]) {
         match start_successor() {
             Ok(link) => self.hear(link, listening),
             Err(error) => {
@@ -129,7 +127,7 @@ impl Succession {
         }
     }
 
-    fn hear(&mut self, link: Link, listening: &[String]) {
+    fn hear(&mut self, link: Link, listening: &[Option<String>]) {
         let (role, listening) = (self.role, listening.to_vec());
         tracing::info!(process = link.peer_process(), "another server wants to take over");
         self.hearing = Some(Box::pin(async move { Successor::hear(link, role, &listening).await }));
@@ -138,7 +136,7 @@ impl Succession {
     /// A successor that has started.
     ///
     /// Cancel safety: no candidate is lost.
-    pub(super) async fn next(&mut self, listening: &[String]) -> Successor {
+    pub(super) async fn next(&mut self, listening: &[Option<String>]) -> Successor {
         loop {
             let Self { waiting, hearing, .. } = self;
             let heard = async {

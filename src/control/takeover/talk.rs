@@ -49,7 +49,7 @@ const MOST_SOCKETS: usize = 1 << 20;
 #[serde(tag = "say", rename_all = "lowercase")]
 enum Say {
     Hello { form: u32, version: String, role: Role },
-    Welcome { version: String, listening: Vec<String> },
+    Welcome { version: String, listening: Vec<Option<String>> },
     Refused { reason: String },
     Ready,
     Sockets,
@@ -157,10 +157,11 @@ pub struct Successor {
 }
 
 impl Successor {
-    /// Hears a candidate until it is ready. `listening` are the addresses that it need not listen at itself.
+    /// Hears a candidate until it is ready. `listening` are the addresses that it need not listen at itself, as
+    /// [`Predecessor::listening`] has them.
     ///
     /// Cancel safety: the candidate is sent away.
-    pub async fn hear(link: Link, role: Role, listening: &[String]) -> Result<Self, TalkError> {
+    pub async fn hear(link: Link, role: Role, listening: &[Option<String>]) -> Result<Self, TalkError> {
         let (user, own) = (link.peer_user()?, rustix::process::geteuid().as_raw());
         if user != own && user != 0 {
             return Err(TalkError::Stranger(user));
@@ -231,8 +232,9 @@ pub struct Predecessor {
     link: Link,
     /// The version of its program.
     pub version: String,
-    /// The addresses that it listens at, as they were written, whose sockets come from it.
-    pub listening: Vec<String>,
+    /// The addresses that it listens at, as they were written, whose sockets come from it; `None` stands for one of the
+    /// service manager.
+    pub listening: Vec<Option<String>>,
 }
 
 impl Predecessor {

@@ -18,7 +18,6 @@ use crate::export::assemble;
 use crate::nbd::errno;
 use crate::nbd::reply::ReplyTo;
 use crate::nbd::request::{Command, Durability};
-use crate::nbd::wire::command;
 use crate::ranges::ByteRange;
 use crate::server::answered::Asked;
 use crate::server::figures::Operation;
@@ -158,7 +157,9 @@ impl Transmission {
                     self.long_reads.resume(LongRead { asked, fragments, rest, stream });
                 }
                 command => {
-                    let asked = asked(ask.to(), Operation::of(number_of(command)), 0);
+                    let is_cache = matches!(command, Command::Cache(_));
+                    let operation = if is_cache { Operation::Cache } else { Operation::BlockStatus };
+                    let asked = asked(ask.to(), operation, 0);
                     let cost = cost(&command, self.session.contexts.len());
                     self.start(cost, perform(Rc::clone(&self.session), asked, command));
                 }
@@ -206,12 +207,4 @@ fn raw(bytes: &Blob) -> Frame {
         frame.data(bytes.0.clone().into());
     }
     frame
-}
-
-const fn number_of(command: Command) -> u16 {
-    match command {
-        Command::BlockStatus(..) => command::BLOCK_STATUS,
-        Command::Cache(_) => command::CACHE,
-        _ => command::READ,
-    }
 }

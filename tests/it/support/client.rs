@@ -80,6 +80,28 @@ impl Write for Socket {
     }
 }
 
+/// The flags of a client, as bytes.
+pub(crate) const FLAGS: [u8; 4] = [0, 0, 0, 3];
+
+/// An option, as bytes.
+pub(crate) fn option(number: u32, data: &[u8]) -> Vec<u8> {
+    let mut bytes = wire::OPTION_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(number.to_be_bytes());
+    bytes.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
+    bytes.extend(data);
+    bytes
+}
+
+/// Type and data of the next reply to an option.
+pub(crate) fn reply(socket: &mut Socket) -> (u32, Vec<u8>) {
+    let mut header = [0; 20];
+    socket.read_exact(&mut header).unwrap();
+    let word = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap());
+    let mut data = vec![0; word(16) as usize];
+    socket.read_exact(&mut data).unwrap();
+    (word(12), data)
+}
+
 /// A whole reply.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Reply {
